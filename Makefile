@@ -1,0 +1,32 @@
+# make setup | demo | test | test-all | lint
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := runs/demo
+
+.PHONY: setup demo test test-all lint clean-demo
+
+setup: $(VENV)/.installed
+
+# The stamp is renewed when the dependencies change; otherwise a second call installs nothing.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old, wanted 3.10 or newer: make PYTHON=/path/to/python" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: setup
+	PY=$(PY) RUN=$(RUN) bash configs/glyphs/demo.sh
+
+clean-demo:
+	rm -rf $(RUN)
+
+test: setup
+	$(PY) -m pytest -q
+
+test-all: setup
+	$(PY) -m pytest -q -m ''
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .

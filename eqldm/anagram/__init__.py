@@ -1,0 +1,1 @@
+"""Anagrams: a denoiser over several views, the sampling loop, rendering."""

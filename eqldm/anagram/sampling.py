@@ -1,0 +1,162 @@
+"""The sampling loop, over any denoiser and any diffusers scheduler, and `Sampler`, a model folder ready to sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views
+from eqldm.diffusion.adaptation import Networks
+from eqldm.diffusion.conditioning import encode_prompts, too_long
+from eqldm.model_folder import check_model_folder, decode, downsampling, load_scheduler, load_text, load_unet, load_vae, make_scheduler
+from eqldm.views import View
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+REDUCTIONS = ("mean", "alternate")
+Prompt = str | Sequence[str]
+"""One prompt for all samples, or one for each."""
+
+
+@torch.no_grad()
+def sample(denoise: Denoiser, scheduler: SchedulerMixin, z: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Latents z_0 [B, C, h, w] from unit-variance noise z [B, C, h, w]; the scheduler's timesteps must be set.
+
+    generators: one a sample, which any noise of the scheduler's steps is drawn from.
+    """
+    takes = inspect.signature(scheduler.step).parameters
+    extra = {"generator": generators} if "generator" in takes else {}
+    z = z * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = denoise(scheduler.scale_model_input(z, t), t)
+        z = scheduler.step(output, t, z, **extra).prev_sample
+    return z
+
+
+@dataclass
+class Sampler:
+    """A model folder ready to sample. `sampler(prompts, views, seeds)` gives latents, `decode` pictures."""
+
+    networks: Networks
+    vae: torch.nn.Module
+    device: torch.device
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str | torch.device | None = None) -> Sampler:
+        """Raises FileNotFoundError where the folder is no whole model folder."""
+        check_model_folder(folder)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer, text_encoder = load_text(folder)
+        networks = Networks(load_unet(folder).to(device), tokenizer, text_encoder.to(device), load_scheduler(folder))
+        return cls(networks, load_vae(folder).to(device), device)
+
+    @property
+    def latent_side(self) -> int:
+        """The latent side the UNet was trained at."""
+        side = self.networks.unet.config.sample_size
+        return side if isinstance(side, int) else side[0]
+
+    def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None) -> int:
+        """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
+        if len(prompts) != len(views):
+            raise ValueError(
+                f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views "
+                f"({', '.join(view.name for view in views)})"
+            )
+        factor = downsampling(self.vae)
+        if image_size is not None and image_size % factor:
+            raise ValueError(f"image size {image_size} does not divide by f = {factor}")
+        side = self.latent_side if image_size is None else image_size // factor
+        for view in views:
+            view.check(side, side, f" ({side * factor} px at f = {factor})")
+        for cut in too_long(self.networks.tokenizer, _flatten(prompts)):
+            limit = self.networks.tokenizer.model_max_length
+            raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
+        return side
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        views: Sequence[View],
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 5.0,
+        negative_prompt: str = "",
+        reduction: str = "mean",
+        scheduler: str | None = None,
+        image_size: int | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Latents [B, C, h, w], one for each seed, that read as prompt i in view i.
+
+        prompts: one for each view; a list in place of a prompt gives each seed its own.
+        scheduler: a name of `SCHEDULERS`; None is the model folder's own. Each seed has its own generator, so its picture
+        does not depend on the batch. Raises ValueError (see `check`), also for an unknown scheduler or reduction.
+        """
+        side = self.check(prompts, views, image_size)
+        embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
+        negative = self._embed(negative_prompt, 1)[0]
+        solver = self._scheduler(scheduler)
+        solver.set_timesteps(num_inference_steps, device=self.device)
+        guided = Guidance(self.networks.unet, embeds, negative, guidance_scale)
+        if reduction == "mean":
+            denoise = mean_of_views(guided, views)
+        elif reduction == "alternate":
+            denoise = alternating_views(guided, views, solver.timesteps)
+        else:
+            raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
+        if on_step is not None:
+            denoise = _counting(denoise, on_step)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shape = (self.networks.unet.config.in_channels, side, side)
+        z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return sample(denoise, solver, z.to(self.device), generators)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU."""
+        return decode(self.vae, z).float().clamp(-1, 1).cpu()
+
+    def _embed(self, prompt: Prompt, count: int) -> Tensor:
+        """[count, L, D] of one prompt, or of `count` prompts."""
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(texts) not in (1, count):
+            raise ValueError(f"a list of prompts needs one for each seed: got {len(texts)} prompts for {count} seeds")
+        embeds = encode_prompts(self.networks.tokenizer, self.networks.text_encoder, texts)
+        return embeds.expand(count, -1, -1)
+
+    def _scheduler(self, name: str | None) -> SchedulerMixin:
+        own = self.networks.scheduler
+        if name is not None and name not in SCHEDULERS:
+            raise ValueError(f"unknown scheduler '{name}': wanted one of {', '.join(SCHEDULERS)}")
+        class_name = type(own).__name__ if name is None else SCHEDULERS[name]
+        if own.config.get("use_flow_sigmas") and name not in (None, "dpm++", "unipc"):
+            raise ValueError(f"scheduler '{name}' cannot sample a flow model: use dpm++ or unipc")
+        return make_scheduler(dict(own.config), class_name)
+
+
+def _counting(denoise: Denoiser, on_step: Callable[[], None]) -> Denoiser:
+    def counted(z: Tensor, t: Tensor) -> Tensor:
+        output = denoise(z, t)
+        on_step()
+        return output
+
+    return counted
+
+
+def _flatten(prompts: Sequence[Prompt]) -> list[str]:
+    return [text for prompt in prompts for text in ([prompt] if isinstance(prompt, str) else prompt)]

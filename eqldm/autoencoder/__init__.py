@@ -1,0 +1,1 @@
+"""Stage 1: an equivariant autoencoder, fine-tuned or trained from scratch."""

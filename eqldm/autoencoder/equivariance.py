@@ -1,0 +1,107 @@
+"""Equivariance of an autoencoder: what training draws and penalises, and what the evaluation reports.
+
+Two equivariances (T a view, E the encoder's posterior mean, D the decoder):
+    the decoder's   D(T z) = T D(z)   trained by the implicit term, D(T E(x)) against T x  (EQ-VAE, arXiv 2502.09509, eq. 4)
+    the encoder's   E(T x) = T E(x)   trained by the consistency term
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eqldm.config import EquivarianceConfig
+from eqldm.data.order import position_generator
+from eqldm.views import D4, IDENTITY, Rescale, Transform, draw_rescale, draw_transform
+
+IDENTITY_TRANSFORM = Transform(IDENTITY)
+
+
+@dataclass(frozen=True)
+class TransformGroup:
+    """Samples of a micro-batch whose transforms share an output shape, so that they are decoded in one call.
+
+    rows: their places in the micro-batch.  transforms: one for each.  weight: of the group's reconstruction losses.
+    """
+
+    rows: list[int]
+    transforms: list[Transform]
+    weight: float = 1.0
+
+
+def draw_groups(
+    config: EquivarianceConfig, seed: int, step: int, positions: list[int], side: int, purpose: str = "transform"
+) -> list[TransformGroup]:
+    """The transforms of a micro-batch whose samples have these stream positions, at an optimizer step.
+
+    side: latent cells per side. The draw depends on (seed, step, position) only: not on processes or micro-batches.
+    """
+    step_generator = position_generator(seed, step, f"{purpose}/step")
+    plain = [TransformGroup(list(range(len(positions))), [IDENTITY_TRANSFORM] * len(positions))]
+    if config.preset == "eqvae_paper":
+        return _draw_eqvae_paper(step_generator, len(positions), side) or plain
+    if float(torch.rand((), generator=step_generator)) >= config.prob:
+        return plain
+    rescales = [_draw_group_rescale(config, step_generator, side) for _ in range(config.num_groups)]
+    groups: dict[Rescale | None, TransformGroup] = {}
+    for row, position in enumerate(positions):
+        rescale = rescales[position % config.num_groups]
+        transform = draw_transform(
+            position_generator(seed, position, purpose),
+            config.group,
+            rescale,
+            config.permute_prob,
+            _dividing(config.permute_cells, side, rescale),
+            config.negate_prob,
+        )
+        group = groups.setdefault(rescale, TransformGroup([], []))
+        group.rows.append(row)
+        group.transforms.append(transform)
+    return list(groups.values())
+
+
+def _draw_group_rescale(config: EquivarianceConfig, generator: torch.Generator, side: int) -> Rescale | None:
+    if float(torch.rand((), generator=generator)) >= config.rescale_prob:
+        return None
+    return draw_rescale(generator, side, config.rescale_smallest, config.anisotropic)
+
+
+def _dividing(cells: list[int], side: int, rescale: Rescale | None) -> list[int]:
+    """The cell counts that divide the latent, after rescaling too. Raises ValueError where none divides it at full size."""
+    if not any(side % count == 0 for count in cells):
+        raise ValueError(f"equivariance.permute_cells={list(cells)}: none divides the latent's {side} cells a side")
+    sides = {side} if rescale is None else {round(side * rescale.height), round(side * rescale.width)}
+    return [count for count in cells if all(s % count == 0 for s in sides)] or [1]
+
+
+def _draw_eqvae_paper(generator: torch.Generator, batch: int, side: int) -> list[TransformGroup] | None:
+    """EQ-VAE's released scheme: half of the steps plain; else one rotation by 90, 180 or 270 degrees *and* one isotropic
+    down-scaling for the whole batch. Its losses are sums over pixels, which weighs a step by the scale squared."""
+    if float(torch.rand((), generator=generator)) >= 0.5:
+        return None
+    view = D4[int(torch.randint(1, 4, (), generator=generator))]
+    rescale = draw_rescale(generator, side, smallest=0.25)
+    return [TransformGroup(list(range(batch)), [Transform(view, rescale)] * batch, rescale.height * rescale.width)]
+
+
+def consistency_loss(encoded_transformed: Tensor, transformed_encoded: Tensor, variance: Tensor) -> Tensor:
+    """Mean over samples, channels and cells of (E(T x) - T E(x))^2 / var(z). Gradients flow into both sides.
+
+    encoded_transformed, transformed_encoded: [B, C, h, w].  variance: [C], of the latents over the data; no gradient.
+    """
+    difference = encoded_transformed.float() - transformed_encoded.float()
+    return (difference.square() / variance.detach()[:, None, None]).mean()
+
+
+def latent_error(encoded_transformed: Tensor, transformed_encoded: Tensor) -> Tensor:
+    """[B] ||T E(x) - E(T x)||^2 / ||E(T x)||^2 of normalised latents [B, C, h, w]: EQ-VAE's equivariance error (Table 1)."""
+    difference = (transformed_encoded - encoded_transformed).float().square().sum((1, 2, 3))
+    return difference / encoded_transformed.float().square().sum((1, 2, 3))
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """[B] peak signal-to-noise ratio in dB of pictures [B, 3, H, W] in [-1, 1]; both are clamped to that range first."""
+    error = (x.float().clamp(-1, 1) - y.float().clamp(-1, 1)).square().mean((1, 2, 3))
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))

@@ -1,0 +1,125 @@
+"""Folds: channel maps of the latents, written into the autoencoder's own 1 x 1 convolutions.
+
+A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view, so folding it into `quant_conv`
+(and its inverse into `post_quant_conv`) changes neither a reconstruction nor the equivariance. Two maps are folded:
+normalisation (zero mean and unit variance per channel) and alignment (least squares to another VAE's latents). The
+exported VAE has `scaling_factor = 1` and no shift: stock diffusers pipelines need to know nothing.
+
+    python -m eqldm.autoencoder.fold MODEL --data SHARDS --out FOLDER [--align-to MODEL]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from eqldm.data.samples import PictureSamples, collate
+from eqldm.model_folder import encode, load_vae, save_model_folder
+
+
+@torch.no_grad()
+def latent_matrix(vae: AutoencoderKL, samples: PictureSamples, num_images: int, batch_size: int = 64) -> Tensor:
+    """[N, C] float64: the normalised latent cells of the first `num_images` pictures, one row a cell."""
+    device = next(vae.parameters()).device
+    rows = []
+    picked = torch.utils.data.Subset(samples, range(min(num_images, len(samples))))
+    for batch in DataLoader(picked, batch_size, collate_fn=collate):
+        rows.append(encode(vae, batch["x"].to(device)).double().cpu().movedim(1, -1).flatten(0, -2))
+    return torch.cat(rows)
+
+
+def normalisation(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """(A [C, C], b [C]) that gives latents [N, C] zero mean and unit variance per channel. Raises ValueError if constant."""
+    mean, std = latents.mean(0), latents.std(0, unbiased=False)
+    if bool((std < 1e-6).any()):
+        dead = (std < 1e-6).nonzero().flatten().tolist()
+        raise ValueError(f"latent channels {dead} are constant: the autoencoder has collapsed there and cannot be normalised")
+    return torch.diag(1 / std), -mean / std
+
+
+def alignment(latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(A [C, C], b [C]), the least-squares channel map from latents [N, C] to `wanted` [N, C] of the same cells."""
+    if latents.shape != wanted.shape:
+        raise ValueError(f"alignment: latents {tuple(latents.shape)} and {tuple(wanted.shape)} differ in channels or cells")
+    ones = latents.new_ones(len(latents), 1)
+    solution = torch.linalg.lstsq(torch.cat([latents, ones], 1), wanted).solution
+    matrix, offset = solution[:-1].T, solution[-1]
+    if torch.linalg.cond(matrix) > 1e6:
+        raise ValueError("alignment: the channel map is singular, so it cannot be undone for decoding; fold without align_to")
+    return matrix, offset
+
+
+def fold_map(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
+    """Changes `vae` in place so that its normalised latents become `matrix @ z + offset`, reconstructions staying equal.
+
+    matrix: [C, C], invertible.  offset: [C]. The model's scaling and shift are folded in too and become 1 and 0. The
+    posterior stays diagonal: its log-variances are mapped through the squared matrix, exact where it is diagonal.
+    """
+    channels = vae.config.latent_channels
+    shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
+    a = matrix.double() * scale
+    b = offset.double() - shift * a.sum(1)
+    vae.register_to_config(use_quant_conv=True, use_post_quant_conv=True, scaling_factor=1.0, shift_factor=None)
+    vae.quant_conv = vae.quant_conv if vae.quant_conv is not None else _identity_conv(2 * channels)
+    vae.post_quant_conv = vae.post_quant_conv if vae.post_quant_conv is not None else _identity_conv(channels)
+
+    with torch.no_grad():
+        weight, bias = vae.quant_conv.weight.double().flatten(1), vae.quant_conv.bias.double()
+        # Log-variance rows: a diagonal map adds 2 log |a_ii|. Off the diagonal the posterior is not diagonal any more:
+        # its variances are mixed to first order, with the row's squares as weights.
+        share = a.square() / a.square().sum(1, keepdim=True)
+        mean_rows, logvar_rows = weight[:channels], weight[channels:]
+        mean_bias, logvar_bias = bias[:channels], bias[channels:]
+        new_weight = torch.cat([a @ mean_rows, share @ logvar_rows])
+        new_bias = torch.cat([a @ mean_bias + b, share @ logvar_bias + a.square().sum(1).log()])
+        vae.quant_conv.weight.copy_(new_weight.view_as(vae.quant_conv.weight))
+        vae.quant_conv.bias.copy_(new_bias)
+
+        inverse = torch.linalg.inv(a)
+        weight, bias = vae.post_quant_conv.weight.double().flatten(1), vae.post_quant_conv.bias.double()
+        vae.post_quant_conv.bias.copy_(bias - weight @ inverse @ b)
+        vae.post_quant_conv.weight.copy_((weight @ inverse).view_as(vae.post_quant_conv.weight))
+
+
+def _identity_conv(channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def fold_channels(
+    vae: AutoencoderKL, samples: PictureSamples, num_images: int = 2048, align_to: AutoencoderKL | None = None
+) -> None:
+    """Folds normalisation, or alignment to another VAE's normalised latents, into `vae`, measured on the pictures."""
+    latents = latent_matrix(vae, samples, num_images)
+    if align_to is None:
+        fold_map(vae, *normalisation(latents))
+    else:
+        fold_map(vae, *alignment(latents, latent_matrix(align_to, samples, num_images)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="model folder, or AutoencoderKL folder")
+    parser.add_argument("--data", required=True, help="shard folder of pictures to measure the latents on")
+    parser.add_argument("--out", required=True, help="model folder to write, holding vae/")
+    parser.add_argument("--align-to", help="model folder whose latents are to be matched")
+    parser.add_argument("--num-images", type=int, default=2048)
+    args = parser.parse_args()
+    try:
+        vae = load_vae(args.model)
+        align = load_vae(args.align_to) if args.align_to else None
+        fold_channels(vae, PictureSamples(args.data), args.num_images, align)
+        print(save_model_folder(args.out, vae=vae))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The LightningModule of stage 1, and `train_autoencoder`, which runs it from options to exported model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from eqldm.autoencoder.discriminator import PatchDiscriminator
+from eqldm.autoencoder.equivariance import TransformGroup, consistency_loss, draw_groups, latent_error, psnr
+from eqldm.autoencoder.fold import fold_channels
+from eqldm.autoencoder.losses import (
+    adaptive_weight,
+    gradient_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    kl_loss,
+    load_lpips,
+)
+from eqldm.config import AutoencoderConfig, accumulation
+from eqldm.data.module import ShardData
+from eqldm.data.order import position_generator
+from eqldm.model_folder import downsampling, load_vae, save_model_folder
+from eqldm.run import check_finite, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.views import D4, transform_each
+
+VARIANCE_MOMENTUM = 0.9  # of the running latent variance that the consistency term divides by
+
+
+class Autoencoder(pl.LightningModule):
+    """Trains a diffusers AutoencoderKL: reconstruction + KL + equivariance (+ PatchGAN). Manual optimization.
+
+    Batches: `{x: [B, 3, H, W] in [-1, 1], position: [B], key}`. Everything random is drawn from (seed, position).
+    """
+
+    def __init__(self, config: AutoencoderConfig, vae: AutoencoderKL):
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.vae = config, vae
+        loss = config.loss
+        self.discriminator = None
+        if loss.adversarial_weight > 0:
+            self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+        self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
+        channels = vae.config.latent_channels
+        self.register_buffer("latent_variance", torch.zeros(channels))  # 0: not measured yet
+        self.register_buffer("moments", torch.zeros(3, channels, dtype=torch.float64), persistent=False)
+        if config.run.channels_last:
+            self.vae.to(memory_format=torch.channels_last)
+        if config.run.compile:
+            self.vae.encoder.compile()
+            self.vae.decoder.compile()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.trainer.global_step
+
+    def configure_optimizers(self):
+        pairs = [self.vae] + ([self.discriminator] if self.discriminator is not None else [])
+        optimizers = [make_optimizer(network.parameters(), self.config.optimizer) for network in pairs]
+        return optimizers, [make_schedule(optimizer, self.config) for optimizer in optimizers]
+
+    def on_fit_start(self) -> None:
+        for network in self.lpips:
+            network.to(self.device)
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        adversarial = self.discriminator is not None and self.step >= self.config.loss.adversarial_start
+        x = batch["x"]
+        parts = accumulation(self.config)
+        pictures, terms = self._generator_terms(x, batch, "transform", adversarial)
+        check_finite(terms, self.step, batch["key"])
+        self.manual_backward(terms["loss"] / parts)
+        if adversarial:
+            if self.config.equivariance.preset == "eqvae_paper":  # its two steps draw different transforms
+                with torch.no_grad():
+                    pictures, _ = self._generator_terms(x, batch, "transform/discriminator", adversarial=False)
+            terms["discriminator"] = self._discriminator_loss(pictures)
+            check_finite(terms, self.step, batch["key"])
+            self.manual_backward(terms["discriminator"] / parts)
+        if self._completes_step(batch):
+            self._step(adversarial)
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
+        self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
+
+    def _completes_step(self, batch: dict) -> bool:
+        """Whether this micro-batch is the last of its optimizer step, read off its position in the stream."""
+        batch_size = self.config.data.batch_size
+        micro_batches = accumulation(self.config)
+        share = batch_size // micro_batches
+        return (int(batch["position"][0]) % batch_size) // share == micro_batches - 1
+
+    def _step(self, adversarial: bool) -> None:
+        optimizers, schedules = self.optimizers(), self.lr_schedulers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        schedules = schedules if isinstance(schedules, list) else [schedules]
+        networks = [self.vae, self.discriminator]
+        active = range(len(optimizers)) if adversarial else range(1)
+        for i in active:
+            norm = torch.nn.utils.clip_grad_norm_(networks[i].parameters(), self.config.optimizer.clip_norm)
+            self.log(f"train/grad_norm_{'vae' if i == 0 else 'discriminator'}", norm)
+            # The trainer counts its own optimizers' steps: only the first may count, a step is a step of the VAE.
+            (optimizers[i] if i == 0 else optimizers[i].optimizer).step()
+            optimizers[i].zero_grad(set_to_none=True)
+        for schedule in schedules:
+            schedule.step()
+        self._update_latent_variance()
+
+    def _generator_terms(
+        self, x: Tensor, batch: dict, purpose: str, adversarial: bool
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """The loss terms of a micro-batch, and the (decoded, target) pairs of its groups."""
+        config, positions = self.config, batch["position"].tolist()
+        posterior = self.vae.encode(x).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        seed = config.run.seed
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=position_generator(seed, p, "vae")) for p in positions])
+        z = mean + (0.5 * logvar).exp() * noise.to(mean)
+        self._observe(mean.detach())
+
+        groups = draw_groups(config.equivariance, seed, self.step, positions, mean.shape[-1], purpose)
+        if config.equivariance.implicit_weight > 0:
+            weight = config.equivariance.implicit_weight
+            pairs = [(self.vae.decode(transform_group(g, z)).sample.float(), transform_group(g, x)) for g in groups]
+            shares = [weight * g.weight * len(g.rows) / len(x) for g in groups]
+        else:
+            pairs, shares = [(self.vae.decode(z).sample.float(), x)], [1.0]
+
+        terms = self._reconstruction_terms(pairs, shares)
+        terms["kl"] = kl_loss(mean, logvar)
+        terms["loss"] = terms["reconstruction"] + config.loss.kl_weight * terms["kl"]
+        if config.equivariance.consistency_weight > 0:
+            terms["consistency"] = self._consistency(x, mean, groups)
+            terms["loss"] = terms["loss"] + config.equivariance.consistency_weight * terms["consistency"]
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            logits = [(share, hinge_generator_loss(self.discriminator(y))) for share, (y, _) in zip(shares, pairs)]
+            self.discriminator.requires_grad_(True)
+            terms["adversarial"] = sum(share * value for share, value in logits)
+            factor = adaptive_weight(terms["reconstruction"], terms["adversarial"], self.vae.decoder.conv_out.weight)
+            terms["adaptive_weight"] = factor
+            terms["loss"] = terms["loss"] + config.loss.adversarial_weight * factor * terms["adversarial"]
+        return pairs, terms
+
+    def _reconstruction_terms(self, pairs: list[tuple[Tensor, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+        loss = self.config.loss
+        measures = {
+            "l1": (loss.l1_weight, lambda y, x: (y - x).abs().mean()),
+            "l2": (loss.l2_weight, lambda y, x: (y - x).square().mean()),
+            "gradient": (loss.gradient_weight, gradient_loss),
+            "lpips": (loss.perceptual_weight, lambda y, x: self.lpips[0](y, x).mean()),
+        }
+        terms = {
+            name: sum(share * measure(y, x) for share, (y, x) in zip(shares, pairs))
+            for name, (weight, measure) in measures.items()
+            if weight > 0
+        }
+        terms["reconstruction"] = sum(measures[name][0] * value for name, value in terms.items())
+        return terms
+
+    def _consistency(self, x: Tensor, mean: Tensor, groups: list[TransformGroup]) -> Tensor:
+        if not bool(self.latent_variance.any()):  # the first step measures the variance
+            return mean.new_zeros(())
+        total = mean.new_zeros(())
+        for group in groups:
+            encoded = self.vae.encode(transform_group(group, x)).latent_dist.mean
+            part = consistency_loss(encoded, transform_group(group, mean), self.latent_variance)
+            total = total + part * len(group.rows) / len(x)
+        return total
+
+    def _discriminator_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        count = sum(len(y) for y, _ in pairs)
+        return sum(
+            len(y) / count * hinge_discriminator_loss(self.discriminator(x), self.discriminator(y.detach()))
+            for y, x in pairs
+        )
+
+    @torch.no_grad()
+    def _observe(self, mean: Tensor) -> None:
+        """Adds a micro-batch's latents to the moments of this step: count, sum and sum of squares per channel."""
+        values = mean.double().transpose(0, 1).flatten(1)
+        self.moments += torch.stack([torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)])
+
+    @torch.no_grad()
+    def _update_latent_variance(self) -> None:
+        """Moves the running variance towards this step's, over the whole global batch."""
+        moments = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
+        count, total, squares = moments
+        variance = (squares / count - (total / count).square()).float().clamp_min(1e-8)
+        fresh = not bool(self.latent_variance.any())
+        self.latent_variance.copy_(variance if fresh else self.latent_variance.lerp(variance, 1 - VARIANCE_MOMENTUM))
+        self.moments.zero_()
+        self.log("train/latent_std", self.latent_variance.sqrt().mean())
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x, count = batch["x"], len(batch["x"])
+        z = self.vae.encode(x).latent_dist.mean
+        self._log_val("val/reconstruction/psnr", psnr(self.vae.decode(z).sample, x), count)
+        mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
+        for view in D4[1:4]:  # the rotations: a look during training, the evaluation measures every view
+            turned = self.vae.encode(view(x)).latent_dist.mean
+            error = latent_error((turned - mean) / std, view((z - mean) / std))
+            self._log_val(f"val/equivariance/{view.name}/latent_error", error, count)
+            self._log_val(f"val/equivariance/{view.name}/psnr", psnr(self.vae.decode(view(z)).sample, view(x)), count)
+
+    def _log_val(self, name: str, values: Tensor, count: int) -> None:
+        self.log(name, values.mean(), batch_size=count, sync_dist=True)
+
+
+def transform_group(group: TransformGroup, x: Tensor) -> Tensor:
+    """The group's rows of `x` [B, C, H, W], each under its own transform."""
+    return transform_each(group.transforms, x[group.rows])
+
+
+def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
+    """The VAE that training starts from. Raises ValueError where the architecture does not fit the pictures."""
+    if config.init == "pretrained":
+        vae = load_vae(config.model)
+    else:
+        torch.manual_seed(config.run.seed)
+        vae = AutoencoderKL(**{"sample_size": image_size, **config.architecture})
+    factor = downsampling(vae)
+    if image_size % factor:
+        raise ValueError(f"pictures of {image_size} px do not divide by the VAE's f = {factor}: make shards of another size")
+    return vae.train()
+
+
+def train_autoencoder(config: AutoencoderConfig) -> Path:
+    """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
+
+    Raises: as the data module, `build_vae`, `prepare_run`; FloatingPointError from the NaN guard.
+    """
+    data = ShardData(config)
+    vae = build_vae(config, data.train_samples.image_size[0])
+    module = Autoencoder(config, vae)
+    checkpoint = prepare_run(config)
+    trainer = make_trainer(config, automatic_accumulation=False, unused_parameters=module.discriminator is not None)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    folder = Path(config.run.dir) / "model"
+    if trainer.is_global_zero:
+        vae = module.vae.eval().cpu()
+        if config.fold.num_images:
+            align = load_vae(config.fold.align_to) if config.fold.align_to else None
+            fold_channels(vae, data.train_samples, config.fold.num_images, align)
+        save_model_folder(folder, vae=vae)
+    trainer.strategy.barrier()
+    return folder

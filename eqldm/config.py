@@ -1,0 +1,341 @@
+"""Options: one dataclass per stage, read from one YAML file and `key=value` overrides.
+
+A YAML file states its `stage` and only what differs from the defaults here. Each field's docstring gives its meaning
+and unit. `load_config` checks types and choices (omegaconf), then the cross-checks of `validate()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    """Shard folder to train on."""
+    val: str = MISSING
+    """Shard folder to validate on."""
+    batch_size: int = 32
+    """Samples per optimizer step, over all processes and accumulated micro-batches."""
+    micro_batch_size: Optional[int] = None
+    """Samples per process and forward pass; None: batch_size / processes, no accumulation."""
+    num_workers: int = 2
+    """Reader processes per training process; 0 reads in the training process."""
+    shuffle_shards: int = 16
+    """Shards shuffled together: samples mix fully within a window of this many shards, whose order is drawn first."""
+    val_samples: int = 256
+    """Samples of the validation set that are used (its first ones), over all processes."""
+
+
+@dataclass
+class RunConfig:
+    dir: str = MISSING
+    """Run folder: config, logs, checkpoints and the exported model. The same command resumes what it holds."""
+    seed: int = 0
+    """Seed of weights, data order, noise and transforms."""
+    num_steps: int = MISSING
+    """Optimizer steps in all."""
+    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
+    """Arithmetic of the forward pass; weights, optimizer and EMA stay in float32."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Device kind."""
+    devices: int = 1
+    """Processes (one device each) per node."""
+    num_nodes: int = 1
+    """Nodes."""
+    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
+    """How processes share the work; auto: ddp where there is more than one. DeepSpeed: diffusion stage, GPUs only."""
+    log_every: int = 20
+    """Optimizer steps between log lines."""
+    val_every: int = 500
+    """Optimizer steps between validations."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints."""
+    channels_last: bool = False
+    """Keep weights and pictures in channels-last layout: faster on GPUs, slower on CPUs."""
+    compile: bool = False
+    """torch.compile the networks."""
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's moment decays."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to 1 % of the peak at num_steps."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is validated and exported; 0 turns it off."""
+
+
+@dataclass
+class EquivarianceConfig:
+    preset: Literal["custom", "eqvae_paper"] = "custom"
+    """eqvae_paper: the published training scheme exactly (one transform per batch: a rotation by 90, 180 or 270 degrees
+    and a down-scaling, on half of the steps, implicit loss only, other steps plain); the options below must then be left alone."""
+    group: Literal["none", "rotations", "d4"] = "none"
+    """Symmetries drawn per sample at native scale."""
+    prob: float = 1.0
+    """Probability that a step is regularised at all; other steps are plain reconstruction."""
+    implicit_weight: float = 1.0
+    """Weight of the implicit term: on a regularised step, reconstruction losses are taken of D(T E(x)) against T x.
+    0: they are taken of D(E(x)) against x."""
+    consistency_weight: float = 0.0
+    """Weight of the latent-consistency term mean (E(T x) - T E(x))^2 / var(z)."""
+    rescale_prob: float = 0.0
+    """Probability that a group of samples is also rescaled."""
+    rescale_smallest: float = 0.25
+    """Smallest scale factor drawn."""
+    anisotropic: bool = False
+    """Draw height and width factors apart."""
+    num_groups: int = 2
+    """Groups a micro-batch falls into; the samples of a group share their output shape, so their rescaling."""
+    permute_prob: float = 0.0
+    """Probability of a patch permutation on top of the symmetry."""
+    permute_cells: list[int] = field(default_factory=lambda: [2, 4])
+    """Cells per side of the patch permutations drawn."""
+    negate_prob: float = 0.0
+    """Probability of negation, x -> -x and z -> -z, which makes the view `negate` valid for sampling."""
+
+
+@dataclass
+class VAELossConfig:
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    l2_weight: float = 1.0
+    """Weight of the mean squared error."""
+    gradient_weight: float = 0.0
+    """Weight of the mean absolute error of horizontal and vertical differences."""
+    perceptual_weight: float = 0.0
+    """Weight of LPIPS (VGG16 weights must be in torch's hub folder)."""
+    kl_weight: float = 1e-6
+    """Weight of the posterior's KL divergence to N(0, 1), in nats, summed over latent values, averaged over pictures."""
+    adversarial_weight: float = 0.0
+    """Weight of the PatchGAN term, before its adaptive factor; 0 builds no discriminator."""
+    adversarial_start: int = 0
+    """Optimizer step from which the PatchGAN term counts; the discriminator trains from there too."""
+    discriminator_channels: int = 64
+    """Channels of the discriminator's first layer."""
+    discriminator_layers: int = 3
+    """Strided layers of the discriminator."""
+
+
+@dataclass
+class FoldConfig:
+    num_images: int = 2048
+    """Training pictures whose latents give the channel statistics folded in at export; 0 exports unfolded."""
+    align_to: Optional[str] = None
+    """Model folder to whose (normalised) latents the channels are aligned by a folded linear map."""
+
+
+@dataclass
+class AutoencoderConfig:
+    stage: Literal["autoencoder"] = "autoencoder"
+    """Which stage this file configures."""
+    init: Literal["scratch", "pretrained"] = "scratch"
+    """Start from `architecture` with random weights, or from `model`."""
+    model: Optional[str] = None
+    """Model folder (or AutoencoderKL folder) to start from."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Arguments of diffusers' AutoencoderKL, for init: scratch."""
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
+    fold: FoldConfig = field(default_factory=FoldConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError where options contradict each other."""
+        _check_start(self, "architecture")
+        _check_run(self)
+        if self.run.strategy.startswith("deepspeed"):
+            raise ValueError(
+                f"run.strategy={self.run.strategy}: the autoencoder stage has two optimizers and manual optimization, "
+                "which Lightning's DeepSpeed strategy does not take. Use run.strategy=ddp"
+            )
+        eq = self.equivariance
+        defaults = EquivarianceConfig(preset="eqvae_paper")
+        if eq.preset == "eqvae_paper" and eq != defaults:
+            changed = [name for name in vars(defaults) if getattr(eq, name) != getattr(defaults, name)]
+            raise ValueError(f"equivariance.preset=eqvae_paper fixes the scheme, got also {', '.join(changed)}: use preset=custom")
+        for name in ("prob", "rescale_prob", "permute_prob", "negate_prob"):
+            if not 0 <= getattr(eq, name) <= 1:
+                raise ValueError(f"equivariance.{name} is a probability: got {getattr(eq, name)}, wanted 0 to 1")
+        if not 0 < eq.rescale_smallest < 1:
+            raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
+        if eq.num_groups < 1:
+            raise ValueError(f"equivariance.num_groups: got {eq.num_groups}, wanted at least 1")
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = 16
+    """Rank of the low-rank updates."""
+    alpha: int = 16
+    """Their scale is alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "conv_out"])
+    """Module names (suffixes) that get an update."""
+
+
+@dataclass
+class DiffusionConfig:
+    stage: Literal["diffusion"] = "diffusion"
+    """Which stage this file configures."""
+    init: Literal["scratch", "pretrained"] = "scratch"
+    """Start from `unet` and `text_encoder` below with random weights, or from `model`."""
+    model: Optional[str] = None
+    """Model folder whose UNet, text encoder, tokenizer and scheduler to start from."""
+    vae: str = MISSING
+    """Model folder of the VAE whose latents are learnt; latent shards of another VAE are refused."""
+    adapt: Literal["full", "lora"] = "full"
+    """Train all of the UNet, or low-rank updates that are merged at export."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    unet: dict[str, Any] = field(default_factory=dict)
+    """Arguments of diffusers' UNet2DConditionModel, for init: scratch; in, out and text sizes are filled in."""
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    """Arguments of transformers' CLIPTextConfig, for init: scratch; the vocabulary is made from the captions."""
+    scheduler: dict[str, Any] = field(default_factory=lambda: {"_class_name": "DDIMScheduler"})
+    """Arguments of the diffusers scheduler named by `_class_name`, for init: scratch. Its betas and `prediction_type`
+    are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true)."""
+    train_text_encoder: bool = False
+    """Train the text encoder too. Required with init: scratch, whose text encoder is random."""
+    min_snr_gamma: Optional[float] = None
+    """Min-SNR loss weighting's gamma (5 in the paper); None: unweighted. Not with flow_prediction."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts of the sample grid logged at each validation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError where options contradict each other."""
+        _check_start(self, "unet")
+        _check_run(self)
+        if self.init == "scratch" and not self.train_text_encoder:
+            raise ValueError("init=scratch starts from a random text encoder: set train_text_encoder=true")
+        if self.init == "scratch" and self.adapt == "lora":
+            raise ValueError("adapt=lora updates a pretrained UNet: set init=pretrained model=FOLDER, or adapt=full")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout: got {self.caption_dropout}, wanted 0 <= share < 1")
+        if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":
+            raise ValueError("min_snr_gamma has no meaning with flow_prediction: leave it unset")
+        if self.run.strategy.startswith("deepspeed") and self.optimizer.ema_decay > 0:
+            raise ValueError(f"run.strategy={self.run.strategy} shards the weights, which the EMA cannot follow: set optimizer.ema_decay=0")
+
+
+@dataclass
+class JudgeConfig:
+    stage: Literal["judge"] = "judge"
+    """Which stage this file configures."""
+    architecture: str = "resnet18"
+    """timm model name."""
+    architecture_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model."""
+    rotation_degrees: float = 10.0
+    """Largest random rotation of the training pictures, either way."""
+    noise: float = 0.1
+    """Standard deviation of the noise added to training pictures, in [-1, 1] units."""
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError where options contradict each other."""
+        _check_run(self)
+        if self.run.strategy.startswith("deepspeed"):
+            raise ValueError("the judge is small: use run.strategy=auto or ddp")
+
+
+STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge": JudgeConfig}
+StageConfig = AutoencoderConfig | DiffusionConfig | JudgeConfig
+
+
+def _check_start(config: AutoencoderConfig | DiffusionConfig, architecture: str) -> None:
+    if config.init == "pretrained" and not config.model:
+        raise ValueError("init=pretrained needs the model folder to start from: set model=FOLDER")
+    if config.init == "scratch" and config.model:
+        raise ValueError(f"init=scratch starts from random weights, but model={config.model} is set: use init=pretrained, or drop it")
+    if config.init == "pretrained" and getattr(config, architecture):
+        raise ValueError(f"init=pretrained takes the architecture from model: drop `{architecture}`")
+
+
+def _check_run(config: StageConfig) -> None:
+    data, run = config.data, config.run
+    processes = run.devices * run.num_nodes
+    micro = micro_batch_size(config)
+    if data.batch_size % (micro * processes):
+        raise ValueError(
+            f"data.batch_size={data.batch_size} does not divide into {processes} processes x {micro} "
+            f"(data.micro_batch_size): choose a multiple of {micro * processes}"
+        )
+    if data.val_samples % processes:
+        raise ValueError(f"data.val_samples={data.val_samples} does not divide over {processes} processes")
+    for name in ("num_steps", "log_every", "val_every", "checkpoint_every"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"run.{name}: got {getattr(run, name)}, wanted at least 1")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise ValueError(f"optimizer.ema_decay: got {config.optimizer.ema_decay}, wanted 0 <= decay < 1")
+    if len(config.optimizer.betas) != 2:
+        raise ValueError(f"optimizer.betas: got {list(config.optimizer.betas)}, wanted two numbers")
+
+
+def micro_batch_size(config: StageConfig) -> int:
+    """Samples per process and forward pass."""
+    processes = config.run.devices * config.run.num_nodes
+    return config.data.micro_batch_size or max(1, config.data.batch_size // processes)
+
+
+def accumulation(config: StageConfig) -> int:
+    """Micro-batches per optimizer step and process."""
+    return config.data.batch_size // (micro_batch_size(config) * config.run.devices * config.run.num_nodes)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
+    """The options of a YAML file with `key=value` overrides, as the dataclass of its `stage`.
+
+    Raises: FileNotFoundError; ValueError for an unknown key, a wrong type or choice, a missing value, or options that
+    contradict each other. The message names the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config '{path}' does not exist: configs of the small world lie under configs/glyphs/")
+    loose = [item for item in overrides if "=" not in item]
+    if loose:
+        raise ValueError(f"override '{loose[0]}' has no '=': wanted key=value, such as run.num_steps=100")
+    try:
+        file = OmegaConf.load(path)
+        if not isinstance(file, DictConfig) or file.get("stage") not in STAGES:
+            found = file.get("stage") if isinstance(file, DictConfig) else None
+            raise ValueError(f"config '{path}': stage is {found!r}, wanted one of {', '.join(STAGES)}")
+        schema = OmegaConf.structured(STAGES[file.stage])
+        merged = OmegaConf.merge(schema, file, OmegaConf.from_dotlist(list(overrides)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ValueError(f"config '{path}': required but not set: {', '.join(missing)}. Give them as key=value")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
+    config.validate()
+    return config
+
+
+def to_yaml(config: StageConfig) -> str:
+    """Every option, resolved, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

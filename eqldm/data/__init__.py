@@ -1,0 +1,1 @@
+"""Shards: write, read, resume."""

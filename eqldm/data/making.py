@@ -1,0 +1,145 @@
+"""Make a shard folder with many processes, and resume it when it was interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_manifest
+
+UNFINISHED = "unfinished.json"  # beside the tars while they are being made: what a resumed run need not redo
+
+console = Console(stderr=True)
+
+
+def num_cores() -> int:
+    """The cores that this process may use: fewer than the machine has, under Slurm or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupts() -> None:  # Ctrl-C reaches the whole process group: the parent alone answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(jobs: dict, write: Callable, workers: int) -> Iterator[tuple[str, dict]]:
+    """`(name, entry)` of each job as it finishes: in this process, or in spawned ones that each write whole shards."""
+    if min(workers, len(jobs)) <= 1:
+        yield from ((name, write(job)) for name, job in jobs.items())
+        return
+    # spawn, not fork: this process may run threads (the progress bar, torch), which a fork would leave half-locked
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _ignore_interrupts)
+    try:
+        futures = {pool.submit(write, job): name for name, job in jobs.items()}
+        for future in as_completed(futures):
+            if future.exception():
+                break
+            yield futures.pop(future), future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    # After a failure: first what the other workers have finished, so that it is recorded and not made again
+    ended = [future for future in futures if not future.cancelled()]
+    yield from ((futures[future], future.result()) for future in ended if not future.exception())
+    for future in ended:
+        future.result()
+
+
+def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -> dict[str, dict]:
+    """The entries of the shards that an interrupted run finished; clears the folder under `overwrite`."""
+    record = folder / UNFINISHED
+    old = None
+    if (folder / MANIFEST).is_file():
+        old = json.loads((folder / MANIFEST).read_text())
+    elif record.is_file():
+        old = json.loads(record.read_text())
+    if old is not None and not overwrite and old.get("generator") != generator:
+        was = old.get("generator") or {}
+        keys = sorted(key for key in {*was, *generator} if was.get(key) != generator.get(key))
+        shown = ", ".join(f"{key} (there {_short(was.get(key))}, now {_short(generator.get(key))})" for key in keys)
+        raise ValueError(
+            f"'{folder}' holds shards made with other options: {shown}. Use the same options, another folder, or --overwrite"
+        )
+    known = {entry["name"] for entry in old["shards"]} | set(old.get("names", [])) if old else set()
+    foreign = sorted(tar.name for tar in folder.glob("*.tar") if tar.name not in known)
+    if foreign:
+        raise ValueError(f"'{folder}' holds tars that this script did not make: {', '.join(foreign[:3])}. Use another folder")
+    if overwrite:
+        for name in [*known, MANIFEST, UNFINISHED]:
+            (folder / name).unlink(missing_ok=True)
+        return {}
+    entries = {entry["name"]: entry for entry in old["shards"]} if old else {}
+    whole = {name for name, entry in entries.items()
+             if (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]}
+    return {name: entry for name, entry in entries.items() if name in whole and name in names}
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def make_folder(
+    folder: str | Path, jobs: dict, write: Callable, about: dict, *, workers: int = 1, overwrite: bool = False
+) -> dict:
+    """Write one shard per job, and the manifest; returns the manifest.
+
+    `jobs`: {tar name: argument of `write`}, in the order of the manifest. `write(job)` writes that tar and returns its
+    entry, which may carry `skipped`, a list that is moved to the manifest. It must be picklable.
+    `about["generator"]` holds all that the bytes depend on. A folder made with an equal generator is left as it is; if its
+    making was interrupted, only the missing shards are made.
+    Raises: ValueError where the folder holds other shards; OSError where the disk is full (finished shards are kept).
+    """
+    folder = Path(folder)
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    about = json.loads(json.dumps(about))  # tuples become lists, as they will be when read back
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _prepare(folder, about["generator"], list(jobs), overwrite)
+    if (folder / MANIFEST).is_file():
+        console.print(f"{folder}: made already with the same options, nothing to do")
+        return read_manifest(folder)
+    if done:
+        console.print(f"{folder}: resuming, {len(done)} of {len(jobs)} shards are there")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(str(folder), total=len(jobs), completed=len(done))
+            state = {"generator": about["generator"], "names": list(jobs)}
+            write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
+            # closing: should this loop fail, the workers have stopped before their half shards are removed
+            with closing(_run({name: job for name, job in jobs.items() if name not in done}, write, workers)) as finished:
+                for name, entry in finished:
+                    done[name] = entry
+                    write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
+                    progress.advance(task)
+    except BrokenProcessPool as error:
+        raise OSError(f"a worker writing '{folder}' was killed (out of memory?). Finished shards are kept: run the same "
+                      f"command again, with fewer --workers") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"no space left in '{folder}', after {len(done)} of {len(jobs)} shards. Finished shards are kept: "
+                      f"free some space and run the same command again") from error
+    finally:
+        for half in folder.glob("*.partial"):
+            half.unlink()
+    entries = [done[name] for name in jobs]
+    skipped = [item for entry in entries for item in entry.pop("skipped", [])]
+    for entry in entries:
+        if entry["count"] == 0:
+            (folder / entry["name"]).unlink()
+    about["skipped"] = about.get("skipped", []) + skipped
+    manifest = write_manifest(folder, [entry for entry in entries if entry["count"]], **about)
+    (folder / UNFINISHED).unlink()
+    return manifest

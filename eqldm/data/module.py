@@ -1,0 +1,92 @@
+"""The Lightning data module: endless training stream that starts at the run's step, and a fixed validation set."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader
+
+from eqldm.config import StageConfig, micro_batch_size
+from eqldm.data.order import StreamSampler
+from eqldm.data.samples import LatentSamples, PictureSamples, collate
+from eqldm.data.shards import read_manifest
+
+
+class ShardData(pl.LightningDataModule):
+    """Pictures or latents, as the shards hold. Opening reads headers and fails before step 0 where data is unusable.
+
+    Raises: FileNotFoundError, ValueError (see `ShardSet.open`, `PictureSamples`, `LatentSamples`); ValueError where the
+    validation set is smaller than data.val_samples.
+    """
+
+    def __init__(self, config: StageConfig, need_captions: bool = False, vae_hash: str | None = None):
+        super().__init__()
+        self.config = config
+        data = config.data
+
+        def open_shards(folder: str, seed: int | None) -> PictureSamples | LatentSamples:
+            if read_manifest(folder).get("kind") == "latents" and vae_hash is not None:
+                return LatentSamples(folder, seed, data.shuffle_shards, vae_hash)
+            return PictureSamples(folder, seed, data.shuffle_shards, need_captions)
+
+        self.train_samples = open_shards(data.train, config.run.seed)
+        self.val_samples = open_shards(data.val, None)
+        if len(self.val_samples) < data.val_samples:
+            raise ValueError(f"data.val_samples={data.val_samples}, but '{data.val}' holds {len(self.val_samples)} samples")
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = StreamSampler(
+            self.config.data.batch_size,
+            micro_batch_size(self.config),
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            start_step=self.trainer.global_step,
+        )
+        return self._loader(self.train_samples, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        mine = range(self.trainer.global_rank, self.config.data.val_samples, self.trainer.world_size)
+        return self._loader(self.val_samples, BatchSampler(mine, micro_batch_size(self.config), drop_last=False))
+
+    def _loader(self, samples, sampler) -> DataLoader:
+        workers = self.config.data.num_workers
+        return DataLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            pin_memory=self.config.run.accelerator != "cpu",
+        )
+
+
+class SkippedReport(pl.Callback):
+    """Counts the unreadable pictures and reports them at the end of each epoch of the data, and of the run."""
+
+    def __init__(self):
+        self.skipped: set[str] = set()
+        self.epoch = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        epoch = int(batch["position"][-1]) // len(trainer.datamodule.train_samples)
+        if epoch != self.epoch:
+            self._report(pl_module, trainer)
+            self.epoch = epoch
+        self.skipped.update(batch["skipped"])
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._report(pl_module, trainer)
+
+    def _report(self, pl_module, trainer) -> None:
+        count = len(self.skipped)
+        if trainer.world_size > 1:
+            count = int(trainer.strategy.reduce(torch.tensor(float(count), device=pl_module.device), reduce_op="sum"))
+        if count:
+            shown = ", ".join(sorted(self.skipped)[:5])
+            rank_zero_warn(f"epoch {self.epoch}: {count} unreadable pictures were skipped (here: {shown})")
+        for logger in trainer.loggers:
+            logger.log_metrics({"data/skipped": count}, step=trainer.global_step)
+        self.skipped = set()
+
+

@@ -1,0 +1,182 @@
+"""Samples by stream position: pictures from shards, or latents from shards, decoded and ready to batch."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from eqldm.data.order import epoch_order
+from eqldm.data.shards import ShardSet
+
+PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
+
+
+def decode_picture(content: bytes) -> Tensor:
+    """[3, H, W] float32 in [-1, 1]. Raises OSError, SyntaxError or ValueError where the bytes are no picture."""
+    with Image.open(io.BytesIO(content)) as image:
+        return picture_to_tensor(image)
+
+
+def picture_to_tensor(image: Image.Image) -> Tensor:
+    """A PIL picture as [3, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def tensor_to_picture(x: Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1] (clamped) as a PIL picture: the inverse of `picture_to_tensor`."""
+    pixels = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+class PictureSamples(Dataset):
+    """`samples[position]` is `{x, caption, label, key, position, skipped}`; an unreadable picture's place is taken by the
+    next readable one of the shard, and its key is listed under `skipped`.
+
+    seed None keeps the order of the shards (validation). `label` is -1 where the shards carry none.
+    """
+
+    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
+        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        self.extension = next((e for e in PICTURE_EXTENSIONS if self.shards.has(e).any()), None)
+        if self.extension is None:
+            held = ", ".join(self.shards.places)
+            raise ValueError(f"data set '{folder}' holds no pictures (png, jpg, webp), only: {held}. Is it a latent folder?")
+        if need_captions:
+            _check_captions(self.shards)
+        self.image_size = tuple(decode_picture(self.shards.read(self._first_readable(), self.extension)).shape[-2:])
+
+    def _first_readable(self) -> int:
+        for number in range(min(len(self.shards), MAX_SKIPS)):
+            try:
+                decode_picture(self.shards.read(number, self.extension))
+                return number
+            except (UnidentifiedImageError, OSError, SyntaxError):
+                continue
+        raise ValueError(f"data set '{self.shards.folder}': none of its first {MAX_SKIPS} pictures can be decoded")
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, position: int) -> dict:
+        number, skipped = _sample_number(self, position), []
+        for _ in range(MAX_SKIPS):
+            try:
+                x = decode_picture(self.shards.read(number, self.extension))
+                break
+            except (UnidentifiedImageError, OSError, SyntaxError):
+                skipped.append(str(self.shards.keys[number]))
+                number = (number + 1) % len(self.shards)
+        else:
+            raise ValueError(f"data set '{self.shards.folder}': {MAX_SKIPS} pictures in a row cannot be decoded, from {skipped[0]}")
+        if tuple(x.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"picture '{self.shards.keys[number]}' of '{self.shards.folder}' is {tuple(x.shape[-2:])}, the first one "
+                f"{self.image_size}: make the shards with data/make_shards.py --size"
+            )
+        has_label = self.shards.has("json")[number]
+        label = json.loads(self.shards.read(number, "json")).get("label", -1) if has_label else -1
+        return {
+            "x": x,
+            "caption": _caption(self.shards, number),
+            "label": label,
+            "key": str(self.shards.keys[number]),
+            "position": position,
+            "skipped": skipped,
+        }
+
+
+class LatentSamples(Dataset):
+    """`samples[position]` is `{moments, caption, key, position, skipped}`, and `prompt_embeds` where the shards hold them.
+
+    moments: [2 C, h, w] float32, the posterior's mean and log-variance as `AutoencoderKL.encode` gives them.
+    Raises ValueError where `vae_hash` is given and the shards were made with another VAE.
+    """
+
+    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, vae_hash: str | None = None):
+        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        if self.shards.manifest.get("kind") != "latents":
+            raise ValueError(f"data set '{folder}' holds no latents: encode it first with data/encode_latents.py")
+        made_with = self.shards.manifest["vae_hash"]
+        if vae_hash is not None and made_with != vae_hash:
+            raise ValueError(
+                f"latents '{folder}' were made with another VAE (hash {made_with}) than the one configured ({vae_hash}): "
+                "encode the pictures anew with data/encode_latents.py, or set vae= to the VAE that made them"
+            )
+        _check_captions(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, position: int) -> dict:
+        number = _sample_number(self, position)
+        sample = {
+            "moments": read_array(self.shards, number, "moments.npy"),
+            "caption": _caption(self.shards, number),
+            "key": str(self.shards.keys[number]),
+            "position": position,
+            "skipped": [],
+        }
+        if "prompt_embeds.npy" in self.shards.places:
+            sample["prompt_embeds"] = read_array(self.shards, number, "prompt_embeds.npy")
+        return sample
+
+
+def pack_array(x: Tensor) -> bytes:
+    """An array file for a shard. NumPy has no bfloat16: its bits are kept as int16, float16 stays itself."""
+    buffer = io.BytesIO()
+    np.save(buffer, x.contiguous().view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.contiguous().numpy())
+    return buffer.getvalue()
+
+
+def read_array(shards: ShardSet, number: int, extension: str) -> Tensor:
+    """float32 tensor of an array file that `pack_array` wrote."""
+    array = torch.from_numpy(np.load(io.BytesIO(shards.read(number, extension)), allow_pickle=False))
+    return (array.view(torch.bfloat16) if array.dtype == torch.int16 else array).float()
+
+
+def collate(samples: list[dict]) -> dict:
+    """Tensors stacked, numbers as int64 tensors, text as lists, skipped keys joined."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name, values in batch.items():
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], int):
+            batch[name] = torch.tensor(values)
+    batch["skipped"] = [key for keys in batch["skipped"] for key in keys]
+    return batch
+
+
+@lru_cache(maxsize=4)
+def _cached_order(starts: tuple[int, ...], seed: int, epoch: int, window: int) -> np.ndarray:
+    return epoch_order(np.array(starts), seed, epoch, window)
+
+
+def _sample_number(samples: PictureSamples | LatentSamples, position: int) -> int:
+    count = len(samples)
+    if samples.seed is None:
+        return position % count
+    order = _cached_order(tuple(samples.shards.starts.tolist()), samples.seed, position // count, samples.window)
+    return int(order[position % count])
+
+
+def _caption(shards: ShardSet, number: int) -> str:
+    return shards.read(number, "txt").decode() if shards.has("txt")[number] else ""
+
+
+def _check_captions(shards: ShardSet) -> None:
+    have = shards.has("txt")
+    if not have.all():
+        first = shards.keys[~have][0]
+        raise ValueError(
+            f"data set '{shards.folder}': {(~have).sum()} of {len(have)} samples have no caption (.txt), the first is "
+            f"'{first}'. Training on text needs captions: make the shards with data/make_shards.py from captioned pictures"
+        )

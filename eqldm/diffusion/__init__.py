@@ -1,0 +1,1 @@
+"""Stage 2: a UNet on an autoencoder's latents."""

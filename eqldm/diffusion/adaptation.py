@@ -1,0 +1,85 @@
+"""What stage 2 starts from and what of it is trained: scratch or pretrained, all weights or low-rank updates (peft)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from eqldm.config import DiffusionConfig
+from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
+from eqldm.model_folder import downsampling, load_scheduler, load_text, load_unet, make_scheduler
+
+
+@dataclass
+class Networks:
+    """What stage 2 trains with and exports, beside the VAE."""
+
+    unet: UNet2DConditionModel
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    scheduler: SchedulerMixin
+
+
+def build_networks(config: DiffusionConfig, vae: AutoencoderKL, image_size: int, captions: Iterable[str]) -> Networks:
+    """The networks that training starts from.
+
+    captions: of the training set, read only for init: scratch, to make the tokenizer.
+    Raises ValueError where a pretrained UNet does not take the VAE's latent channels.
+    """
+    channels = vae.config.latent_channels
+    if config.init == "pretrained":
+        networks = Networks(load_unet(config.model), *load_text(config.model), load_scheduler(config.model))
+        if networks.unet.config.in_channels != channels:
+            raise ValueError(
+                f"the UNet of '{config.model}' takes {networks.unet.config.in_channels} latent channels, the VAE of "
+                f"'{config.vae}' gives {channels}: use a VAE with as many channels, or init=scratch"
+            )
+    else:
+        torch.manual_seed(config.run.seed)
+        tokenizer = make_tokenizer(captions)
+        text_encoder = make_text_encoder(tokenizer, **config.text_encoder)
+        unet = UNet2DConditionModel(
+            sample_size=image_size // downsampling(vae),
+            in_channels=channels,
+            out_channels=channels,
+            cross_attention_dim=text_encoder.config.hidden_size,
+            **config.unet,
+        )
+        networks = Networks(unet, tokenizer, text_encoder, make_scheduler(config.scheduler))
+    if not torch.cuda.is_available():
+        # The backward pass of scaled_dot_product_attention takes over half of a small UNet's step on a CPU.
+        networks.unet.set_attn_processor(AttnProcessor())
+    if config.adapt == "lora":
+        torch.manual_seed(config.run.seed)
+        add_lora(networks.unet, config)
+    if config.gradient_checkpointing:
+        networks.unet.enable_gradient_checkpointing()
+    networks.text_encoder.requires_grad_(config.train_text_encoder)
+    return networks
+
+
+def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:
+    """Freezes the UNet and adds trainable low-rank updates. Raises ValueError where no module bears a target's name.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+    """
+    names = [name for name, _ in unet.named_modules()]
+    absent = [t for t in config.lora.targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if absent:
+        raise ValueError(f"lora.targets {absent} match no module of the UNet: give suffixes of its module names, such as to_q")
+    unet.requires_grad_(False)
+    unet.add_adapter(
+        LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets))
+    )
+
+
+def merge_lora(unet: UNet2DConditionModel) -> None:
+    """Adds the low-rank updates to the weights and removes them: a plain UNet again."""
+    unet.fuse_lora()
+    unet.unload_lora()

@@ -1,0 +1,82 @@
+"""Text conditioning: a small CLIP tokenizer and text encoder for the small world, and prompts to embeddings for any."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_tokenizer(captions: Iterable[str], max_length: int | None = None) -> CLIPTokenizer:
+    """A CLIPTokenizer in which each word of the captions is one token; other words fall back to letters.
+
+    max_length: tokens per prompt, start and end included; None: what the longest caption needs. CLIP's tokenizer lowers
+    the case: "A" and "a" are one token.
+    """
+    counts, longest = {}, 0
+    for caption in captions:
+        words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", caption.lower())
+        longest = max(longest, len(words))
+        for word in words:
+            counts[word] = counts.get(word, 0) + 1
+    characters = [chr(code) for code in range(33, 127)]
+    merges, pieces = [], []
+    for word in sorted(counts):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        left = symbols[0]
+        for symbol in symbols[1:]:
+            if (left, symbol) not in merges:
+                merges.append((left, symbol))
+                pieces.append(left + symbol)
+            left += symbol
+    tokens = [*characters, *(c + "</w>" for c in characters), *pieces, START, END]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "vocab.json").write_text(json.dumps(vocabulary))
+        (path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        return CLIPTokenizer.from_pretrained(
+            path, model_max_length=max_length or longest + 2, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+        )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
+    """A random CLIPTextModel for a tokenizer; `sizes` are arguments of CLIPTextConfig (hidden_size, ...)."""
+    defaults = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{**defaults, **sizes},
+    )
+    return CLIPTextModel(config)
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """[B, L] token numbers, padded and cut to the tokenizer's length."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: list[str]) -> Tensor:
+    """[B, L, D] last hidden states, the conditioning of Stable Diffusion 1.x. Gradients flow where they are enabled."""
+    tokens = tokenize(tokenizer, prompts).to(text_encoder.device)
+    return text_encoder(tokens).last_hidden_state
+
+
+@torch.no_grad()
+def too_long(tokenizer: CLIPTokenizer, prompts: list[str]) -> list[str]:
+    """The prompts that lose words because they are longer than the model's token limit."""
+    limit = tokenizer.model_max_length
+    return [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > limit]

@@ -1,0 +1,151 @@
+"""The LightningModule of stage 2, and `train_diffusion`, which runs it from options to exported model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from diffusers import AutoencoderKL
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from eqldm.config import DiffusionConfig
+from eqldm.data.module import ShardData
+from eqldm.data.order import position_generator
+from eqldm.data.samples import LatentSamples
+from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
+from eqldm.diffusion.conditioning import encode_prompts, too_long
+from eqldm.diffusion.objective import Objective
+from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, vae_hash
+from eqldm.run import check_finite, make_optimizer, make_schedule, make_trainer, prepare_run
+
+
+class LatentDiffusion(pl.LightningModule):
+    """Trains a UNet (and, if asked, its text encoder) to denoise an autoencoder's latents.
+
+    Batches: `{moments: [B, 2 C, h, w]}` from latent shards or `{x: [B, 3, H, W] in [-1, 1]}` from picture shards, with
+    `caption`, `position`, `key`, and `prompt_embeds` [B, L, D] where the shards hold them.
+    """
+
+    def __init__(self, config: DiffusionConfig, vae: AutoencoderKL, networks: Networks):
+        super().__init__()
+        self.config = config
+        self.unet = networks.unet
+        self.text_encoder = networks.text_encoder if config.train_text_encoder else None
+        # In a list: neither trained nor in the checkpoints, nor copied for the EMA.
+        self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.eval()]
+        self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
+        self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
+        if config.run.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if config.run.compile:
+            self.unet.compile()
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.frozen[0]
+
+    def on_fit_start(self) -> None:
+        for network in self.frozen:
+            network.to(self.device)
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trained, self.config.optimizer)
+        return [optimizer], [{"scheduler": make_schedule(optimizer, self.config), "interval": "step"}]
+
+    def latents(self, batch: dict, seed: int) -> Tensor:
+        """Normalised latents z [B, C, h, w], drawn from the posterior with each position's generator."""
+        if "moments" in batch:
+            distribution = posterior(batch["moments"])
+        else:
+            with torch.no_grad():
+                distribution = self.vae.encode(batch["x"]).latent_dist
+        mean, std = distribution.mean.float(), distribution.std.float()
+        positions = batch["position"].tolist()
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=position_generator(seed, p, "posterior")) for p in positions])
+        return normalise(self.vae, mean + std * noise.to(mean))
+
+    def prompt_embeds(self, batch: dict, captions: list[str]) -> Tensor:
+        """[B, L, D]. Precomputed embeddings are used where the batch holds them and no caption was dropped."""
+        if "prompt_embeds" in batch and self.text_encoder is None:
+            dropped = torch.tensor([a != b for a, b in zip(captions, batch["caption"])], device=self.device)
+            if not bool(dropped.any()):
+                return batch["prompt_embeds"]
+            with torch.no_grad():
+                empty = encode_prompts(self.tokenizer, self.frozen[1], [""])
+            return torch.where(dropped[:, None, None], empty, batch["prompt_embeds"])
+        with torch.set_grad_enabled(self.text_encoder is not None and torch.is_grad_enabled()):
+            return encode_prompts(self.tokenizer, self.text_encoder or self.frozen[1], captions)
+
+    def denoising_loss(self, batch: dict, seed: int, caption_dropout: float = 0.0) -> Tensor:
+        """[B] the objective's loss at one (t, noise) per sample, drawn from (seed, position)."""
+        z = self.latents(batch, seed)
+        noises, times, captions = [], [], []
+        for position, caption in zip(batch["position"].tolist(), batch["caption"]):
+            generator = position_generator(seed, position, "denoise")
+            times.append(self.objective.draw_time(generator))
+            noises.append(torch.randn(z.shape[1:], generator=generator))
+            dropped = float(torch.rand((), generator=generator)) < caption_dropout
+            captions.append("" if dropped else caption)
+        t, eps = torch.stack(times).to(z.device), torch.stack(noises).to(z)
+        output = self.unet(self.objective.add_noise(z, eps, t), t, self.prompt_embeds(batch, captions)).sample
+        return self.objective.loss(output, z, eps, t)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        loss = self.denoising_loss(batch, self.config.run.seed, self.config.caption_dropout).mean()
+        check_finite({"loss": loss.detach()}, self.trainer.global_step, batch["key"])
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        loss = self.denoising_loss(batch, seed=0)
+        self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
+
+    def export(self, folder: Path) -> Path:
+        """Write the whole model folder, low-rank updates merged."""
+        if self.config.adapt == "lora":
+            merge_lora(self.unet)
+        return save_model_folder(
+            folder,
+            vae=self.vae.cpu(),
+            unet=self.unet.cpu().eval(),
+            text_encoder=(self.text_encoder or self.frozen[1]).cpu().eval(),
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+        )
+
+
+def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> Path:
+    """Runs stage 2, or resumes it; exports the EMA weights to `RUN/model`, a folder stock diffusers opens. Returns it.
+
+    Raises: as the data module, `build_networks`, `prepare_run`; FloatingPointError from the NaN guard.
+    """
+    vae = load_vae(config.vae)
+    data = ShardData(config, need_captions=True, vae_hash=vae_hash(vae))
+    networks = build_networks(config, vae, _image_size(data.train_samples, vae), _captions(data.train_samples))
+    cut = too_long(networks.tokenizer, config.sample_prompts)
+    if cut:
+        raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
+    module = LatentDiffusion(config, vae, networks)
+    checkpoint = prepare_run(config)
+    trainer = make_trainer(config, automatic_accumulation=True, callbacks=callbacks)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    folder = Path(config.run.dir) / "model"
+    if trainer.is_global_zero:
+        module.export(folder)
+    trainer.strategy.barrier()
+    return folder
+
+
+def _image_size(samples, vae: AutoencoderKL) -> int:
+    if isinstance(samples, LatentSamples):
+        return samples[0]["moments"].shape[-1] * downsampling(vae)
+    return samples.image_size[0]
+
+
+def _captions(samples, limit: int = 5000):
+    """The captions of the first samples, for a new tokenizer."""
+    for number in range(min(limit, len(samples))):
+        yield samples.shards.read(number, "txt").decode()

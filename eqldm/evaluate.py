@@ -1,0 +1,130 @@
+"""Evaluate model folders: python -m eqldm.evaluate MODEL [MODEL ...] --data SHARDS --out DIR
+
+Each MODEL is a diffusers folder, whole or with a VAE alone (what needs a UNet is then listed as not computed). Writes
+DIR/NAME/metrics.json and picture sheets for each, and DIR/report.md with all of them side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.data.samples import PictureSamples
+from eqldm.data.shards import write_json
+from eqldm.evaluation.anagram import anagram_metrics, generation_metrics, letter_pairs, plain_letters, read_letters
+from eqldm.evaluation.equivariance import equivariance_metrics
+from eqldm.evaluation.fit import fit_metrics
+from eqldm.evaluation.judge import SHIPPED, Judge
+from eqldm.evaluation.reconstruction import reconstruction_metrics
+from eqldm.evaluation.report import console_table, equivariance_sheet, reading_sheet, write_report
+from eqldm.model_folder import load_vae, vae_hash
+from eqldm.run import versions
+from eqldm.views import D4, IDENTITY, View, parse_view
+
+
+def evaluate_vae(folder: Path, out: Path, pictures: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Reconstruction and equivariance; writes `equivariance.png`."""
+    vae = load_vae(folder).to(device)
+    views = [view for view in D4 if view != IDENTITY]
+    metrics = reconstruction_metrics(vae, pictures) | equivariance_metrics(vae, pictures, views)
+    equivariance_sheet(vae, pictures[:8], views).save(out / "equivariance.png")
+    return metrics
+
+
+def evaluate_unet(
+    folder: Path, out: Path, samples: PictureSamples, judge: Judge | None, views: list[View], args: argparse.Namespace
+) -> dict[str, float]:
+    """Fit and, with a judge, generation and anagrams; writes `letters.png` and `anagrams_VIEW.png`."""
+    sampler = Sampler.open(folder, args.device)
+    metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)))
+    if judge is None:
+        return metrics
+    for view in views:  # before anything long
+        sampler.check(["", ""], [IDENTITY, view])
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    jobs = [([IDENTITY], plain_letters(args.num_letters), out / "letters.png")]
+    jobs += [([IDENTITY, view], letter_pairs(args.num_pairs), out / f"anagrams_{_file_name(view)}.png") for view in views]
+    with Progress(transient=True) as progress:
+        steps = sum(-(-wanted.shape[1] // 64) for _, wanted, _ in jobs) * args.num_inference_steps
+        task = progress.add_task(f"sampling {folder}", total=steps)
+        for job_views, wanted, path in jobs:
+            reading = read_letters(
+                sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options
+            )
+            reading_sheet(reading, job_views).save(path)
+            metrics |= generation_metrics(reading) if len(job_views) == 1 else anagram_metrics(job_views[1], reading)
+    return metrics
+
+
+def evaluate(args: argparse.Namespace) -> Path:
+    """Evaluate every model; returns the path of the report."""
+    views = [parse_view(name) for name in args.views]
+    out, notes = Path(args.out), []
+    samples = PictureSamples(args.data)
+    count = min(args.num_images, len(samples))
+    device = torch.device(args.device)
+    found = [samples[i] for i in range(count)]
+    pictures = torch.stack([sample["x"] for sample in found]).to(device)
+    labels = torch.tensor([sample["label"] for sample in found])
+    judge = None
+    if args.judge or SHIPPED.is_dir():
+        judge = Judge.open(args.judge)
+    else:
+        notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
+    results = {}
+    for folder in map(Path, args.models):
+        name = folder.parent.name if folder.name == "model" else folder.name
+        (out / name).mkdir(parents=True, exist_ok=True)
+        metrics = evaluate_vae(folder, out / name, pictures, device)
+        if (folder / "unet").is_dir():
+            metrics |= evaluate_unet(folder, out / name, samples, judge, views, args)
+        else:
+            notes.append(f"Not computed for {name}: fit, generation, anagrams ('{folder}' holds a VAE alone).")
+        if judge is not None and bool((labels >= 0).all()):
+            metrics["judge/accuracy"] = float((judge(pictures.cpu()) == labels).float().mean())
+        results[name] = metrics
+        write_json(out / name / "metrics.json", metrics)
+        about = {**vars(args), "vae_hash": vae_hash(load_vae(folder)), "num_images": count, "versions": versions()}
+        (out / name / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+    notes.append(f"{count} pictures of `{args.data}`; command: `python -m eqldm.evaluate {' '.join(sys.argv[1:])}`.")
+    report = write_report(out, results, notes)
+    Console().print(console_table(results, f"{count} pictures of {args.data}"))
+    return report
+
+
+def _file_name(view: View) -> str:
+    return view.name.replace(":", "-").replace("@", "+")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder, whole or with vae/ alone")
+    parser.add_argument("--data", required=True, help="shard folder of held-out pictures")
+    parser.add_argument("--out", required=True, help="folder for reports")
+    parser.add_argument("--judge", help="judge folder; default: the shipped one, if any")
+    parser.add_argument("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams")
+    parser.add_argument("--num-images", type=int, default=512, help="pictures for reconstruction, equivariance and fit")
+    parser.add_argument("--num-letters", type=int, default=104, help="letters sampled plainly")
+    parser.add_argument("--num-pairs", type=int, default=128, help="letter pairs sampled as anagrams, for each view")
+    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    try:
+        print(f"report: {evaluate(parse_args())}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Does it read as both? Letters sampled plain and as anagrams, read by the judge.
+
+Ambigramability: the share of pictures that the judge reads right in *both* views. Source: arXiv 2306.12049, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.views import View
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sampled pictures [N, 3, H, W] and what the judge read: wanted and read are [views, N] label numbers."""
+
+    pictures: Tensor
+    wanted: Tensor
+    read: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        """[views, N] bool."""
+        return self.wanted == self.read
+
+
+def letter_pairs(count: int, seed: int = 0) -> Tensor:
+    """[2, count] label numbers: a seeded draw from all ordered pairs of different letters, without repeats while they last."""
+    n = len(LETTERS)
+    every = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+    every = every[every[:, 0] != every[:, 1]]
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [every[torch.randperm(len(every), generator=generator)] for _ in range(-(-count // len(every)))]
+    return torch.cat(rounds)[:count].T
+
+
+def read_letters(
+    sampler: Sampler, judge: Judge, views: list[View], wanted: Tensor, batch_size: int = 64, seed: int = 0,
+    on_step: Callable[[], None] | None = None, **options,
+) -> Reading:  # fmt: skip
+    """Samples picture k (its seed is seed + k) as letter wanted[i, k] in view i, and reads each view.
+
+    wanted: [views, N]. options: as `Sampler.__call__` takes them.
+    """
+    parts = []
+    for first in range(0, wanted.shape[1], batch_size):
+        rows = wanted[:, first : first + batch_size]
+        prompts = [[f"the letter {LETTERS[label]}" for label in view_labels] for view_labels in rows.tolist()]
+        seeds = range(seed + first, seed + first + rows.shape[1])
+        parts.append(sampler.decode(sampler(prompts, views, seeds, on_step=on_step, **options)))
+    pictures = torch.cat(parts)
+    read = torch.stack([judge(view(pictures)) for view in views])
+    return Reading(pictures, wanted, read)
+
+
+def generation_metrics(reading: Reading) -> dict[str, float]:
+    """`generation/read_right`: the share of plainly sampled letters that the judge reads right."""
+    return {"generation/read_right": float(reading.right[0].float().mean())}
+
+
+def anagram_metrics(view: View, reading: Reading) -> dict[str, float]:
+    """`ambigramability`, and the share read right in the `upright` picture and in the `turned` one."""
+    upright, turned = reading.right.float()
+    return {
+        f"anagram/{view.name}/ambigramability": float((upright * turned).mean()),
+        f"anagram/{view.name}/upright": float(upright.mean()),
+        f"anagram/{view.name}/turned": float(turned.mean()),
+    }
+
+
+def plain_letters(count: int) -> Tensor:
+    """[1, count] label numbers, each letter in turn."""
+    return (torch.arange(count) % len(LETTERS))[None]

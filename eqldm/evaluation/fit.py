@@ -1,0 +1,23 @@
+"""Does the UNet know these latents? Its denoising loss on the VAE's latents of held-out pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from eqldm.config import DiffusionConfig
+from eqldm.data.samples import PictureSamples, collate
+from eqldm.diffusion.module import LatentDiffusion
+from eqldm.anagram.sampling import Sampler
+
+
+@torch.no_grad()
+def fit_metrics(sampler: Sampler, samples: PictureSamples, num_images: int, batch_size: int = 64) -> dict[str, float]:
+    """`fit/val_loss`: the mean denoising loss at one fixed (t, noise) for each picture, the same code and draws as in
+    training's validation."""
+    module = LatentDiffusion(DiffusionConfig(), sampler.vae, sampler.networks).to(sampler.device)
+    losses = []
+    for first in range(0, num_images, batch_size):
+        batch = collate([samples[i] for i in range(first, min(num_images, first + batch_size))])
+        batch["x"] = batch["x"].to(sampler.device)
+        losses.append(module.denoising_loss(batch, seed=0))
+    return {"fit/val_loss": float(torch.cat(losses).mean())}

@@ -1,0 +1,93 @@
+"""What an evaluation writes: `metrics.json`, a Markdown table over all models, and picture sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from eqldm.anagram.render import picture_sheet
+from eqldm.evaluation.anagram import Reading
+from eqldm.evaluation.judge import LETTERS
+from eqldm.model_folder import decode, encode
+from eqldm.views import View
+
+HIGHER_IS_BETTER = {"psnr", "ssim", "decoder_psnr", "read_right", "ambigramability", "upright", "turned", "accuracy"}
+
+
+def number(value: float | None) -> str:
+    """Three significant figures, or a dash for what was not computed."""
+    return "-" if value is None else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def metric_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """One row a metric: its name with an arrow towards better, and each model's value."""
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+    rows = []
+    for name in names:
+        arrow = "↑" if name.rsplit("/", 1)[-1] in HIGHER_IS_BETTER else "↓"
+        rows.append([f"{name} {arrow}", *(number(metrics.get(name)) for metrics in results.values())])
+    return rows
+
+
+def markdown_table(results: dict[str, dict[str, float]]) -> str:
+    """The metrics of all models as a Markdown table."""
+    lines = [["metric", *results], ["---"] * (len(results) + 1), *metric_rows(results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def console_table(results: dict[str, dict[str, float]], title: str) -> Table:
+    """The same for the terminal."""
+    table = Table("metric", *results, title=title)
+    for row in metric_rows(results):
+        table.add_row(*row)
+    return table
+
+
+@torch.no_grad()
+def equivariance_sheet(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]) -> Image.Image:
+    """For each picture: x, D(z), and for each view T of it D(T z), turned back so that errors are easy to see."""
+    z = encode(vae, pictures)
+    columns = [pictures, decode(vae, z), *(view.inverse(decode(vae, view(z))) for view in views)]
+    labels = ["x", "D(z)", *(f"T⁻¹ D(T z): {view.name}" for view in views)]
+    rows = [[column[i] for column in columns] for i in range(len(pictures))]
+    return picture_sheet(rows, [""] * len(pictures), labels, scale=max(1, 96 // pictures.shape[-1]))
+
+
+def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
+    """Sampled letters in each view, a row each, labelled wanted -> read."""
+    count = min(most, len(reading.pictures))
+    rows = [[view(picture) for view in views] for picture in reading.pictures[:count]]
+    labels = [
+        "  ".join(f"{LETTERS[w]}→{LETTERS[r]}" for w, r in zip(reading.wanted[:, k].tolist(), reading.read[:, k].tolist()))
+        for k in range(count)
+    ]
+    return _side_by_side(rows, labels, [view.name for view in views])
+
+
+def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
+    """The rows in several columns of sheets, so that a long list fits on a screen."""
+    per = -(-len(rows) // columns)
+    sheets = [
+        picture_sheet(rows[i : i + per], labels[i : i + per], headings, scale=max(1, 96 // rows[0][0].shape[-1]))
+        for i in range(0, len(rows), per)
+    ]
+    whole = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
+    left = 0
+    for sheet in sheets:
+        whole.paste(sheet, (left, 0))
+        left += sheet.width
+    return whole
+
+
+def write_report(out: Path, results: dict[str, dict[str, float]], notes: list[str]) -> Path:
+    """Writes `report.md`: the table, what was not computed and why, and the command."""
+    text = "# Evaluation\n\n" + markdown_table(results) + "".join(f"\n{note}\n" for note in notes)
+    path = out / "report.md"
+    path.write_text(text)
+    return path

@@ -1,0 +1,145 @@
+"""Model folders: diffusers pipeline folders, whole or in part (`vae/` alone after stage 1), read and written.
+
+A whole one holds `model_index.json`, `vae/`, `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and stock
+`StableDiffusionPipeline.from_pretrained` opens it. Loading is strict and safetensors only.
+
+Latents: `posterior.mean` is what `AutoencoderKL.encode` gives; `z = normalise(vae, mean)` is what UNets see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+
+def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
+    """The folder, if it holds these parts. Raises FileNotFoundError that says what is missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder '{folder}' does not exist: give a diffusers pipeline folder, such as RUN/model")
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        held = [part for part in PARTS if (folder / part).is_dir()] or ["none of its parts"]
+        raise FileNotFoundError(
+            f"'{folder}' is no model folder with {', '.join(parts)}: it lacks {', '.join(missing)} (holds {', '.join(held)})"
+        )
+    return folder
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode."""
+    folder = Path(folder)
+    if not (folder / "vae").is_dir() and (folder / "config.json").is_file():
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        if kind == "AutoencoderKL":
+            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
+    check_model_folder(folder, ("vae",))
+    return AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
+
+
+def load_unet(folder: str | Path) -> UNet2DConditionModel:
+    """The UNet of a model folder, in float32 and eval mode."""
+    check_model_folder(folder, ("unet",))
+    return UNet2DConditionModel.from_pretrained(
+        folder, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
+    ).eval()
+
+
+def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and the text encoder (float32, eval mode) of a model folder."""
+    check_model_folder(folder, ("tokenizer", "text_encoder"))
+    tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    return tokenizer, CLIPTextModel.from_pretrained(Path(folder) / "text_encoder", dtype=torch.float32).eval()
+
+
+def load_scheduler(folder: str | Path) -> SchedulerMixin:
+    """The noise scheduler of a model folder, of the class that its config names."""
+    path = check_model_folder(folder, ("scheduler",)) / "scheduler" / "scheduler_config.json"
+    return make_scheduler(json.loads(path.read_text()))
+
+
+def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixin:
+    """A diffusers scheduler from its config, of the class named there or by `class_name`. Raises ValueError."""
+    name = class_name or config.get("_class_name", "")
+    kind = getattr(diffusers, name, None)
+    if not name or kind is None or not issubclass(kind, SchedulerMixin):
+        raise ValueError(f"'{name}' is no diffusers scheduler: wanted a class name such as DDIMScheduler")
+    return kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+
+
+def save_model_folder(folder: str | Path, **parts) -> Path:
+    """Write a model folder from `vae` alone, or from all of `vae, unet, text_encoder, tokenizer, scheduler`.
+
+    Written beside its name and renamed, so that a reader never opens half a model; a folder that stood there is replaced.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if set(parts) == set(PARTS):
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        pipeline.save_pretrained(partial, safe_serialization=True)
+    elif set(parts) == {"vae"}:
+        parts["vae"].save_pretrained(partial / "vae", safe_serialization=True)
+    else:
+        raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def downsampling(vae: AutoencoderKL) -> int:
+    """f: picture pixels per latent cell and side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def posterior(moments: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of stored moments [B, 2 C, h, w]."""
+    return DiagonalGaussianDistribution(moments)
+
+
+def normalise(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """z from the encoder's latents, as stock diffusers pipelines do: (latents - shift_factor) * scaling_factor."""
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def denormalise(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    return z / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+
+def encode(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """z [B, C, H / f, W / f], the normalised posterior mean of pictures x [B, 3, H, W] in [-1, 1]."""
+    return normalise(vae, vae.encode(x).latent_dist.mean)
+
+
+def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W], about [-1, 1] (not clamped), of normalised latents z."""
+    return vae.decode(denormalise(vae, z)).sample
+
+
+def vae_hash(vae: AutoencoderKL) -> str:
+    """16 hex digits that change with any weight or with the normalisation: which latents a latent shard holds."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
+    digest.update(f"{vae.config.scaling_factor}/{vae.config.get('shift_factor') or 0.0}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,49 @@
+"""Train a stage: python train.py CONFIG [key=value ...] [dry_run=true]
+
+CONFIG is a YAML file of configs/. Overrides are dotted: run.dir=runs/vae optimizer.learning_rate=1e-4. The same command
+resumes a stopped run. dry_run=true prints the resolved options and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from eqldm.config import load_config, to_yaml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file that states its stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    args = parser.parse_args()
+    dry_run = "dry_run=true" in args.overrides
+    try:
+        config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
+        if dry_run:
+            print(to_yaml(config), end="")
+            return
+        folder = _train(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    print(f"done: {folder}")
+
+
+def _train(config):
+    """Run the config's stage. The stages are imported here, so that --help and dry_run=true answer at once."""
+    if config.stage == "autoencoder":
+        from eqldm.autoencoder.module import train_autoencoder
+
+        return train_autoencoder(config)
+    if config.stage == "diffusion":
+        from eqldm.anagram.preview import SampleGrid
+        from eqldm.diffusion.module import train_diffusion
+
+        return train_diffusion(config, callbacks=[SampleGrid()])
+    from eqldm.evaluation.judge import train_judge
+
+    return train_judge(config)
+
+
+if __name__ == "__main__":
+    main()
