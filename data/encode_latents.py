@@ -3,23 +3,26 @@
     python data/encode_latents.py --data SHARDS --model FOLDER --out LATENTS
     torchrun --nproc-per-node 8 data/encode_latents.py ...      (or srun: each process takes every n-th shard)
 
-Each picture shard gives one latent shard, so a stopped run goes on where it was. The manifest carries the VAE's hash;
-training on the latents of another VAE is refused.
+Each picture shard gives one latent shard, so a stopped run goes on where it was; other options into the same folder are
+refused. The manifest carries the VAE's hash; training on the latents of another VAE is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Subset
 
+from eqldm.data.making import UNFINISHED
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_manifest, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
@@ -45,7 +48,7 @@ class Encoder:
     """Encodes one shard at a time: `encoder.samples(first, last)` yields the latent samples of a range of pictures."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.pictures = PictureSamples(args.data)
+        self.pictures = PictureSamples(args.data, need_captions=args.prompt_embeds)
         self.vae = load_vae(args.model).to(device)
         self.text = load_text(args.text_model or args.model) if args.prompt_embeds else None
         if self.text is not None:
@@ -54,7 +57,7 @@ class Encoder:
 
     @torch.no_grad()
     def samples(self, first: int, last: int, on_batch):
-        """Latent samples in the form `write_shard` takes. Unreadable pictures are left out and reported to `on_batch`."""
+        """Latent samples in the form `write_shard` takes. Unreadable pictures are left out and named to `on_batch`."""
         loader = DataLoader(
             Subset(self.pictures, range(first, last)),
             self.args.batch_size,
@@ -65,63 +68,100 @@ class Encoder:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 moments = self.vae.encode(batch["x"].to(self.device)).latent_dist.parameters
             embeds = encode_prompts(*self.text, batch["caption"]).cpu() if self.text else None
-            written = 0
-            for i, key in enumerate(batch["key"]):
-                if self.pictures.shards.keys[batch["position"][i]] != key:
-                    continue  # an unreadable picture: its place was taken by the next one, which has its own place
-                sample = {"__key__": key, "moments.npy": pack_array(moments[i].cpu().to(self.dtype)), "txt": batch["caption"][i]}
+            if not bool(torch.isfinite(moments.to(self.dtype)).all()):
+                raise ValueError(f"latents of the batch at '{batch['key'][0]}' do not fit {self.args.dtype}: give --dtype bfloat16")
+            unreadable = []
+            for i, position in enumerate(batch["position"].tolist()):
+                key = str(self.pictures.shards.keys[position])
+                if batch["key"][i] != key:  # its place was taken by the next one, which has its own place
+                    unreadable.append(key)
+                    continue
+                sample = {"__key__": key, "moments.npy": pack_array(moments[i].cpu().to(self.dtype))}
+                if self.pictures.shards.has("txt")[position]:
+                    sample["txt"] = batch["caption"][i]
                 if embeds is not None:
                     sample["prompt_embeds.npy"] = pack_array(embeds[i].to(self.dtype))
-                written += 1
                 yield sample
-            on_batch(written, len(batch["key"]) - written)
+            on_batch(len(batch["key"]), unreadable)
 
 
 def encode(args: argparse.Namespace) -> Path:
-    """Encode this process's shards; the process that finds all shards done writes the manifest."""
+    """Encode this process's shards; the process that finds all shards done writes the manifest.
+
+    Raises ValueError where `--out` holds, or is to hold, latents made with other options.
+    """
     rank, world = process_rank()
     encoder = Encoder(args, pick_device(rank))
     shards, out = encoder.pictures.shards, Path(args.out)
-    about = {
-        "kind": "latents",
-        "vae_hash": vae_hash(encoder.vae),
-        "model": str(args.model),
-        "pictures": str(args.data),
-        "dtype": args.dtype,
-        "prompt_embeds": bool(args.prompt_embeds),
-    }
+    about = {"kind": "latents", "vae_hash": vae_hash(encoder.vae), "model": str(args.model), "pictures": str(args.data)}
+    about["generator"] = generator(args, encoder)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST).is_file():
-        found = read_manifest(out)
-        if all(found.get(name) == about[name] for name in ("vae_hash", "dtype", "prompt_embeds")):
-            print(f"{out}: already encoded with this VAE ({found['count']} latents)")
-            return out
-        raise ValueError(f"'{out}' holds latents of another VAE or form: remove it, or give another --out")
+    if _started(out, about["generator"]):
+        print(f"{out}: already encoded with this VAE ({read_manifest(out)['count']} latents)")
+        return out
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    skipped, done, start = 0, 0, time.perf_counter()
-    entries = [out / f"{Path(entry['name']).stem}.{about['vae_hash']}.json" for entry in shards.manifest["shards"]]
+    skipped, done, start = [], 0, time.perf_counter()
+    entries = [out / f"{Path(entry['name']).stem}.done.json" for entry in shards.manifest["shards"]]
     with Progress(*columns, disable=rank > 0 or not sys.stderr.isatty()) as progress:
         mine = [n for n in range(rank, len(entries), world) if not entries[n].exists()]
         total = sum(int(shards.starts[n + 1] - shards.starts[n]) for n in mine)
         task = progress.add_task("encoding", total=total, rate="")
 
-        def on_batch(written: int, unreadable: int) -> None:
-            nonlocal skipped, done
-            skipped, done = skipped + unreadable, done + written
-            rate = f"{done / (time.perf_counter() - start):.0f} pictures/s"
-            progress.update(task, advance=written + unreadable, rate=rate)
+        def on_batch(count: int, unreadable: list[str]) -> None:
+            nonlocal done
+            skipped.extend(unreadable)
+            done += count - len(unreadable)
+            progress.update(task, advance=count, rate=f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
         for n in mine:
+            before = len(skipped)
             samples = encoder.samples(int(shards.starts[n]), int(shards.starts[n + 1]), on_batch)
-            write_json(entries[n], write_shard(out / shards.manifest["shards"][n]["name"], samples))
+            entry = write_shard(out / shards.manifest["shards"][n]["name"], samples)
+            write_json(entries[n], {**entry, "skipped": skipped[before:]})
     seconds = time.perf_counter() - start
-    print(f"process {rank}: {done} latents in {seconds:.1f} s ({done / seconds:.0f} pictures/s), {skipped} unreadable pictures skipped")
-    if all(path.exists() for path in entries):
-        write_manifest(out, [json.loads(path.read_text()) for path in entries], **about)
-        for path in entries:
-            path.unlink(missing_ok=True)
+    print(f"process {rank}: {done} latents in {seconds:.1f} s ({done / seconds:.0f} pictures/s), {len(skipped)} unreadable pictures skipped")
+    _finish(out, entries, about)
     return out
+
+
+def generator(args: argparse.Namespace, encoder: Encoder) -> dict:
+    """All that the latents depend on, as the manifest states it."""
+    tars = json.dumps([entry["sha256"] for entry in encoder.pictures.shards.manifest["shards"]])
+    options = {"vae": vae_hash(encoder.vae), "pictures": hashlib.sha256(tars.encode()).hexdigest()[:16]}
+    options |= {"dtype": args.dtype, "bf16": args.bf16, "prompt_embeds": args.prompt_embeds}
+    return options | ({"text_model": str(args.text_model or args.model)} if args.prompt_embeds else {})
+
+
+def _started(out: Path, wanted: dict) -> bool:
+    """Whether the folder is encoded already. Raises ValueError where it is, or was begun, with other options than `wanted`."""
+    record = out / (MANIFEST if (out / MANIFEST).is_file() else UNFINISHED)
+    if not record.is_file():
+        foreign = sorted(path.name for path in out.glob("*.tar"))
+        if foreign:
+            raise ValueError(f"'{out}' holds tars that this script did not make: {', '.join(foreign[:3])}. Give another --out")
+        write_json(record, {"generator": wanted})
+        return False
+    found = json.loads(record.read_text()).get("generator") or {}
+    changed = [f"{name} (there {found.get(name)}, now {wanted.get(name)})" for name in sorted({*found, *wanted})
+               if found.get(name) != wanted.get(name)]  # fmt: skip
+    if changed:
+        raise ValueError(f"'{out}' holds latents made with other options: {', '.join(changed)}. Remove it, or give another --out")
+    return record.name == MANIFEST
+
+
+def _finish(out: Path, entries: list[Path], about: dict) -> None:
+    """Write the manifest, if all shards are done. Several processes may find so at once: each writes the same one."""
+    try:
+        shards = [json.loads(path.read_text()) for path in entries]
+    except FileNotFoundError:  # others are still at work, or one of them has finished the folder
+        return
+    skipped = [key for entry in shards for key in entry.pop("skipped")]
+    with TemporaryDirectory(dir=out) as own:
+        write_manifest(own, shards, skipped=skipped, **about)
+        os.replace(Path(own) / MANIFEST, out / MANIFEST)
+    for path in (*entries, out / UNFINISHED):
+        path.unlink(missing_ok=True)
 
 
 def main() -> None:

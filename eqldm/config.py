@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -261,6 +262,8 @@ class JudgeConfig:
         _check_run(self)
         if self.run.strategy.startswith("deepspeed"):
             raise ValueError("the judge is small: use run.strategy=auto or ddp")
+        if self.run.compile or self.run.channels_last:
+            raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
 
 
 STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge": JudgeConfig}
@@ -278,6 +281,13 @@ def _check_start(config: AutoencoderConfig | DiffusionConfig, architecture: str)
 
 def _check_run(config: StageConfig) -> None:
     data, run = config.data, config.run
+    counts = {"data": ("batch_size", "micro_batch_size", "shuffle_shards", "val_samples"),
+              "run": ("devices", "num_nodes", "num_steps", "log_every", "val_every", "checkpoint_every")}  # fmt: skip
+    for section, names in counts.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value is not None and value < 1:
+                raise ValueError(f"{section}.{name}: got {value}, wanted at least 1")
     processes = run.devices * run.num_nodes
     micro = micro_batch_size(config)
     if data.batch_size % (micro * processes):
@@ -287,9 +297,6 @@ def _check_run(config: StageConfig) -> None:
         )
     if data.val_samples % processes:
         raise ValueError(f"data.val_samples={data.val_samples} does not divide over {processes} processes")
-    for name in ("num_steps", "log_every", "val_every", "checkpoint_every"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"run.{name}: got {getattr(run, name)}, wanted at least 1")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ValueError(f"optimizer.ema_decay: got {config.optimizer.ema_decay}, wanted 0 <= decay < 1")
     if len(config.optimizer.betas) != 2:
@@ -332,6 +339,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config '{path}', or an override, is no YAML: {' '.join(str(error).split())}") from error
     config.validate()
     return config
 

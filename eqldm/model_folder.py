@@ -71,12 +71,18 @@ def load_scheduler(folder: str | Path) -> SchedulerMixin:
 
 
 def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixin:
-    """A diffusers scheduler from its config, of the class named there or by `class_name`. Raises ValueError."""
+    """A diffusers scheduler from its config, of the class named there or by `class_name`. Raises ValueError.
+
+    As in stock Stable Diffusion pipelines, it does not clip samples (latents leave [-1, 1]) and has `steps_offset` 1.
+    """
     name = class_name or config.get("_class_name", "")
     kind = getattr(diffusers, name, None)
     if not name or kind is None or not issubclass(kind, SchedulerMixin):
         raise ValueError(f"'{name}' is no diffusers scheduler: wanted a class name such as DDIMScheduler")
-    return kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    stock = {"clip_sample": False, "steps_offset": 1}
+    scheduler.register_to_config(**{key: value for key, value in stock.items() if key in scheduler.config})
+    return scheduler
 
 
 def save_model_folder(folder: str | Path, **parts) -> Path:
@@ -85,7 +91,9 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
     Written beside its name and renamed, so that a reader never opens half a model; a folder that stood there is replaced.
     """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        os.replace(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
     if set(parts) == set(PARTS):
         pipeline = StableDiffusionPipeline(
@@ -96,7 +104,6 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
         parts["vae"].save_pretrained(partial / "vae", safe_serialization=True)
     else:
         raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
-    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)

@@ -29,8 +29,14 @@ from torch import Tensor
 D4_NAMES = ("identity", "rotate_90", "rotate_180", "rotate_270", "mirror", "transpose", "flip", "anti_transpose")
 ALIASES = {"rotate_ccw": "rotate_90", "rotate_cw": "rotate_270"}
 
-Group = Literal["none", "rotations", "d4"]
-GROUPS: dict[str, tuple[int, ...]] = {"none": (0,), "rotations": (0, 1, 2, 3), "d4": tuple(range(8))}
+Group = Literal["none", "half_turns", "rectangle", "rotations", "d4"]
+GROUPS: dict[str, tuple[int, ...]] = {
+    "none": (0,),
+    "half_turns": (0, 2),
+    "rectangle": (0, 2, 4, 6),  # the symmetries that do not swap height and width
+    "rotations": (0, 1, 2, 3),
+    "d4": tuple(range(8)),
+}
 
 
 def turn(x: Tensor, element: int) -> Tensor:
@@ -100,6 +106,8 @@ class View:
         source, turns = [0] * self.cells**2, [0] * self.cells**2
         for k, (origin, element) in enumerate(zip(self.source, self.turns)):
             source[origin], turns[origin] = k, _INVERSE[element]
+        if (tuple(source), tuple(turns)) == (self.source, self.turns):
+            return self
         name = D4_NAMES[turns[0]] if self.name in D4_NAMES else f"inverse({self.name})"
         return View(name, self.cells, tuple(source), tuple(turns), self.sign)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +18,6 @@ import eqldm
 from eqldm.anagram.render import anagram_sheet
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
-from eqldm.data.shards import write_json
 from eqldm.model_folder import vae_hash
 from eqldm.views import parse_view
 
@@ -22,7 +25,8 @@ from eqldm.views import parse_view
 def sample_to_folder(args: argparse.Namespace) -> Path:
     """Samples as `sample.py` asks for it; writes `SEED.png`, `SEED.json` and `sheet.png`, whose path is returned.
 
-    Raises: ValueError for options that do not fit each other or the model; FileNotFoundError for a folder that is no model.
+    Raises: ValueError for options that do not fit each other or the model; FileNotFoundError for a folder that is no model;
+    OSError where `--out` cannot be written.
     """
     if args.num_samples < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         raise ValueError("--num-samples, --batch-size and --num-inference-steps must be at least 1")
@@ -30,7 +34,10 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     sampler = Sampler.open(args.model, args.device)
     sampler.check(args.prompts, views, args.image_size)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
 
     seeds = list(range(args.seed, args.seed + args.num_samples))
     settings = {
@@ -44,6 +51,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         "reduction": args.reduction,
         "scheduler": args.scheduler or type(sampler.networks.scheduler).__name__,
         "image_size": args.image_size,
+        "device": str(sampler.device),
         "versions": {"eqldm": eqldm.__version__, "torch": torch.__version__},
     }
     pictures, start = [], time.perf_counter()
@@ -64,26 +72,50 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
                 on_step=lambda: progress.advance(task),
             )
             for seed, picture in zip(batch, sampler.decode(z)):
-                tensor_to_picture(picture).save(out / f"{seed}.png")
-                write_json(out / f"{seed}.json", {**settings, "seed": seed, "command": command(settings, seed)})
+                with _writing(out / f"{seed}.png") as path:
+                    tensor_to_picture(picture).save(path, "png")
+                with _writing(out / f"{seed}.json") as path:
+                    path.write_text(json.dumps({**settings, "seed": seed, "command": command(settings, batch)}, indent=2) + "\n")
                 pictures.append(picture)
     seconds = (time.perf_counter() - start) / len(seeds)
     sheet = out / "sheet.png"
-    anagram_sheet(torch.stack(pictures), seeds, args.prompts, views).save(sheet)
+    with _writing(sheet) as path:
+        anagram_sheet(torch.stack(pictures), seeds, args.prompts, views).save(path, "png")
     print(f"{len(seeds)} pictures, {seconds:.2f} s a picture")
     return sheet
 
 
-def command(settings: dict, seed: int) -> str:
-    """The command that makes one picture again."""
-    words = ["python sample.py --model", json.dumps(settings["model"]), "--prompts", *map(json.dumps, settings["prompts"])]
-    words += ["--views", *settings["views"], f"--seed {seed} --num-samples 1"]
-    words += [f"--num-inference-steps {settings['num_inference_steps']} --guidance-scale {settings['guidance_scale']}"]
-    words += [f"--reduction {settings['reduction']}"]
+def command(settings: dict, batch: Sequence[int]) -> str:
+    """The command that makes a batch of seeds again, byte for byte; a batch of another size rounds floats differently."""
+    options = {
+        "--model": [settings["model"]],
+        "--prompts": settings["prompts"],
+        "--views": settings["views"],
+        "--seed": [batch[0]],
+        "--num-samples": [len(batch)],
+        "--batch-size": [len(batch)],
+        "--num-inference-steps": [settings["num_inference_steps"]],
+        "--guidance-scale": [settings["guidance_scale"]],
+        "--reduction": [settings["reduction"]],
+        "--device": [settings["device"]],
+    }
     if settings["negative_prompt"]:
-        words += ["--negative-prompt", json.dumps(settings["negative_prompt"])]
+        options["--negative-prompt"] = [settings["negative_prompt"]]
     if not settings["scheduler"].endswith("Scheduler"):
-        words += ["--scheduler", settings["scheduler"]]
+        options["--scheduler"] = [settings["scheduler"]]
     if settings["image_size"]:
-        words += [f"--image-size {settings['image_size']}"]
-    return " ".join([*words, "--out DIR"])
+        options["--image-size"] = [settings["image_size"]]
+    words = [word for name, values in options.items() for word in (name, *map(str, values))]
+    return shlex.join(["python", "sample.py", *words, "--out", "DIR"])
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Where to write the file: beside its name, to which it is renamed when whole. Raises OSError that names it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"'{path}' cannot be written ({error.strerror or error}): make room, or give another --out") from error

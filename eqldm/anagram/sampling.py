@@ -70,21 +70,25 @@ class Sampler:
 
     def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None) -> int:
         """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
-        if len(prompts) != len(views):
+        if len(prompts) != len(views) or not views:
             raise ValueError(
                 f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views "
                 f"({', '.join(view.name for view in views)})"
             )
         factor = downsampling(self.vae)
-        if image_size is not None and image_size % factor:
-            raise ValueError(f"image size {image_size} does not divide by f = {factor}")
+        if image_size is not None and (image_size < factor or image_size % factor):
+            raise ValueError(f"image size {image_size}: wanted a multiple of f = {factor}")
         side = self.latent_side if image_size is None else image_size // factor
         for view in views:
             view.check(side, side, f" ({side * factor} px at f = {factor})")
-        for cut in too_long(self.networks.tokenizer, _flatten(prompts)):
+        self.check_length(_flatten(prompts))
+        return side
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError where a prompt is longer than the model takes."""
+        for cut in too_long(self.networks.tokenizer, prompts):
             limit = self.networks.tokenizer.model_max_length
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
-        return side
 
     @torch.no_grad()
     def __call__(
@@ -108,6 +112,7 @@ class Sampler:
         does not depend on the batch. Raises ValueError (see `check`), also for an unknown scheduler or reduction.
         """
         side = self.check(prompts, views, image_size)
+        self.check_length([negative_prompt])
         embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
         negative = self._embed(negative_prompt, 1)[0]
         solver = self._scheduler(scheduler)

@@ -24,10 +24,13 @@ class PatchDiscriminator(nn.Sequential):
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         super().__init__(*layers)
-        self.smallest = 2**num_layers * 4
+        self.smallest = 2**num_layers * 3
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the patches of `x`. Raises ValueError where the picture is too small for one patch."""
         if min(x.shape[-2:]) < self.smallest:
-            raise ValueError(f"discriminator needs pictures of at least {self.smallest} px, got {tuple(x.shape[-2:])}: fewer loss.discriminator_layers")
+            raise ValueError(
+                f"discriminator needs pictures of at least {self.smallest} px, got {tuple(x.shape[-2:])}: use fewer "
+                "loss.discriminator_layers (rescaled pictures are smaller than the data's)"
+            )
         return super().forward(x)

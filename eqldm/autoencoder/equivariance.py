@@ -17,6 +17,7 @@ from eqldm.data.order import position_generator
 from eqldm.views import D4, IDENTITY, Rescale, Transform, draw_rescale, draw_transform
 
 IDENTITY_TRANSFORM = Transform(IDENTITY)
+KEEPS_SHAPE = {"none": "none", "rotations": "half_turns", "d4": "rectangle"}  # what of a group may act on a rectangle
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ def draw_groups(
     groups: dict[Rescale | None, TransformGroup] = {}
     for row, position in enumerate(positions):
         rescale = rescales[position % config.num_groups]
+        square = rescale is None or rescale.height == rescale.width
+        cells = _dividing(config.permute_cells, side, rescale) if config.permute_prob > 0 else []
         transform = draw_transform(
             position_generator(seed, position, purpose),
-            config.group,
+            config.group if square else KEEPS_SHAPE[config.group],
             rescale,
-            config.permute_prob,
-            _dividing(config.permute_cells, side, rescale),
+            config.permute_prob if cells else 0.0,
+            cells,
             config.negate_prob,
         )
         group = groups.setdefault(rescale, TransformGroup([], []))
@@ -69,11 +72,11 @@ def _draw_group_rescale(config: EquivarianceConfig, generator: torch.Generator, 
 
 
 def _dividing(cells: list[int], side: int, rescale: Rescale | None) -> list[int]:
-    """The cell counts that divide the latent, after rescaling too. Raises ValueError where none divides it at full size."""
+    """The cell counts that divide the rescaled latent, maybe none. Raises ValueError where none divides it at full size."""
     if not any(side % count == 0 for count in cells):
         raise ValueError(f"equivariance.permute_cells={list(cells)}: none divides the latent's {side} cells a side")
     sides = {side} if rescale is None else {round(side * rescale.height), round(side * rescale.width)}
-    return [count for count in cells if all(s % count == 0 for s in sides)] or [1]
+    return [count for count in cells if all(s % count == 0 for s in sides)]
 
 
 def _draw_eqvae_paper(generator: torch.Generator, batch: int, side: int) -> list[TransformGroup] | None:

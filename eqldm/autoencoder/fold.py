@@ -49,7 +49,7 @@ def alignment(latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     ones = latents.new_ones(len(latents), 1)
     solution = torch.linalg.lstsq(torch.cat([latents, ones], 1), wanted).solution
     matrix, offset = solution[:-1].T, solution[-1]
-    if torch.linalg.cond(matrix) > 1e6:
+    if not torch.linalg.cond(matrix) < 1e6:  # a zero map's is not a number
         raise ValueError("alignment: the channel map is singular, so it cannot be undone for decoding; fold without align_to")
     return matrix, offset
 
@@ -62,11 +62,11 @@ def fold_map(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
     """
     channels = vae.config.latent_channels
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
-    a = matrix.double() * scale
-    b = offset.double() - shift * a.sum(1)
+    a = matrix.to(vae.device, torch.float64) * scale
+    b = offset.to(vae.device, torch.float64) - shift * a.sum(1)
     vae.register_to_config(use_quant_conv=True, use_post_quant_conv=True, scaling_factor=1.0, shift_factor=None)
-    vae.quant_conv = vae.quant_conv if vae.quant_conv is not None else _identity_conv(2 * channels)
-    vae.post_quant_conv = vae.post_quant_conv if vae.post_quant_conv is not None else _identity_conv(channels)
+    vae.quant_conv = vae.quant_conv if vae.quant_conv is not None else _identity_conv(2 * channels).to(vae.device)
+    vae.post_quant_conv = vae.post_quant_conv if vae.post_quant_conv is not None else _identity_conv(channels).to(vae.device)
 
     with torch.no_grad():
         weight, bias = vae.quant_conv.weight.double().flatten(1), vae.quant_conv.bias.double()

@@ -24,7 +24,7 @@ from eqldm.config import AutoencoderConfig, accumulation
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
-from eqldm.run import check_finite, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
 from eqldm.views import D4, transform_each
 
 VARIANCE_MOMENTUM = 0.9  # of the running latent variance that the consistency term divides by
@@ -47,7 +47,7 @@ class Autoencoder(pl.LightningModule):
         self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
         channels = vae.config.latent_channels
         self.register_buffer("latent_variance", torch.zeros(channels))  # 0: not measured yet
-        self.register_buffer("moments", torch.zeros(3, channels, dtype=torch.float64), persistent=False)
+        self.moments: Tensor | float = 0.0  # of this process and step: no buffer, which DDP may share and the EMA average
         if config.run.channels_last:
             self.vae.to(memory_format=torch.channels_last)
         if config.run.compile:
@@ -68,6 +68,10 @@ class Autoencoder(pl.LightningModule):
         for network in self.lpips:
             network.to(self.device)
 
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        # Under manual optimization Lightning's logs count batches: let them count optimizer steps, as everywhere
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.step
+
     def training_step(self, batch: dict, batch_idx: int) -> None:
         adversarial = self.discriminator is not None and self.step >= self.config.loss.adversarial_start
         x = batch["x"]
@@ -83,7 +87,7 @@ class Autoencoder(pl.LightningModule):
             check_finite(terms, self.step, batch["key"])
             self.manual_backward(terms["discriminator"] / parts)
         if self._completes_step(batch):
-            self._step(adversarial)
+            self._step(adversarial, terms, batch["key"])
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
 
@@ -94,15 +98,16 @@ class Autoencoder(pl.LightningModule):
         share = batch_size // micro_batches
         return (int(batch["position"][0]) % batch_size) // share == micro_batches - 1
 
-    def _step(self, adversarial: bool) -> None:
+    def _step(self, adversarial: bool, terms: dict[str, Tensor], keys: list[str]) -> None:
         optimizers, schedules = self.optimizers(), self.lr_schedulers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         schedules = schedules if isinstance(schedules, list) else [schedules]
-        networks = [self.vae, self.discriminator]
-        active = range(len(optimizers)) if adversarial else range(1)
-        for i in active:
-            norm = torch.nn.utils.clip_grad_norm_(networks[i].parameters(), self.config.optimizer.clip_norm)
-            self.log(f"train/grad_norm_{'vae' if i == 0 else 'discriminator'}", norm)
+        networks = {"vae": self.vae, **({"discriminator": self.discriminator} if adversarial else {})}
+        clip = self.config.optimizer.clip_norm
+        norms = {f"grad_norm_{n}": torch.nn.utils.clip_grad_norm_(net.parameters(), clip) for n, net in networks.items()}
+        check_finite({**terms, **norms}, self.step, keys)
+        self.log_dict({f"train/{name}": norm for name, norm in norms.items()})
+        for i in range(len(networks)):
             # The trainer counts its own optimizers' steps: only the first may count, a step is a step of the VAE.
             (optimizers[i] if i == 0 else optimizers[i].optimizer).step()
             optimizers[i].zero_grad(set_to_none=True)
@@ -141,6 +146,7 @@ class Autoencoder(pl.LightningModule):
             logits = [(share, hinge_generator_loss(self.discriminator(y))) for share, (y, _) in zip(shares, pairs)]
             self.discriminator.requires_grad_(True)
             terms["adversarial"] = sum(share * value for share, value in logits)
+            # Of this process's micro-batch, as in VQGAN: with a PatchGAN, how the batch is split changes the result slightly
             factor = adaptive_weight(terms["reconstruction"], terms["adversarial"], self.vae.decoder.conv_out.weight)
             terms["adaptive_weight"] = factor
             terms["loss"] = terms["loss"] + config.loss.adversarial_weight * factor * terms["adversarial"]
@@ -183,17 +189,17 @@ class Autoencoder(pl.LightningModule):
     def _observe(self, mean: Tensor) -> None:
         """Adds a micro-batch's latents to the moments of this step: count, sum and sum of squares per channel."""
         values = mean.double().transpose(0, 1).flatten(1)
-        self.moments += torch.stack([torch.full_like(values[:, 0], values.shape[1]), values.sum(1), values.square().sum(1)])
+        count = torch.full_like(values[:, 0], values.shape[1])
+        self.moments = self.moments + torch.stack([count, values.sum(1), values.square().sum(1)])
 
     @torch.no_grad()
     def _update_latent_variance(self) -> None:
         """Moves the running variance towards this step's, over the whole global batch."""
-        moments = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
-        count, total, squares = moments
+        count, total, squares = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
         variance = (squares / count - (total / count).square()).float().clamp_min(1e-8)
         fresh = not bool(self.latent_variance.any())
         self.latent_variance.copy_(variance if fresh else self.latent_variance.lerp(variance, 1 - VARIANCE_MOMENTUM))
-        self.moments.zero_()
+        self.moments = 0.0
         self.log("train/latent_std", self.latent_variance.sqrt().mean())
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
@@ -234,6 +240,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
 
     Raises: as the data module, `build_vae`, `prepare_run`; FloatingPointError from the NaN guard.
     """
+    if done := finished_model(config):
+        return done
     data = ShardData(config)
     vae = build_vae(config, data.train_samples.image_size[0])
     module = Autoencoder(config, vae)
@@ -242,10 +250,11 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
-        vae = module.vae.eval().cpu()
+        vae = module.vae.eval()
         if config.fold.num_images:
-            align = load_vae(config.fold.align_to) if config.fold.align_to else None
+            align = load_vae(config.fold.align_to).to(vae.device) if config.fold.align_to else None
             fold_channels(vae, data.train_samples, config.fold.num_images, align)
-        save_model_folder(folder, vae=vae)
+        save_model_folder(folder, vae=vae.cpu())
+        finish_run(config)
     trainer.strategy.barrier()
     return folder

@@ -57,7 +57,7 @@ class ShardData(pl.LightningDataModule):
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
-            pin_memory=self.config.run.accelerator != "cpu",
+            pin_memory=torch.cuda.is_available(),
         )
 
 
@@ -69,7 +69,9 @@ class SkippedReport(pl.Callback):
         self.epoch = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        epoch = int(batch["position"][-1]) // len(trainer.datamodule.train_samples)
+        # Read off process 0's first position: processes that straddle the end of an epoch must all report, or none
+        first = int(batch["position"][0]) - trainer.global_rank * len(batch["position"])
+        epoch = first // len(trainer.datamodule.train_samples)
         if epoch != self.epoch:
             self._report(pl_module, trainer)
             self.epoch = epoch
@@ -88,5 +90,3 @@ class SkippedReport(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"data/skipped": count}, step=trainer.global_step)
         self.skipped = set()
-
-

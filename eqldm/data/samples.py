@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,11 +17,13 @@ from eqldm.data.order import epoch_order
 from eqldm.data.shards import ShardSet
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+# What Pillow raises of bytes that are no picture, or half a one (an unidentified image is an OSError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
 
 
 def decode_picture(content: bytes) -> Tensor:
-    """[3, H, W] float32 in [-1, 1]. Raises OSError, SyntaxError or ValueError where the bytes are no picture."""
+    """[3, H, W] float32 in [-1, 1]. Raises one of `UNREADABLE` where the bytes are no picture."""
     with Image.open(io.BytesIO(content)) as image:
         return picture_to_tensor(image)
 
@@ -50,16 +52,23 @@ class PictureSamples(Dataset):
         if self.extension is None:
             held = ", ".join(self.shards.places)
             raise ValueError(f"data set '{folder}' holds no pictures (png, jpg, webp), only: {held}. Is it a latent folder?")
+        have = self.shards.has(self.extension)
+        if not have.all():
+            raise ValueError(
+                f"data set '{folder}': {(~have).sum()} of {len(have)} samples have no .{self.extension} picture, the first is "
+                f"'{self.shards.keys[~have][0]}': a set keeps its pictures in one format"
+            )
         if need_captions:
             _check_captions(self.shards)
         self.image_size = tuple(decode_picture(self.shards.read(self._first_readable(), self.extension)).shape[-2:])
 
     def _first_readable(self) -> int:
         for number in range(min(len(self.shards), MAX_SKIPS)):
+            content = self.shards.read(number, self.extension)  # outside: a lost shard is no unreadable picture
             try:
-                decode_picture(self.shards.read(number, self.extension))
+                decode_picture(content)
                 return number
-            except (UnidentifiedImageError, OSError, SyntaxError):
+            except UNREADABLE:
                 continue
         raise ValueError(f"data set '{self.shards.folder}': none of its first {MAX_SKIPS} pictures can be decoded")
 
@@ -69,10 +78,11 @@ class PictureSamples(Dataset):
     def __getitem__(self, position: int) -> dict:
         number, skipped = _sample_number(self, position), []
         for _ in range(MAX_SKIPS):
+            content = self.shards.read(number, self.extension)
             try:
-                x = decode_picture(self.shards.read(number, self.extension))
+                x = decode_picture(content)
                 break
-            except (UnidentifiedImageError, OSError, SyntaxError):
+            except UNREADABLE:
                 skipped.append(str(self.shards.keys[number]))
                 number = (number + 1) % len(self.shards)
         else:
@@ -105,7 +115,7 @@ class LatentSamples(Dataset):
         self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
         if self.shards.manifest.get("kind") != "latents":
             raise ValueError(f"data set '{folder}' holds no latents: encode it first with data/encode_latents.py")
-        made_with = self.shards.manifest["vae_hash"]
+        made_with = self.shards.manifest.get("vae_hash")
         if vae_hash is not None and made_with != vae_hash:
             raise ValueError(
                 f"latents '{folder}' were made with another VAE (hash {made_with}) than the one configured ({vae_hash}): "

@@ -101,7 +101,6 @@ def index_tar(path: str | Path) -> list[dict]:
     Raises: ValueError that names the tar where it is truncated or no tar at all.
     """
     samples: list[dict] = []
-    last = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -114,12 +113,13 @@ def index_tar(path: str | Path) -> list[dict]:
                 if not samples or samples[-1]["__key__"] != key:
                     samples.append({"__key__": key})
                 samples[-1][extension.lower()] = (member.offset_data, member.size)
-                last = member.offset_data + member.size
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"shard '{path}' cannot be read as a tar ({error}): copy it again, or make it anew") from error
-    if max(last, end) > os.path.getsize(path):
-        raise ValueError(f"shard '{path}' is truncated: its last file ends after byte {os.path.getsize(path)}")
+    with open(path, "rb") as file:  # tarfile also stops, silently, at the file's end or at a damaged header
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"shard '{path}' is truncated or damaged: no end mark at byte {end}. Copy it again, or make it anew")
     return samples
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -16,28 +17,23 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer(captions: Iterable[str], max_length: int | None = None) -> CLIPTokenizer:
-    """A CLIPTokenizer in which each word of the captions is one token; other words fall back to letters.
+    """A CLIPTokenizer in which each (ASCII) word of the captions is one token; other words fall back to letters, or bytes.
 
     max_length: tokens per prompt, start and end included; None: what the longest caption needs. CLIP's tokenizer lowers
     the case: "A" and "a" are one token.
     """
-    counts, longest = {}, 0
+    known, longest = set(), 0
     for caption in captions:
         words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", caption.lower())
-        longest = max(longest, len(words))
-        for word in words:
-            counts[word] = counts.get(word, 0) + 1
-    characters = [chr(code) for code in range(33, 127)]
-    merges, pieces = [], []
-    for word in sorted(counts):
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        left = symbols[0]
-        for symbol in symbols[1:]:
-            if (left, symbol) not in merges:
-                merges.append((left, symbol))
-                pieces.append(left + symbol)
-            left += symbol
-    tokens = [*characters, *(c + "</w>" for c in characters), *pieces, START, END]
+        longest = max(longest, sum(1 if word.isascii() else len(word.encode()) for word in words))
+        known.update(word for word in words if word.isascii())
+    characters = sorted(ByteLevel.alphabet())
+    merges: dict[tuple[str, str], int] = {}
+    for word in sorted(known):
+        # Against the merges there are: "at" merges a + t, so that "cat" falls into c + at, and needs that merge.
+        while len(pieces := _split(word, merges)) > 1:
+            merges[pieces[0], pieces[1]] = len(merges)
+    tokens = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -46,6 +42,18 @@ def make_tokenizer(captions: Iterable[str], max_length: int | None = None) -> CL
         return CLIPTokenizer.from_pretrained(
             path, model_max_length=max_length or longest + 2, bos_token=START, eos_token=END, unk_token=END, pad_token=END
         )
+
+
+def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """The pieces that byte-pair encoding leaves of a word: the pair of the lowest rank is merged first."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while True:
+        pairs = list(zip(pieces, pieces[1:]))
+        first = min(pairs, key=lambda pair: merges.get(pair, len(merges)), default=None)
+        if first not in merges:
+            return pieces
+        i = pairs.index(first)
+        pieces[i : i + 2] = ["".join(first)]
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:

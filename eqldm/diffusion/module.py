@@ -18,7 +18,7 @@ from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, vae_hash
-from eqldm.run import check_finite, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -34,7 +34,7 @@ class LatentDiffusion(pl.LightningModule):
         self.unet = networks.unet
         self.text_encoder = networks.text_encoder if config.train_text_encoder else None
         # In a list: neither trained nor in the checkpoints, nor copied for the EMA.
-        self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.eval()]
+        self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
         self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
         if config.run.channels_last:
@@ -122,6 +122,8 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
 
     Raises: as the data module, `build_networks`, `prepare_run`; FloatingPointError from the NaN guard.
     """
+    if done := finished_model(config):
+        return done
     vae = load_vae(config.vae)
     data = ShardData(config, need_captions=True, vae_hash=vae_hash(vae))
     networks = build_networks(config, vae, _image_size(data.train_samples, vae), _captions(data.train_samples))
@@ -135,6 +137,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
         module.export(folder)
+        finish_run(config)
     trainer.strategy.barrier()
     return folder
 

@@ -32,16 +32,25 @@ class Objective:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, min_snr_gamma: float | None = None) -> Objective:
-        """The objective of a scheduler's config. Raises ValueError for a prediction type that is not supported."""
-        config = scheduler.config
-        flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
-        prediction = "flow_prediction" if flow else config.get("prediction_type", "epsilon")
+        """The objective of a scheduler's config. Raises ValueError for one that is not supported, or contradicts itself."""
+        config, name = scheduler.config, type(scheduler).__name__
+        if name.startswith("FlowMatch"):
+            raise ValueError(
+                f"Stable Diffusion's pipeline cannot sample with {name}: for a flow, use DPMSolverMultistepScheduler with "
+                "use_flow_sigmas: true, prediction_type: flow_prediction"
+            )
+        flow, prediction = config.get("use_flow_sigmas", False), config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise ValueError(f"scheduler's prediction_type: got '{prediction}', wanted one of {', '.join(PREDICTIONS)}")
-        if flow and config.get("prediction_type", prediction) != "flow_prediction":
-            raise ValueError("a scheduler with use_flow_sigmas needs prediction_type: flow_prediction")
+        if flow != (prediction == "flow_prediction"):
+            raise ValueError(
+                f"use_flow_sigmas: true and prediction_type: flow_prediction need each other: {name} states "
+                f"use_flow_sigmas: {str(flow).lower()}, prediction_type: {prediction}"
+            )
+        if flow and config.num_train_timesteps != 1000:
+            raise ValueError(f"a flow's num_train_timesteps: got {config.num_train_timesteps}, wanted 1000")
         alphas = torch.empty(0) if flow else scheduler.alphas_cumprod.float()
-        return cls(prediction, alphas, float(config.get("flow_shift") or config.get("shift") or 1.0), min_snr_gamma)
+        return cls(prediction, alphas, float(config.get("flow_shift") or 1.0), min_snr_gamma)
 
     @property
     def is_flow(self) -> bool:
@@ -82,9 +91,10 @@ class Objective:
             return torch.ones_like(t, dtype=torch.float32)
         a = self.alphas_cumprod.to(t.device)[t.long()]
         snr = a / (1 - a).clamp_min(1e-8)
-        # With zero terminal SNR the last step's epsilon weight is 0 / 0 -> 1: its target is all that is left to learn.
-        capped = snr.clamp(max=self.min_snr_gamma)
-        return capped / (snr + 1) if self.prediction == "v_prediction" else (capped / snr.clamp_min(1e-8)).clamp(max=1)
+        if self.prediction == "v_prediction":
+            return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
+        # min(1, gamma / SNR), the same, is 1 at zero terminal SNR too, where min(SNR, gamma) / SNR would be 0 / 0.
+        return (self.min_snr_gamma / snr).clamp(max=1)
 
     def loss(self, output: Tensor, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """[B] weighted squared error of the network's output, a mean over channels and cells."""

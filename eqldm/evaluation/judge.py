@@ -18,7 +18,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
-from eqldm.run import check_finite, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHIPPED = Path(__file__).parents[1] / "pretrained" / "glyphs-judge"
@@ -57,9 +57,12 @@ class JudgeTraining(pl.LightningModule):
 def train_judge(config: JudgeConfig) -> Path:
     """Trains the judge, or resumes; writes `RUN/model` and returns it. Raises as the other stages, and ValueError where
     the pictures carry no labels."""
+    if done := finished_model(config):
+        return done
     data = ShardData(config)
-    if data.train_samples[0]["label"] < 0:
-        raise ValueError(f"data set '{config.data.train}' has no labels: the judge learns from glyph shards (data/glyphs.py)")
+    for folder, samples in ((config.data.train, data.train_samples), (config.data.val, data.val_samples)):
+        if samples[0]["label"] < 0:
+            raise ValueError(f"data set '{folder}' has no labels: the judge learns from glyph shards (data/glyphs.py)")
     torch.manual_seed(config.run.seed)
     args = dict(config.architecture_args)
     network = timm.create_model(config.architecture, num_classes=len(LETTERS), **args)
@@ -71,6 +74,7 @@ def train_judge(config: JudgeConfig) -> Path:
     if trainer.is_global_zero:
         about = {"architecture": config.architecture, "args": args, "image_size": data.train_samples.image_size[0]}
         save_judge(folder, module.network, about)
+        finish_run(config)
     trainer.strategy.barrier()
     return folder
 

@@ -1,0 +1,144 @@
+"""Shared by all tests: tiny shard folders and a tiny autoencoder, made here, on the CPU, offline."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from hypothesis import settings
+from PIL import Image
+
+from eqldm.data.shards import write_manifest, write_shard
+from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
+from eqldm.model_folder import make_scheduler, save_model_folder
+
+torch.set_num_threads(1)
+settings.register_profile("eqldm", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("eqldm")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def picture_bytes(seed: int, size: int = 32) -> bytes:
+    """A PNG of 4 x 4 random coloured patches, smoothly enlarged: no symmetry, and easy to learn."""
+    patches = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(patches).resize((size, size), Image.Resampling.BILINEAR).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def make_picture_shards(
+    folder: Path, count: int = 24, size: int = 32, shard_size: int = 8, seed: int = 0, corrupt: Collection[int] = ()
+) -> Path:
+    """A shard folder of random pictures with captions and labels; the numbers in `corrupt` hold half a PNG."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for first in range(0, count, shard_size):
+        samples = []
+        for number in range(first, min(first + shard_size, count)):
+            png = picture_bytes(seed * 1000 + number, size)
+            samples.append({
+                "__key__": f"{number:09d}",
+                "png": png[: len(png) // 2] if number in corrupt else png,
+                "txt": f"picture {number}",
+                "json": {"label": number % 3},
+            })
+        entries.append(write_shard(folder / f"pictures-{first // shard_size:06d}.tar", samples))
+    write_manifest(folder, entries, kind="pictures", image_size=size)
+    return folder
+
+
+@pytest.fixture(name="make_picture_shards", scope="session")
+def _make_picture_shards() -> Callable[..., Path]:
+    """The function above: `make_picture_shards(folder, count=24, size=32, shard_size=8, seed=0, corrupt=())`."""
+    return make_picture_shards
+
+
+def make_tiny_vae(seed: int = 0, **changes) -> AutoencoderKL:
+    """A random AutoencoderKL with f = 4 and 4 latent channels; `changes` replace its arguments."""
+    torch.manual_seed(seed)
+    arguments = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+        "sample_size": 32,
+    }
+    return AutoencoderKL(**{**arguments, **changes}).eval()
+
+
+@pytest.fixture(name="make_tiny_vae", scope="session")
+def _make_tiny_vae() -> Callable[..., AutoencoderKL]:
+    """The function above: `make_tiny_vae(seed=0, **changes)`."""
+    return make_tiny_vae
+
+
+@pytest.fixture
+def tiny_vae() -> AutoencoderKL:
+    """A fresh tiny autoencoder, always with the same weights."""
+    return make_tiny_vae()
+
+
+TINY_UNET = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+TINY_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+
+
+def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = None, **scheduler) -> Path:
+    """A whole random model folder for 32 px (latents of 8 x 8); `scheduler` replaces the scheduler's arguments."""
+    captions = ["the letter a", "the letter v", *(f"picture {number}" for number in range(10))]
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(captions, max_length=8)
+    text_encoder = make_text_encoder(tokenizer, hidden_size=16, intermediate_size=32)
+    unet = UNet2DConditionModel(**TINY_UNET, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16)
+    return save_model_folder(
+        Path(folder),
+        vae=vae or make_tiny_vae(seed),
+        unet=unet.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        scheduler=make_scheduler({**TINY_SCHEDULER, **scheduler}),
+    )
+
+
+@pytest.fixture(name="make_model_folder", scope="session")
+def _make_model_folder() -> Callable[..., Path]:
+    """The function above: `make_model_folder(folder, seed=0, vae=None, **scheduler)`."""
+    return make_model_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    """A whole random model folder, to be read only."""
+    return make_model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pictures(tmp_path_factory) -> Path:
+    """A shard folder of 24 pictures of 32 px in 3 shards, to be read only."""
+    return make_picture_shards(tmp_path_factory.mktemp("pictures"))

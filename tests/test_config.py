@@ -1,0 +1,189 @@
+"""Options: defaults, overrides, errors that name the key, contradictions, and no option that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import eqldm.config
+from eqldm.config import STAGES, DataConfig, accumulation, load_config, micro_batch_size, to_yaml
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = ["run.dir=runs/x", "run.num_steps=10", "data.train=train", "data.val=val"]
+STAGE_REQUIRED = {"autoencoder": [], "diffusion": ["vae=model", "train_text_encoder=true"], "judge": []}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(stage, *overrides)`: the options of a minimal file of that stage."""
+
+    def load(stage: str, *overrides: str):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"stage: {stage}\n")
+        return load_config(path, [*REQUIRED, *STAGE_REQUIRED[stage], *overrides])
+
+    return load
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_defaults_overrides_and_round_trip(load, tmp_path, stage):
+    config = load(stage, "optimizer.learning_rate=3e-4", "optimizer.betas=[0.5,0.9]")
+    assert type(config) is STAGES[stage] and config.stage == stage
+    assert config.data == dataclasses.replace(DataConfig(), train="train", val="val")
+    assert config.optimizer.learning_rate == 3e-4 and config.optimizer.betas == [0.5, 0.9]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("stage: judge\nnoise: 0.3\nrun: {seed: 7, log_every: 3}\n")
+    config = load_config(path, [*REQUIRED, "run.seed=8"])
+    assert (config.noise, config.run.seed, config.run.log_every, config.rotation_degrees) == (0.3, 8, 3, 10.0)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("run.num_stepz=3", r"'num_stepz' not in 'RunConfig'. Did you mean: 'num_steps'\? \(key: run.num_stepz\)"),
+    ("colour=red", "key: colour"),
+    ("run.seed=abc", r"'abc' .* Integer \(key: run.seed\)"),
+    ("run.num_steps=2.5", "key: run.num_steps"),
+    ("run.dir=null", "key: run.dir"),
+    ("run.precision=16", r"expected one of \['32-true', 'bf16-mixed'\] \(key: run.precision\)"),
+    ("stage=diffusion", "key: stage"),
+    ("data.train=${nowhere}", "'nowhere' not found .key: data.train"),
+    ("run.seed", "override 'run.seed' has no '=': wanted key=value"),
+    ("optimizer.betas=[0.9", "an override, is no YAML"),
+])  # fmt: skip
+def test_a_bad_override_is_refused_by_its_key(load, override, message):
+    with pytest.raises(ValueError, match=message):
+        load("autoencoder", override)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "stage is None, wanted one of autoencoder, diffusion, judge"),
+    ("- stage", "stage is None"),
+    ("stage: vae", "stage is 'vae'"),
+    ("stage: [judge", "is no YAML"),
+    ("stage: diffusion", "required but not set: data.train, data.val, run.dir, run.num_steps, vae. Give them"),
+    ("stage: judge\nnoize: 1", "key: noize"),
+])  # fmt: skip
+def test_a_bad_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+ANY = [
+    (["data.batch_size=30", "data.micro_batch_size=16"], "batch_size=30 does not divide into 1 processes x 16 .* multiple of 16"),
+    (["data.batch_size=4", "run.devices=8"], "does not divide into 8 processes x 1"),
+    (["data.batch_size=12", "run.devices=2", "run.num_nodes=4"], "does not divide into 8 processes"),
+    (["data.batch_size=0"], "data.batch_size: got 0"),
+    (["data.micro_batch_size=0"], "data.micro_batch_size: got 0"),
+    (["data.shuffle_shards=0"], "data.shuffle_shards: got 0"),
+    (["run.devices=0"], "run.devices: got 0"),
+    (["run.devices=3", "data.batch_size=3"], "data.val_samples=256 does not divide over 3 processes"),
+    *[([f"run.{name}=0"], f"run.{name}: got 0") for name in ("num_steps", "log_every", "val_every", "checkpoint_every")],
+    (["optimizer.ema_decay=1"], "optimizer.ema_decay: got 1"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas: got .*, wanted two numbers"),
+]
+START = [
+    (["init=pretrained"], "init=pretrained needs the model folder"),
+    (["model=folder"], "init=scratch starts from random weights, but model=folder is set"),
+]
+OWN = {
+    "autoencoder": [
+        *START,
+        (["init=pretrained", "model=m", "architecture.latent_channels=4"], "drop `architecture`"),
+        (["run.strategy=deepspeed_stage_2"], "the autoencoder stage has two optimizers"),
+        (["equivariance.preset=eqvae_paper", "equivariance.prob=0.5"], "fixes the scheme, got also prob"),
+        *[([f"equivariance.{name}=1.5"], f"equivariance.{name} is a probability")
+          for name in ("prob", "rescale_prob", "permute_prob", "negate_prob")],
+        (["equivariance.rescale_smallest=1"], "equivariance.rescale_smallest: got 1"),
+        (["equivariance.num_groups=0"], "equivariance.num_groups: got 0"),
+    ],
+    "diffusion": [
+        *START,
+        (["init=pretrained", "model=m", "unet.layers_per_block=1"], "drop `unet`"),
+        (["train_text_encoder=false"], "set train_text_encoder=true"),
+        (["adapt=lora"], "adapt=lora updates a pretrained UNet"),
+        (["caption_dropout=1"], "caption_dropout: got 1"),
+        (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
+        (["run.strategy=deepspeed_stage_1"], "set optimizer.ema_decay=0"),
+    ],
+    "judge": [(["run.strategy=deepspeed_stage_1"], "the judge is small")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "overrides", "message"), [(s, *case) for s in STAGES for case in ANY + OWN[s]])
+def test_options_that_contradict_each_other_are_refused(load, stage, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(stage, *overrides)
+
+
+@pytest.mark.parametrize(("overrides", "micro", "parts"), [
+    ([], 32, 1),
+    (["run.devices=2", "run.num_nodes=2"], 8, 1),
+    (["run.devices=2", "data.micro_batch_size=4"], 4, 4),
+])  # fmt: skip
+def test_the_global_batch_is_processes_times_micro_batches(load, overrides, micro, parts):
+    config = load("judge", *overrides)
+    assert (micro_batch_size(config), accumulation(config)) == (micro, parts)
+
+
+def option_classes() -> list[type]:
+    return [kind for kind in vars(eqldm.config).values() if dataclasses.is_dataclass(kind)]
+
+
+def test_every_option_has_a_docstring():
+    tree = ast.parse(Path(eqldm.config.__file__).read_text())
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, after in zip(kind.body, [*kind.body[1:], None]):
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):  # not a section
+                text = after.value if isinstance(after, ast.Expr) else None
+                assert isinstance(text, ast.Constant), f"{kind.name}.{field.target.id} has no docstring"
+
+
+def names_read() -> set[str]:
+    """Attributes read, though not called, by the package and train.py, and the strings of functions that use getattr."""
+    names = set()
+    for path in [*(ROOT / "eqldm").rglob("*.py"), ROOT / "train.py"]:
+        body = ast.parse(path.read_text()).body
+        if path.name == "config.py":  # checking an option is not using it
+            body = [node for node in body if getattr(node, "name", "") in ("micro_batch_size", "accumulation")]
+        for node in (inner for outer in body for inner in ast.walk(outer)):
+            if isinstance(node, ast.Attribute):
+                names.add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                node.func.attr = ""  # walked after its call: module.train() reads no option
+            if isinstance(node, ast.FunctionDef) and any(getattr(c, "id", "") == "getattr" for c in ast.walk(node)):
+                names |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    return names
+
+
+def test_every_option_is_read_by_some_code():
+    read = names_read()
+    options = [(kind.__name__, field.name) for kind in option_classes() for field in dataclasses.fields(kind)]
+    unread = [f"{kind}.{name}" for kind, name in options if name not in read]
+    assert not unread, f"options that no code reads: {', '.join(unread)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_what_it_is_for(path):
+    text = path.read_text()
+    stage = yaml.safe_load(text)["stage"]
+    given = OmegaConf.create(text)
+    missing = [item for item in [*REQUIRED, "vae=model"] if OmegaConf.select(given, item.split("=")[0]) is None]
+    load_config(path, [item for item in missing if item != "vae=model" or stage == "diffusion"])
+    header = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+    assert "claim" in header and f"python train.py {path.relative_to(ROOT)}" in header

@@ -1,0 +1,116 @@
+"""The judge: it trains, is exported small, and reads pictures again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from eqldm.config import JudgeConfig, load_config
+from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.shards import write_manifest, write_shard
+from eqldm.evaluation.judge import Judge, train_judge
+from eqldm.run import LAST
+
+
+@pytest.fixture(scope="module")
+def shards(make_picture_shards, tmp_path_factory) -> Path:
+    return make_picture_shards(tmp_path_factory.mktemp("shards"), count=12, size=16)
+
+
+@pytest.fixture
+def configured(shards, tmp_path):
+    """`configured("a", "key=value", ...)`: the options of a tiny judge, for the run folder `tmp_path / "a"`."""
+    path = tmp_path / "judge.yaml"
+    options = {
+        "stage": "judge",
+        "architecture_args": {"channels": [4, 4, 8, 8]},
+        "data": {"train": str(shards), "val": str(shards), "batch_size": 4, "num_workers": 0, "val_samples": 12},
+        "run": {"precision": "32-true", "accelerator": "cpu", "num_steps": 2, "val_every": 2, "log_every": 1},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "ema_decay": 0.5},
+    }
+    path.write_text(yaml.safe_dump(options))
+
+    def build(name: str, *overrides: str) -> JudgeConfig:
+        return load_config(path, [f"run.dir={tmp_path / name}", *overrides])
+
+    return build
+
+
+def weights(config: JudgeConfig) -> dict:
+    return torch.load(Path(config.run.dir) / LAST, weights_only=True)["current_model_state"]
+
+
+def test_two_steps_export_and_reading(configured, shards):
+    config = configured("two")
+    folder = train_judge(config)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    judge = Judge.open(folder)
+    assert judge.image_size == 16 and not judge.network.training
+    averaged = torch.load(Path(config.run.dir) / LAST, weights_only=True)["state_dict"]
+    for name, value in judge.network.state_dict().items():  # what is exported is the average, in float16
+        assert torch.allclose(value.float(), averaged[f"network.{name}"].float(), rtol=1e-3, atol=1e-4), name
+
+    samples = PictureSamples(shards)
+    x = collate([samples[i] for i in range(12)])["x"]
+    labels = judge(x)
+    assert labels.shape == (12,) and labels.dtype == torch.int64 and 0 <= int(labels.min()) and int(labels.max()) < 26
+    assert torch.equal(judge(x, batch_size=5), labels)
+    assert judge(torch.nn.functional.interpolate(x, scale_factor=4)).shape == (12,)  # pictures of another size
+    assert train_judge(config) == folder  # a finished run is left alone
+
+
+def test_it_learns(configured, shards):
+    judge = Judge.open(train_judge(configured("learns", "run.num_steps=60", "noise=0.02", "rotation_degrees=2", "run.val_every=60")))
+    samples = PictureSamples(shards)
+    batch = collate([samples[i] for i in range(12)])
+    assert float((judge(batch["x"]) == batch["label"]).float().mean()) > 0.8
+
+
+def test_resumed_equals_uninterrupted(configured):
+    whole, parts = configured("whole", "run.num_steps=4"), configured("parts")
+    train_judge(whole)
+    train_judge(parts)
+    parts.run.num_steps = 4
+    train_judge(parts)
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resuming_with_other_micro_batches_keeps_its_steps(configured):
+    """Stopped at an odd step of one batch, and resumed in halves: each step still takes both halves of its own batch."""
+    whole, parts = configured("whole", "run.num_steps=5", "data.micro_batch_size=2"), configured("parts", "run.num_steps=3")
+    train_judge(parts)
+    parts.run.num_steps, parts.data.micro_batch_size = 5, 2
+    seen = []
+    import eqldm.evaluation.judge as module
+
+    class Watched(module.JudgeTraining):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.trainer.global_step, batch["position"].tolist()))
+            return super().training_step(batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "JudgeTraining", Watched)
+        train_judge(parts)
+        resumed, seen = seen, []
+        train_judge(whole)
+    assert resumed == [(3, [12, 13]), (3, [14, 15]), (4, [16, 17]), (4, [18, 19])]
+    assert seen[-4:] == resumed
+
+
+def test_data_without_labels_is_an_error(configured, shards, tmp_path):
+    samples = [{"__key__": str(i), "png": PictureSamples(shards).shards.read(i, "png"), "txt": "a"} for i in range(12)]
+    (tmp_path / "bare").mkdir()
+    entry = write_shard(tmp_path / "bare" / "bare-000000.tar", samples)
+    write_manifest(tmp_path / "bare", [entry], kind="pictures", image_size=16)
+    for part in ("train", "val"):
+        with pytest.raises(ValueError, match="bare' has no labels: the judge learns from glyph shards"):
+            train_judge(configured("bare-run", f"data.{part}={tmp_path / 'bare'}"))
+
+
+def test_missing_judge_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no judge: train one with python train.py configs/glyphs/judge.yaml"):
+        Judge.open(tmp_path)

@@ -1,0 +1,128 @@
+"""Model folders: what is missing is named, a failed save leaves the old one, and the hash tells VAEs apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+
+from eqldm.model_folder import (
+    check_model_folder,
+    decode,
+    denormalise,
+    downsampling,
+    encode,
+    load_scheduler,
+    load_unet,
+    load_vae,
+    make_scheduler,
+    normalise,
+    posterior,
+    save_model_folder,
+    vae_hash,
+)
+
+
+def test_the_hash_changes_with_any_weight_and_with_the_normalisation(make_tiny_vae):
+    vae = make_tiny_vae()
+    seen = {vae_hash(vae)}
+    assert vae_hash(make_tiny_vae()) in seen and len(vae_hash(vae)) == 16
+    for weight in vae.parameters():
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1e-3
+        seen.add(vae_hash(vae))
+    seen |= {vae_hash(make_tiny_vae(scaling_factor=0.5)), vae_hash(make_tiny_vae(shift_factor=0.1))}
+    assert len(seen) == 1 + len(list(vae.parameters())) + 2
+
+
+def test_saving_and_loading_keeps_the_vae_and_its_hash(make_tiny_vae, tmp_path):
+    vae = make_tiny_vae(scaling_factor=0.7, shift_factor=0.1)
+    folder = save_model_folder(tmp_path / "model", vae=vae)
+    assert folder == tmp_path / "model" and [path.name for path in folder.iterdir()] == ["vae"]
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    for path in (folder, folder / "vae"):  # a model folder, or an AutoencoderKL folder
+        loaded = load_vae(path)
+        assert vae_hash(loaded) == vae_hash(vae) and not loaded.training and loaded.dtype == torch.float32
+        assert loaded.config.scaling_factor == 0.7 and loaded.config.shift_factor == 0.1
+
+
+def test_a_vae_saved_in_half_precision_loads_in_float32(tiny_vae, tmp_path):
+    loaded = load_vae(save_model_folder(tmp_path / "model", vae=tiny_vae.half()))
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+
+
+def test_a_saved_folder_is_replaced_and_nothing_else_is_left(make_tiny_vae, tmp_path):
+    save_model_folder(tmp_path / "model", vae=make_tiny_vae(0))
+    (tmp_path / "model" / "stale").mkdir()
+    (tmp_path / "model.partial").mkdir()  # as a killed process leaves it
+    save_model_folder(tmp_path / "model", vae=make_tiny_vae(1))
+    assert vae_hash(load_vae(tmp_path / "model")) == vae_hash(make_tiny_vae(1))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*") if path.is_dir()) == ["model", "model/vae"]
+
+
+def test_a_failed_save_leaves_the_old_folder(make_tiny_vae, tmp_path, monkeypatch):
+    save_model_folder(tmp_path / "model", vae=make_tiny_vae(0))
+    write = AutoencoderKL.save_pretrained
+
+    def fails(self, path, **options):
+        write(self, path, **options)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_model_folder(tmp_path / "model", vae=make_tiny_vae(1))
+    assert vae_hash(load_vae(tmp_path / "model")) == vae_hash(make_tiny_vae(0))
+
+
+def test_what_is_missing_is_named(tiny_vae, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist: give a diffusers pipeline folder"):
+        load_vae(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="it lacks vae .holds none of its parts"):
+        load_vae(tmp_path)
+    folder = save_model_folder(tmp_path / "model", vae=tiny_vae)
+    with pytest.raises(FileNotFoundError, match=r"it lacks unet \(holds vae\)"):
+        load_unet(folder)
+    with pytest.raises(FileNotFoundError, match="it lacks unet, text_encoder, tokenizer, scheduler"):
+        check_model_folder(folder)
+
+
+def test_weights_that_do_not_fit_or_are_no_safetensors_are_refused(make_tiny_vae, tmp_path):
+    folder = save_model_folder(tmp_path / "model", vae=make_tiny_vae())
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    other = save_model_folder(tmp_path / "other", vae=make_tiny_vae(latent_channels=8))
+    weights.write_bytes((other / "vae" / weights.name).read_bytes())
+    with pytest.raises((ValueError, RuntimeError), match="size mismatch|shape"):
+        load_vae(folder)
+    weights.unlink()
+    torch.save(make_tiny_vae().state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+        load_vae(folder)
+
+
+def test_a_folder_of_some_parts_cannot_be_saved(tiny_vae, tmp_path):
+    with pytest.raises(ValueError, match="vae alone or all of .* got vae, unet"):
+        save_model_folder(tmp_path / "model", vae=tiny_vae, unet=None)
+    assert not (tmp_path / "model").exists()
+
+
+def test_schedulers_are_made_by_the_name_in_their_config(tmp_path):
+    wanted = DDIMScheduler(beta_start=0.001, prediction_type="v_prediction")
+    wanted.save_pretrained(tmp_path / "scheduler")
+    loaded = load_scheduler(tmp_path)
+    assert type(loaded) is DDIMScheduler and loaded.config.prediction_type == "v_prediction" and loaded.config.beta_start == 0.001
+    assert type(make_scheduler(dict(wanted.config), "EulerDiscreteScheduler")) is EulerDiscreteScheduler
+    for name in ("NoScheduler", "AutoencoderKL", ""):
+        with pytest.raises(ValueError, match="is no diffusers scheduler: wanted a class name such as DDIMScheduler"):
+            make_scheduler({"_class_name": name})
+
+
+@torch.no_grad()
+def test_latents_are_normalised_as_stock_pipelines_do(make_tiny_vae):
+    vae = make_tiny_vae(scaling_factor=0.5, shift_factor=0.2)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moments = vae.encode(x).latent_dist.parameters
+    assert downsampling(vae) == 4 and moments.shape == (2, 8, 8, 8)
+    mean = posterior(moments).mean
+    assert torch.equal(encode(vae, x), (mean - 0.2) * 0.5)
+    torch.testing.assert_close(denormalise(vae, normalise(vae, mean)), mean)
+    torch.testing.assert_close(decode(vae, encode(vae, x)), vae.decode(mean).sample, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,202 @@
+"""The run folder: what it states, what may change, atomic checkpoints, and a killed run that goes on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from eqldm.autoencoder.module import train_autoencoder
+from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
+from eqldm.model_folder import load_vae
+from eqldm.run import LAST, AtomicCheckpointIO, check_finite, learning_rate_factor, prepare_run
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shards(make_picture_shards, tmp_path_factory) -> Path:
+    return make_picture_shards(tmp_path_factory.mktemp("shards"), count=12, size=16)
+
+
+@pytest.fixture
+def configured(shards, tmp_path):
+    """`configured("key=value", ...)`: options of a tiny run in `tmp_path / "run"`."""
+    path = tmp_path / "tiny.yaml"
+    options = {
+        "stage": "autoencoder",
+        "architecture": {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False,
+                         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        "data": {"train": str(shards), "val": str(shards), "batch_size": 4, "num_workers": 0, "val_samples": 4},
+        "run": {"precision": "32-true", "accelerator": "cpu", "num_steps": 2, "dir": str(tmp_path / "run"), "log_every": 1},
+        "optimizer": {"ema_decay": 0.5, "warmup_steps": 1, "learning_rate": 1e-3},
+        "fold": {"num_images": 8},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(options))
+
+    def build(*overrides: str) -> AutoencoderConfig:
+        return load_config(path, overrides)
+
+    return build
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "checkpoints" / "last.ckpt"
+    io.save_checkpoint({"step": 1, "weights": torch.arange(3.0)}, path)
+
+    def half(checkpoint, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match=r"last.ckpt' could not be written .*No space left on device.*The one before it is kept"):
+        io.save_checkpoint({"step": 2}, path)
+    assert io.load_checkpoint(path)["step"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]  # and no half one beside it
+
+
+def test_checkpoints_load_tensors_and_plain_values_only(tmp_path):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"weights": torch.ones(2), "names": ["a"]}, tmp_path / "plain.ckpt")
+    assert io.load_checkpoint(tmp_path / "plain.ckpt")["names"] == ["a"]
+    io.save_checkpoint({"config": OptimizerConfig()}, tmp_path / "pickled.ckpt")
+    with pytest.raises(Exception, match="weights_only"):
+        io.load_checkpoint(tmp_path / "pickled.ckpt")
+
+
+def test_learning_rate_factor():
+    def factors(**options) -> list[float]:
+        return [learning_rate_factor(step, OptimizerConfig(**options), 14) for step in (0, 2, 4, 9, 14, 20)]
+
+    rise = [1 / 5, 3 / 5]
+    assert factors(warmup_steps=4) == pytest.approx([*rise, 1, 1, 1, 1])
+    assert factors(warmup_steps=4, schedule="linear") == pytest.approx([*rise, 1, 0.505, 0.01, 0.01])
+    assert factors(warmup_steps=4, schedule="cosine") == pytest.approx([*rise, 1, 0.505, 0.01, 0.01])
+    assert learning_rate_factor(3, OptimizerConfig(warmup_steps=0, schedule="cosine"), 12) == pytest.approx(
+        0.01 + 0.99 * math.cos(math.pi / 8) ** 2
+    )
+    assert learning_rate_factor(5, OptimizerConfig(warmup_steps=100), 2) == pytest.approx(6 / 101)  # shorter than its warm-up
+
+
+def test_check_finite():
+    good = {"l1": torch.tensor(0.5), "kl": torch.tensor(2.0)}
+    check_finite(good, 7, ["a", "b"])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(FloatingPointError, match=rf"step 7: l1 = 0.5, kl = 2, total = {bad}. Batch: a, b. .*learning_rate"):
+            check_finite({**good, "total": torch.tensor(bad)}, 7, ["a", "b"])
+
+
+def test_prepare_run_describes_the_run(configured, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "run.seed=5"])
+    config = configured("run.seed=5")
+    assert prepare_run(config) is None
+    folder = tmp_path / "run"
+    assert load_config(folder / "config.yaml") == config  # every option, resolved, and itself a config
+    assert (folder / "command.txt").read_text().endswith("train.py tiny.yaml run.seed=5\n")
+    versions = json.loads((folder / "versions.json").read_text())
+    assert torch.__version__.startswith(versions["torch"]) and {"python", "diffusers", "eqldm"} <= versions.keys()
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode == 0:
+        assert (folder / "git.txt").read_text() == commit.stdout and (folder / "git.diff").exists()
+
+
+def test_changed_options_are_refused_and_listed(configured):
+    train_autoencoder(configured())
+    for overrides in (["optimizer.learning_rate=0.5", "data.batch_size=6"], ["loss.l1_weight=3", "run.num_steps=4"]):
+        with pytest.raises(ValueError, match="holds a run with other options") as caught:
+            train_autoencoder(configured(*overrides))
+        changed = [item.partition("=")[0] for item in overrides if not item.startswith("run.num_steps")]
+        assert all(f"{name} was " in str(caught.value) for name in changed)
+    assert "data.batch_size was 4, is 6; optimizer.learning_rate was 0.001, is 0.5. Use another run.dir" in str(
+        pytest.raises(ValueError, prepare_run, configured("optimizer.learning_rate=0.5", "data.batch_size=6")).value
+    )
+
+
+def test_what_may_change_may_change(configured, tmp_path):
+    train_autoencoder(configured())
+    more = configured("run.num_steps=3", "data.micro_batch_size=2", "run.checkpoint_every=1", "run.val_every=1", "run.log_every=2")
+    assert prepare_run(more) == tmp_path / "run" / LAST
+    assert train_autoencoder(more) == tmp_path / "run" / "model"
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
+    with pytest.raises(ValueError, match="holds a run at step 3, past run.num_steps=1: set at least 3"):
+        train_autoencoder(configured("run.num_steps=1"))
+
+
+def test_a_finished_run_started_again_changes_nothing(configured, tmp_path, caplog):
+    model = train_autoencoder(configured())
+    before = contents(tmp_path / "run")
+    with caplog.at_level("INFO"):
+        assert train_autoencoder(configured()) == model
+    assert contents(tmp_path / "run") == before
+    assert "has taken all of its 2 steps: nothing to do" in caplog.text
+    with pytest.raises(ValueError, match="other options: loss.l1_weight was 1.0, is 2.0"):
+        train_autoencoder(configured("loss.l1_weight=2"))
+
+
+def test_logs_go_on_where_the_checkpoint_was(configured, tmp_path, monkeypatch):
+    options = ["run.num_steps=5", "run.checkpoint_every=2", "run.val_every=2"]
+
+    def stop(losses, step, keys):
+        if step == 3:
+            raise FloatingPointError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eqldm.autoencoder.module.check_finite", stop)
+        with pytest.raises(FloatingPointError, match="stopped"):
+            train_autoencoder(configured(*options))
+    train_autoencoder(configured(*options))
+    table = (tmp_path / "run" / "logs" / "metrics.csv").read_text().splitlines()
+    names = table[0].split(",")
+    steps = [int(row.split(",")[names.index("step")]) for row in table[1:] if row.split(",")[names.index("train/loss")]]
+    assert steps == [0, 1, 2, 3, 4]  # step 2 was logged, lost, and logged again: it counts once
+
+
+def train(folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), str(folder / "tiny.yaml"), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_a_killed_process_goes_on(configured, tmp_path):
+    """SIGKILL after the first checkpoint, then the same command: equal to a run in this process that nothing stopped."""
+    options = ["run.num_steps=40", "run.checkpoint_every=2", "run.log_every=100"]
+    configured()  # writes tiny.yaml
+    process, last = train(tmp_path, *options), tmp_path / "run" / LAST
+    limit = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert last.exists() and process.returncode == -signal.SIGKILL, output
+    step = AtomicCheckpointIO().load_checkpoint(last)["global_step"]
+    assert step < 40 and not (tmp_path / "run" / "model").exists()
+
+    process = train(tmp_path, *options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"done: {tmp_path / 'run' / 'model'}" in output, output
+    whole = train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))
+    a, b = load_vae(tmp_path / "run" / "model").state_dict(), load_vae(whole).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_errors_of_train_are_one_line(configured, tmp_path, monkeypatch):
+    configured()
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "tiny.yaml"), "data.train=/nowhere"])
+    with pytest.raises(SystemExit, match="^error: .*'/nowhere' is not a folder"):
+        importlib.import_module("train").main()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,128 @@
+"""sample.py as a user runs it: files, the command that makes a picture again, and errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eqldm.anagram.job import command
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["the letter a", "the letter v"]
+specification = importlib.util.spec_from_file_location("sample_script", ROOT / "sample.py")
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(*arguments)`: sample.py's main."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        script.main()
+
+    return call
+
+
+@pytest.fixture
+def failed(run):
+    """`failed(*arguments)`: the one line that it exits with."""
+
+    def call(*arguments) -> str:
+        with pytest.raises(SystemExit) as info:
+            run(*arguments)
+        error = info.value.code
+        assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error
+        return error
+
+    return call
+
+
+def options(model: Path, out: Path) -> list:
+    return ["--model", model, "--out", out, "--num-inference-steps", 2]
+
+
+def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp_path, capsys):
+    prompts = ["the letter a's \"$HOME\"", "`v` \u00e9"]  # what a shell would change
+    out = tmp_path / "out"
+    more = ["--num-samples", 3, "--batch-size", 2, "--seed", 5, "--guidance-scale", 2.5, "--views", "identity", "flip@patch_permute:2:7",
+            "--scheduler", "euler_ancestral", "--negative-prompt", "picture 1", "--image-size", 48]  # fmt: skip
+    long = ["--model", tiny_model_folder, "--num-inference-steps", 2, "--out", out]
+    run(*long, "--prompts", "picture 0 '", "$a `v`", *more)
+    assert capsys.readouterr().out.splitlines()[-1] == f"done: {out / 'sheet.png'}"
+    assert sorted(path.name for path in out.iterdir()) == sorted([f"{s}.{e}" for s in (5, 6, 7) for e in ("png", "json")] + ["sheet.png"])
+    assert Image.open(out / "6.png").size == (48, 48)
+    about = json.loads((out / "6.json").read_text())
+    assert about["seed"] == 6 and about["views"] == ["identity", "flip@patch_permute:2:7"]
+    assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == 2.5
+
+    words = shlex.split(about["command"])
+    assert words[:2] == ["python", "sample.py"] and words[-2:] == ["--out", "DIR"]
+    again = tmp_path / "again"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here
+    result = subprocess.run([sys.executable, *words[1:-1], again], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in again.glob("?.png")) == ["5.png", "6.png"]  # the batch that 6 was sampled in
+    for name in ("5.png", "6.png", "6.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes(), name
+    assert shlex.split(command({**about, "prompts": prompts}, [6]))[5:7] == prompts
+
+
+def test_errors_are_one_line(failed, tiny_model_folder, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        ([*options(tmp_path / "none", out), "--prompts", *PROMPTS], "none' does not exist: give a diffusers pipeline folder"),
+        ([*options(tiny_model_folder, out), "--prompts", "a", "v", "a"], "one prompt for each view: got 3 prompts and 2 views"),
+        ([*options(tiny_model_folder, out), "--prompts", *PROMPTS, "--views", "identity", "flipp"], "unknown view 'flipp': did you mean flip"),
+    ]
+    for arguments, message in cases:
+        assert message in failed(*arguments)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_errors_exit_with_a_code(tmp_path):
+    words = [sys.executable, "sample.py", *map(str, options(tmp_path, tmp_path / "out")), "--prompts", *PROMPTS]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: '{tmp_path}' is no model folder with vae, unet, text_encoder")
+
+
+def test_a_folder_that_cannot_be_made(failed, tiny_model_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    error = failed(*options(tiny_model_folder, tmp_path / "file"), "--prompts", *PROMPTS)
+    assert "file' cannot be made" in error and "give another --out" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["1.png", "0.json", "sheet.png"])
+def test_a_full_disk(failed, tiny_model_folder, tmp_path, name):
+    (tmp_path / f"{name}.partial").symlink_to("/dev/full")
+    error = failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 2)
+    assert f"'{tmp_path / name}' cannot be written (No space left on device): make room" in error
+    assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial")), "half a file was left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheduler", "dppm"], "unknown scheduler 'dppm'"),
+        (["--reduction", "median"], "unknown reduction 'median'"),
+        (["--image-size", "30"], "image size 30: wanted a multiple of f = 4"),
+        (["--views", "identity", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8 (32 px at f = 4)"),
+        (["--views", "identity", "rescale"], "'rescale' is no view for sampling"),
+        (["--negative-prompt", "a " * 20], "is longer than the model's 8 tokens"),
+        (["--num-samples", "0"], "--num-samples, --batch-size and --num-inference-steps must be at least 1"),
+    ],
+)
+def test_more_errors(failed, tiny_model_folder, tmp_path, arguments, message):
+    assert message in failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, *arguments)

@@ -1,0 +1,200 @@
+"""Samples by position: decoding, unreadable pictures, captions, latents, and the batches that training sees."""
+
+from __future__ import annotations
+
+import csv
+import zlib
+from itertools import islice
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import picture_bytes
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from eqldm.config import DataConfig, JudgeConfig, RunConfig
+from eqldm.data.module import ShardData, SkippedReport
+from eqldm.data.order import StreamSampler, epoch_order
+from eqldm.data.samples import UNREADABLE, LatentSamples, PictureSamples, collate, decode_picture, pack_array, tensor_to_picture
+from eqldm.data.shards import write_manifest, write_shard
+
+
+def png(width: int, height: int, header_bytes: int = 13) -> bytes:
+    """The start of a PNG of any size, its header cut to some bytes."""
+    header = b"IHDR" + (width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")[:header_bytes]
+    return b"\x89PNG\r\n\x1a\n" + header_bytes.to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+
+
+def write_set(folder, samples: list[dict], **about):
+    folder.mkdir(exist_ok=True)
+    write_manifest(folder, [write_shard(folder / "x.tar", samples)], **about)
+    return folder
+
+
+def test_pictures_come_with_caption_label_key_and_position(make_picture_shards, tmp_path):
+    samples = PictureSamples(make_picture_shards(tmp_path, count=10, shard_size=4), seed=3, window=2, need_captions=True)
+    assert len(samples) == 10 and samples.image_size == (32, 32)
+    for position in (0, 9, 10, 25):
+        number = epoch_order(np.array([0, 4, 8, 10]), 3, position // 10, 2)[position % 10]
+        sample = samples[position]
+        assert torch.equal(sample.pop("x"), decode_picture(picture_bytes(number)))
+        assert sample == {
+            "caption": f"picture {number}", "label": number % 3, "key": f"{number:09d}", "position": position, "skipped": []
+        }  # fmt: skip
+    assert [PictureSamples(tmp_path)[p]["key"] for p in (0, 9, 10)] == ["000000000", "000000009", "000000000"]
+
+
+def test_a_picture_and_its_tensor_are_inverse():
+    x = decode_picture(picture_bytes(0))
+    assert x.dtype == torch.float32 and x.shape == (3, 32, 32) and -1 <= x.min() < x.max() <= 1
+    assert torch.equal(decode_picture_of(tensor_to_picture(x)), x)
+    assert tensor_to_picture(torch.full((3, 1, 1), 5.0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def decode_picture_of(image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", picture_bytes(0)[:500], png(32, 32), png(32, 32, 5), png(60000, 60000)],
+                         ids=["empty", "text", "half", "header only", "short header", "bomb"])  # fmt: skip
+def test_bytes_that_are_no_picture_are_skipped(tmp_path, content):
+    with pytest.raises(UNREADABLE):
+        decode_picture(content)
+    folder = write_set(tmp_path, [{"__key__": "bad", "png": content}, {"__key__": "good", "png": picture_bytes(1)}])
+    sample = PictureSamples(folder)[0]
+    assert (sample["key"], sample["skipped"], sample["label"], sample["caption"]) == ("good", ["bad"], -1, "")
+
+
+def test_the_next_readable_picture_takes_an_unreadable_ones_place(make_picture_shards, tmp_path):
+    samples = PictureSamples(make_picture_shards(tmp_path, count=6, shard_size=4, corrupt=(0, 3, 4)))
+    batch = collate([samples[position] for position in range(6)])
+    assert batch["key"] == [f"00000000{n}" for n in (1, 1, 2, 5, 5, 5)]
+    assert batch["skipped"] == [f"00000000{n}" for n in (0, 3, 4, 4)]
+    assert batch["position"].tolist() == list(range(6)) and batch["label"].tolist() == [1, 1, 2, 2, 2, 2]
+    assert batch["x"].shape == (6, 3, 32, 32)
+
+
+def test_too_many_unreadable_pictures_are_an_error(make_picture_shards, tmp_path):
+    with pytest.raises(ValueError, match="all': none of its first .* can be decoded"):
+        PictureSamples(make_picture_shards(tmp_path / "all", count=5, corrupt=range(5)))
+    samples = PictureSamples(make_picture_shards(tmp_path / "most", count=103, size=8, corrupt=range(1, 102)))
+    assert samples[3]["key"] == "000000102"
+    with pytest.raises(ValueError, match="100 pictures in a row cannot be decoded, from 000000001"):
+        samples[1]
+
+
+def test_a_lost_shard_is_an_error_and_no_unreadable_picture(make_picture_shards, tmp_path):
+    samples = PictureSamples(make_picture_shards(tmp_path, count=4, shard_size=2))
+    (tmp_path / "pictures-000000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="pictures-000000.tar"):
+        samples[0]
+
+
+@pytest.mark.parametrize(("samples", "message"), [
+    ([{"png": picture_bytes(0), "txt": "one"}, {"png": picture_bytes(1)}, {"png": picture_bytes(2)}],
+     "2 of 3 samples have no caption .* the first is '1'"),
+    ([{"txt": "one"}], "holds no pictures .* only: txt"),
+    ([{"png": picture_bytes(0)}, {"jpg": picture_bytes(1)}], "1 of 2 samples have no .png picture, the first is '1'"),
+])  # fmt: skip
+def test_a_set_that_cannot_be_trained_on_is_refused_when_opened(tmp_path, samples, message):
+    with pytest.raises(ValueError, match=message):
+        PictureSamples(write_set(tmp_path, [{"__key__": str(i), **s} for i, s in enumerate(samples)]), need_captions=True)
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path):
+    samples = PictureSamples(write_set(tmp_path, [{"__key__": f"{s}", "png": picture_bytes(0, s)} for s in (32, 40)]))
+    with pytest.raises(ValueError, match=r"picture '40' of .* is \(40, 40\), the first one \(32, 32\)"):
+        samples[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_latents_come_back_as_they_were_packed(tmp_path, dtype):
+    moments = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(-1, -3)
+    packed = [{"__key__": f"{i}", "txt": f"c{i}", "moments.npy": pack_array(m), "prompt_embeds.npy": pack_array(m[0])}
+              for i, m in enumerate(moments)]  # fmt: skip
+    samples = LatentSamples(write_set(tmp_path, packed, kind="latents", vae_hash="abc"), vae_hash="abc")
+    for i, m in enumerate(moments):
+        assert samples[i]["moments"].dtype == torch.float32 and torch.equal(samples[i]["moments"], m.float())
+        assert torch.equal(samples[i]["prompt_embeds"], m[0].float()) and samples[i]["caption"] == f"c{i}"
+    with pytest.raises(ValueError, match=r"another VAE \(hash abc\) than the one configured \(other\)"):
+        LatentSamples(tmp_path, vae_hash="other")
+
+
+def test_latents_need_captions_and_the_right_kind(make_picture_shards, tmp_path):
+    with pytest.raises(ValueError, match="holds no latents: encode it first"):
+        LatentSamples(make_picture_shards(tmp_path / "pictures", count=2))
+    moments = {"__key__": "a", "moments.npy": pack_array(torch.zeros(2, 1, 1))}
+    with pytest.raises(ValueError, match="1 of 1 samples have no caption"):
+        LatentSamples(write_set(tmp_path / "latents", [moments], kind="latents", vae_hash="abc"))
+    with pytest.raises(ValueError, match=r"another VAE \(hash None\)"):  # tars that were indexed, not encoded here
+        LatentSamples(write_set(tmp_path / "latents", [{**moments, "txt": ""}], kind="latents"), vae_hash="abc")
+
+
+def test_workers_give_the_same_batches_as_none(make_picture_shards, tmp_path):
+    samples = PictureSamples(make_picture_shards(tmp_path, count=10, shard_size=4, corrupt=(2,)), seed=0)
+
+    def batches(workers):
+        sampler = StreamSampler(4, 2, 1, 2, start_step=3)
+        return list(islice(DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate), 5))
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(a.pop("x"), b.pop("x")) and torch.equal(a.pop("position"), b.pop("position"))
+        assert torch.equal(a.pop("label"), b.pop("label")) and a == b
+
+
+class Recorder(pl.LightningModule):
+    """Trains one number, and notes the positions that it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shown = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.shown.append(batch["position"].tolist())
+        return self.weight * batch["x"].mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(folder, tmp_path, steps: int, data: dict, devices: int = 1, **options) -> Recorder:
+    data = DataConfig(str(folder), str(folder), num_workers=0, val_samples=4, **data)
+    config = JudgeConfig(data=data, run=RunConfig(str(tmp_path), 0, steps, devices=devices))
+    module = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=devices, max_steps=steps, max_epochs=-1, logger=CSVLogger(tmp_path, "", ""), callbacks=[SkippedReport()],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+        limit_val_batches=0, log_every_n_steps=1, **options,
+    )  # fmt: skip
+    trainer.fit(module, ShardData(config))
+    return module
+
+
+def skipped(tmp_path) -> list[int]:
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        return [int(float(row["data/skipped"])) for row in csv.DictReader(file) if row["data/skipped"]]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_skipped_pictures_are_counted_and_reported_each_epoch(make_picture_shards, tmp_path):
+    folder = make_picture_shards(tmp_path / "shards", count=12, shard_size=4, corrupt=(1, 5, 6))
+    with pytest.warns(UserWarning, match="epoch 0: 3 unreadable pictures were skipped .here: 000000001, 000000005, 000000006"):
+        module = fit(folder, tmp_path, steps=6, data={"batch_size": 4, "micro_batch_size": 2}, accumulate_grad_batches=2)
+    assert [p for batch in module.shown for p in batch] == list(range(24))
+    assert skipped(tmp_path) == [3, 3]
+
+
+@pytest.mark.slow
+def test_processes_that_straddle_the_end_of_an_epoch_report_it_together(make_picture_shards, tmp_path):
+    folder = make_picture_shards(tmp_path / "shards", count=12, shard_size=4, corrupt=(1, 5, 6))
+    fit(folder, tmp_path, steps=3, data={"batch_size": 8}, devices=2, strategy="ddp_spawn")  # step 1: [8, 12) and [12, 16)
+    assert len(skipped(tmp_path)) == 2
+
+
+def test_a_validation_set_smaller_than_asked_for_is_refused(make_picture_shards, tmp_path):
+    folder = str(make_picture_shards(tmp_path, count=6))
+    config = JudgeConfig(data=DataConfig(folder, folder, val_samples=7), run=RunConfig("x", 0, 1))
+    with pytest.raises(ValueError, match="data.val_samples=7, but .* holds 6 samples"):
+        ShardData(config)

@@ -1,0 +1,141 @@
+"""Shards: readable by stock webdataset, equal bytes for equal samples, and clear errors where they are broken."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from eqldm.data.shards import MANIFEST, ShardSet, index_tar, read_manifest, write_manifest, write_shard
+
+
+@pytest.fixture
+def folder(make_picture_shards, tmp_path):
+    """Ten pictures in tars of 4, 4 and 2."""
+    return make_picture_shards(tmp_path / "shards", count=10, shard_size=4)
+
+
+def truncate(folder, name: str, size: int, tell_manifest: bool) -> None:
+    """Cut a tar down to `size` bytes; the manifest may be made to agree, as after indexing a broken copy."""
+    with open(folder / name, "r+b") as file:
+        file.truncate(size)
+    if tell_manifest:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        next(entry for entry in manifest["shards"] if entry["name"] == name)["bytes"] = size
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_stock_webdataset_reads_what_the_index_reads(folder):
+    shards = ShardSet.open(folder)
+    assert len(shards) == 10 and shards.starts.tolist() == [0, 4, 8, 10] and shards.shard_of.tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    urls = [str(folder / entry["name"]) for entry in shards.manifest["shards"]]
+    stock = list(wds.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in stock] == shards.keys.tolist()
+    for number, sample in enumerate(stock):
+        for extension in ("png", "txt", "json"):
+            assert shards.read(number, extension) == sample[extension]
+
+
+def test_equal_samples_give_equal_bytes_and_no_half_shard_is_left(tmp_path):
+    samples = [{"__key__": f"{i}", "txt": f"caption {i}", "npy": np.arange(i)} for i in range(3)]
+    a, b = write_shard(tmp_path / "a.tar", samples), write_shard(tmp_path / "b.tar", iter(samples))
+    assert {**a, "name": ""} == {**b, "name": ""} and a["count"] == 3 and a["bytes"] == (tmp_path / "a.tar").stat().st_size
+    assert write_shard(tmp_path / "c.tar", samples[::-1])["sha256"] != a["sha256"]
+
+    def fails():
+        yield samples[0]
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path / "a.tar", fails())
+    assert write_shard(tmp_path / "a.tar", samples) == a
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", "c.tar"]
+
+
+def test_keys_are_split_as_webdataset_splits_them(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("v1.0"))
+        for name in ("v1.0/0001.seg.png", "v1.0/0001.TXT", "v1.0/0002.seg.png"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    found = [sample for sample in index_tar(tmp_path / "x.tar") if "seg.png" in sample]
+    assert [sample["__key__"] for sample in found] == ["v1.0/0001", "v1.0/0002"]
+    assert sorted(found[0]) == ["__key__", "seg.png", "txt"] and found[0]["txt"][1] == 3
+
+
+def test_samples_may_lack_a_file(tmp_path):
+    entry = write_shard(tmp_path / "x.tar", [{"__key__": "a", "txt": "one"}, {"__key__": "b", "cls": "2"}])
+    write_manifest(tmp_path, [entry])
+    shards = ShardSet.open(tmp_path)
+    assert shards.has("txt").tolist() == [True, False] and shards.has("png").tolist() == [False, False]
+
+
+def test_a_missing_manifest_or_folder_names_what_makes_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no manifest.json. Make shards with data/glyphs.py"):
+        read_manifest(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere' is not a folder"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    write_manifest(tmp_path, [])
+    with pytest.raises(ValueError, match="is empty: its manifest counts 0 samples"):
+        read_manifest(tmp_path)
+
+
+def test_a_missing_tar_is_named(folder):
+    (folder / "pictures-000001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="pictures-000001.tar' is named in .* but missing"):
+        ShardSet.open(folder)
+
+
+def test_a_tar_of_another_size_is_named(folder):
+    truncate(folder, "pictures-000001.tar", 5000, tell_manifest=False)
+    with pytest.raises(ValueError, match="pictures-000001.tar' is truncated or was replaced: got 5000 bytes"):
+        ShardSet.open(folder)
+
+
+@pytest.mark.parametrize("size", [0, 100, 600, 5000, "last file", "boundary"])
+def test_a_truncated_tar_is_named_though_the_manifest_agrees(folder, size):
+    path = folder / "pictures-000001.tar"
+    last = max(place for sample in index_tar(path) for name, place in sample.items() if name != "__key__")
+    cut = {"last file": last[0] + last[1] - 1, "boundary": last[0] - 512}.get(size, size)
+    truncate(folder, path.name, cut, tell_manifest=True)
+    with pytest.raises(ValueError, match="pictures-000001.tar"):
+        ShardSet.open(folder)
+
+
+def test_a_tar_with_a_damaged_header_is_named(folder):
+    path = folder / "pictures-000001.tar"
+    with open(path, "r+b") as file:
+        file.seek(index_tar(path)[-1]["json"][0] - 512)  # the last file's header: the count of samples stays right
+        file.write(b"x" * 512)
+    with pytest.raises(ValueError, match="pictures-000001.tar' is truncated or damaged"):
+        ShardSet.open(folder)
+
+
+def test_a_file_that_is_no_tar_is_named(folder):
+    size = (folder / "pictures-000002.tar").stat().st_size
+    (folder / "pictures-000002.tar").write_bytes(b"x" * size)
+    with pytest.raises(ValueError, match="pictures-000002.tar' cannot be read as a tar"):
+        ShardSet.open(folder)
+
+
+def test_a_count_that_differs_from_the_manifest_is_refused(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"][2]["count"] = 3
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="pictures-000002.tar' holds 2 samples, the manifest says 3"):
+        ShardSet.open(folder)
+
+
+def test_a_tar_truncated_after_it_was_opened_is_named(folder):
+    shards = ShardSet.open(folder)
+    truncate(folder, "pictures-000000.tar", 600, tell_manifest=False)
+    with pytest.raises(ValueError, match="pictures-000000.tar' ended while reading sample '000000003'"):
+        shards.read(3, "png")
