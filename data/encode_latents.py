@@ -10,6 +10,7 @@ refused. The manifest carries the VAE's hash; training on the latents of another
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from eqldm.data.making import UNFINISHED
 from eqldm.data.samples import PictureSamples, collate, pack_array
-from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_manifest, write_shard
+from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
 from eqldm.model_folder import load_text, load_vae, vae_hash
 
@@ -117,8 +118,13 @@ def encode(args: argparse.Namespace) -> Path:
         for n in mine:
             before = len(skipped)
             samples = encoder.samples(int(shards.starts[n]), int(shards.starts[n + 1]), on_batch)
-            entry = write_shard(out / shards.manifest["shards"][n]["name"], samples)
-            write_json(entries[n], {**entry, "skipped": skipped[before:]})
+            try:
+                entry = write_shard(out / shards.manifest["shards"][n]["name"], samples)
+                write_json(entries[n], {**entry, "skipped": skipped[before:]})
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise OSError(f"no space left in '{out}'. Finished shards are kept: free some space and run the same command again") from error
     seconds = time.perf_counter() - start
     print(f"process {rank}: {done} latents in {seconds:.1f} s ({done / seconds:.0f} pictures/s), {len(skipped)} unreadable pictures skipped")
     _finish(out, entries, about)
@@ -140,7 +146,7 @@ def _started(out: Path, wanted: dict) -> bool:
         foreign = sorted(path.name for path in out.glob("*.tar"))
         if foreign:
             raise ValueError(f"'{out}' holds tars that this script did not make: {', '.join(foreign[:3])}. Give another --out")
-        write_json(record, {"generator": wanted})
+        _write_whole(record, {"generator": wanted})
         return False
     found = json.loads(record.read_text()).get("generator") or {}
     changed = [f"{name} (there {found.get(name)}, now {wanted.get(name)})" for name in sorted({*found, *wanted})
@@ -157,11 +163,17 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
     except FileNotFoundError:  # others are still at work, or one of them has finished the folder
         return
     skipped = [key for entry in shards for key in entry.pop("skipped")]
-    with TemporaryDirectory(dir=out) as own:
-        write_manifest(own, shards, skipped=skipped, **about)
-        os.replace(Path(own) / MANIFEST, out / MANIFEST)
+    held = [entry for entry in shards if entry["count"]]
+    _write_whole(out / MANIFEST, {**about, "skipped": skipped, "count": sum(entry["count"] for entry in held), "shards": held})
     for path in (*entries, out / UNFINISHED):
         path.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, content: dict) -> None:
+    """`write_json` for a file that several processes may write at once: each under its own name, then renamed."""
+    with TemporaryDirectory(dir=path.parent) as own:
+        write_json(Path(own) / path.name, content)
+        os.replace(Path(own) / path.name, path)
 
 
 def main() -> None:

@@ -1,0 +1,216 @@
+"""Latent shards: what is stored, resuming, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eqldm.data.samples import LatentSamples, PictureSamples
+from eqldm.data.shards import ShardSet, read_manifest, write_manifest, write_shard
+from eqldm.diffusion.conditioning import encode_prompts
+from eqldm.model_folder import load_text, load_vae, vae_hash
+
+ROOT = Path(__file__).parents[1]
+specification = importlib.util.spec_from_file_location("encode_latents_script", ROOT / "data" / "encode_latents.py")
+script = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(script)
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_model_folder, tiny_pictures):
+    """`run(out, *more)`: the script, on the tiny pictures and model unless `data=` or `model=` say other ones."""
+
+    def call(out, *more, data=tiny_pictures, model=tiny_model_folder):
+        words = ["--data", data, "--model", model, "--out", out, "--num-workers", 0, *more]
+        monkeypatch.setattr(sys, "argv", ["encode_latents.py", *map(str, words)])
+        script.main()
+        return Path(out)
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    def call(*arguments, **names) -> str:
+        with pytest.raises(SystemExit) as info:
+            run(*arguments, **names)
+        assert str(info.value.code).startswith("error: ")
+        return info.value.code
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_moments_are_the_encoders(run, tmp_path, tiny_model_folder, tiny_pictures, dtype, tolerance):
+    latents = LatentSamples(run(tmp_path / "out", "--dtype", dtype, "--batch-size", 5))
+    pictures, vae = PictureSamples(tiny_pictures), load_vae(tiny_model_folder)
+    assert len(latents) == len(pictures) == 24
+    assert latents.shards.manifest["vae_hash"] == vae_hash(vae) and latents.shards.manifest["skipped"] == []
+    for number in (0, 7, 23):
+        picture, latent = pictures[number], latents[number]
+        with torch.no_grad():
+            moments = vae.encode(picture["x"][None]).latent_dist.parameters[0]
+        torch.testing.assert_close(latent["moments"], moments, atol=tolerance, rtol=tolerance)
+        assert (latent["caption"], latent["key"]) == (picture["caption"], picture["key"])
+        assert "prompt_embeds" not in latent
+
+
+def test_prompt_embeddings(run, refused, tmp_path, tiny_model_folder):
+    latents = LatentSamples(run(tmp_path / "out", "--prompt-embeds"))
+    with torch.no_grad():
+        embeds = encode_prompts(*load_text(tiny_model_folder), [latents[5]["caption"]])[0]
+    torch.testing.assert_close(latents[5]["prompt_embeds"], embeds, atol=2e-3, rtol=2e-3)
+    assert "prompt_embeds (there True, now False)" in refused(tmp_path / "out")
+
+
+def test_resumes_without_encoding_again(run, tmp_path, monkeypatch, capsys):
+    whole = run(tmp_path / "whole")
+    encoded = []
+    samples = script.Encoder.samples
+
+    def stops(self, first, last, on_batch):
+        if first == 16:
+            raise KeyboardInterrupt
+        encoded.append(first)
+        yield from samples(self, first, last, on_batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script.Encoder, "samples", stops)
+        run(tmp_path / "out")
+    assert encoded == [0, 8]
+    with pytest.raises(FileNotFoundError, match="has no manifest.json"):
+        read_manifest(tmp_path / "out")
+    monkeypatch.setattr(script.Encoder, "samples", lambda *a: (encoded.append(a[1]), samples(*a))[1])
+    run(tmp_path / "out")
+    assert encoded == [0, 8, 16]
+    assert contents(tmp_path / "out") == contents(whole)
+    capsys.readouterr()
+    run(tmp_path / "out")
+    assert encoded == [0, 8, 16]
+    assert "already encoded with this VAE (24 latents)" in capsys.readouterr().out
+
+
+def test_processes_one_after_another(run, tmp_path, monkeypatch):
+    one = run(tmp_path / "one")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert not (tmp_path / "two" / "manifest.json").exists()
+        run(tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(one)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_give_the_same_set(run, tmp_path, tiny_model_folder, tiny_pictures):
+    one = run(tmp_path / "one")
+    words = [sys.executable, "data/encode_latents.py", "--data", tiny_pictures, "--model", tiny_model_folder, "--out", tmp_path / "two"]
+    processes = [
+        subprocess.Popen(list(map(str, words)), cwd=ROOT, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
+        for rank in "01"
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert contents(tmp_path / "two") == contents(one)
+
+
+def test_processes_that_finish_at_once(run, tmp_path, tiny_model_folder):
+    """Both find all shards done, write the same manifest, and clear up what the other may have cleared."""
+    out = run(tmp_path / "out")
+    before = contents(out)
+    manifest = read_manifest(out)
+    entries = [out / f"pictures-{n:06d}.done.json" for n in range(3)]
+    about = {name: value for name, value in manifest.items() if name not in ("shards", "count", "skipped")}
+    script._finish(out, entries, about)  # the other has cleared up
+    assert contents(out) == before
+    for path, entry in zip(entries, manifest["shards"]):
+        path.write_text(json.dumps({**entry, "skipped": []}))
+    script._finish(out, entries, about)  # the other has written the manifest only
+    assert contents(out) == before
+
+
+def test_other_options_are_refused(run, refused, tmp_path, make_model_folder, make_picture_shards, monkeypatch):
+    """Into a finished folder, and into one that was begun."""
+    other = make_model_folder(tmp_path / "other", seed=1)
+    pictures = make_picture_shards(tmp_path / "pictures", seed=1)
+    out = run(tmp_path / "finished")
+    begun = tmp_path / "begun"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(begun)
+    for folder in (out, begun):
+        before = contents(folder)
+        assert f"'{folder}' holds latents made with other options: vae (there " in refused(folder, model=other)
+        assert "pictures (there " in refused(folder, data=pictures)
+        assert "dtype (there float16, now bfloat16)" in refused(folder, "--dtype", "bfloat16")
+        assert contents(folder) == before
+    run(begun)
+    assert contents(begun) == contents(out)
+    assert "holds tars that this script did not make" in refused(pictures_without_manifest(pictures, tmp_path / "copy"))
+
+
+def pictures_without_manifest(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def test_unreadable_pictures_are_left_out(run, tmp_path, make_picture_shards, tiny_model_folder, capsys):
+    """A whole shard of them included."""
+    bad = {2, 7, *range(8, 16)}
+    data = make_picture_shards(tmp_path / "pictures", corrupt=bad)
+    latents = LatentSamples(run(tmp_path / "out", data=data))
+    assert "10 unreadable pictures skipped" in capsys.readouterr().out
+    assert latents.shards.manifest["skipped"] == [f"{number:09d}" for number in sorted(bad)]
+    assert latents.shards.keys.tolist() == [f"{number:09d}" for number in range(24) if number not in bad]
+    vae, pictures = load_vae(tiny_model_folder), PictureSamples(data)
+    for number in range(len(latents)):
+        key = int(latents[number]["key"])
+        with torch.no_grad():
+            moments = vae.encode(pictures[key]["x"][None]).latent_dist.parameters[0]
+        torch.testing.assert_close(latents[number]["moments"], moments, atol=1e-3, rtol=1e-3)
+
+
+def test_missing_captions_stay_missing(run, refused, tmp_path, tiny_pictures):
+    """So that training on them is refused, as on the pictures."""
+    shards, folder = ShardSet.open(tiny_pictures), tmp_path / "pictures"
+    folder.mkdir()
+    samples = [{"__key__": str(shards.keys[n]), "png": shards.read(n, "png"), **({"txt": "one"} if n else {})} for n in range(4)]
+    write_manifest(folder, [write_shard(folder / "a.tar", samples)], kind="pictures")
+    with pytest.raises(ValueError, match="1 of 4 samples have no caption"):
+        LatentSamples(run(tmp_path / "out", data=folder))
+    assert "1 of 4 samples have no caption" in refused(tmp_path / "embeds", "--prompt-embeds", data=folder)
+
+
+def test_latents_that_overflow(refused, run, tmp_path, make_model_folder, make_tiny_vae):
+    vae = make_tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(1e6)
+    model = make_model_folder(tmp_path / "model", vae=vae)
+    assert "do not fit float16: give --dtype bfloat16" in refused(tmp_path / "out", model=model)
+    run(tmp_path / "wide", "--dtype", "bfloat16", model=model)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(refused, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures-000001.tar.partial").symlink_to("/dev/full")
+    error = refused(tmp_path / "out")
+    assert f"no space left in '{tmp_path / 'out'}'. Finished shards are kept" in error
+    (tmp_path / "out" / "pictures-000001.tar.partial").unlink()
+    assert len(LatentSamples(run(tmp_path / "out"))) == 24
+
+
+def test_a_folder_without_a_vae(refused, tmp_path, tiny_pictures):
+    assert "lacks vae" in refused(tmp_path / "out", model=tiny_pictures)
+    assert not (tmp_path / "out").exists()
