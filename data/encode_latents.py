@@ -101,7 +101,8 @@ def encode(args: argparse.Namespace) -> Path:
         print(f"{out}: already encoded with this VAE ({read_manifest(out)['count']} latents)")
         return out
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     skipped, done, start = [], 0, time.perf_counter()
     entries = [out / f"{Path(entry['name']).stem}.done.json" for entry in shards.manifest["shards"]]
     with Progress(*columns, disable=rank > 0 or not sys.stderr.isatty()) as progress:
@@ -124,9 +125,12 @@ def encode(args: argparse.Namespace) -> Path:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise OSError(f"no space left in '{out}'. Finished shards are kept: free some space and run the same command again") from error
+                raise OSError(
+                    f"no space left in '{out}'. Finished shards are kept: free some space and run the same command again"
+                ) from error
     seconds = time.perf_counter() - start
-    print(f"process {rank}: {done} latents in {seconds:.1f} s ({done / seconds:.0f} pictures/s), {len(skipped)} unreadable pictures skipped")
+    pace = f"{seconds:.1f} s ({done / seconds:.0f} pictures/s)"
+    print(f"process {rank}: {done} latents in {pace}, {len(skipped)} unreadable pictures skipped")
     _finish(out, entries, about)
     return out
 

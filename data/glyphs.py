@@ -30,19 +30,45 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The faces of matplotlib's that draw Latin capitals. Left out: STIX sizes and non-Unicode, DejaVu Display and Last Resort
 # (no letters), cmex10 (symbols at the letters' places), cmsy10 (script capitals, whose I, J and T can hardly be told apart).
 FACES = (
-    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique",
-    "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique",
-    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic", "DejaVuSerif-Italic",
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralItalic",
-    "cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10",
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-BoldItalic",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralBolIta",
+    "STIXGeneralItalic",
+    "cmb10",
+    "cmmi10",
+    "cmr10",
+    "cmss10",
+    "cmti10",
+    "cmtt10",
 )
 # A sans and a slab serif, each the only face of its family, so that no sibling of theirs is seen in training.
 HELD_OUT_FACES = ("cmss10", "cmtt10")
 
 COLOURS = {
-    "red": (226, 42, 40), "orange": (245, 135, 25), "yellow": (245, 220, 50), "green": (40, 150, 60),
-    "cyan": (60, 205, 220), "blue": (28, 50, 178), "purple": (120, 45, 155), "pink": (248, 150, 195),
-    "brown": (110, 65, 30), "black": (18, 18, 18), "white": (242, 242, 242), "grey": (135, 135, 135),
+    "red": (226, 42, 40),
+    "orange": (245, 135, 25),
+    "yellow": (245, 220, 50),
+    "green": (40, 150, 60),
+    "cyan": (60, 205, 220),
+    "blue": (28, 50, 178),
+    "purple": (120, 45, 155),
+    "pink": (248, 150, 195),
+    "brown": (110, 65, 30),
+    "black": (18, 18, 18),
+    "white": (242, 242, 242),
+    "grey": (135, 135, 135),
 }
 BRIGHTNESS_JITTER, CHANNEL_JITTER = 14, 8  # of 255; small enough for each colour to keep its name
 MIN_CONTRAST = 2.0  # ratio of relative luminances (WCAG 2.1). Its 3.0 for large text would leave grey three partners
@@ -96,8 +122,7 @@ def draw_colours(rng: np.random.Generator) -> dict:
         foreground, background = (names[i] for i in rng.choice(len(names), 2, replace=False))
         rgb, background_rgb = jittered(foreground), jittered(background)
         if contrast(rgb, background_rgb) >= MIN_CONTRAST:
-            return {"foreground": foreground, "background": background,
-                    "foreground_rgb": rgb, "background_rgb": background_rgb}
+            return {"foreground": foreground, "background": background, "foreground_rgb": rgb, "background_rgb": background_rgb}
 
 
 @lru_cache(maxsize=256)
@@ -133,22 +158,29 @@ def place_letter(mask: Image.Image, how: dict, size: int) -> np.ndarray:
 
     nodes = np.linspace(0, 1, MESH_CELLS + 1)
     u, v = np.meshgrid(nodes, nodes)
-    moved = [axis + a * np.sin(2 * math.pi * (fu * u + fv * v + phase))
-             for axis, (a, fu, fv, phase) in zip((u, v), how["warp"])]
+    moved = [axis + a * np.sin(2 * math.pi * (fu * u + fv * v + phase)) for axis, (a, fu, fv, phase) in zip((u, v), how["warp"])]
     target = (np.stack(moved).reshape(2, -1) - 0.5) * side - shift[:, None]
     source = np.linalg.inv(matrix) @ (target / scale + ((low + high) / 2)[:, None])
     x, y = source.reshape(2, MESH_CELLS + 1, MESH_CELLS + 1).tolist()
     cell = side // MESH_CELLS
-    mesh = [((j * cell, i * cell, (j + 1) * cell, (i + 1) * cell),
-             (x[i][j], y[i][j], x[i + 1][j], y[i + 1][j], x[i + 1][j + 1], y[i + 1][j + 1], x[i][j + 1], y[i][j + 1]))
-            for i in range(MESH_CELLS) for j in range(MESH_CELLS)]
+    mesh = [
+        (
+            (j * cell, i * cell, (j + 1) * cell, (i + 1) * cell),
+            (x[i][j], y[i][j], x[i + 1][j], y[i + 1][j], x[i + 1][j + 1], y[i + 1][j + 1], x[i][j + 1], y[i][j + 1]),
+        )
+        for i in range(MESH_CELLS)
+        for j in range(MESH_CELLS)
+    ]
     return mask.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR).reduce(SUPERSAMPLE)
 
 
 def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int) -> tuple[np.ndarray, dict]:
     """A picture of one letter, uint8 [size, size, 3], and all parameters of its drawing."""
     how = {
-        "letter": letter, "label": LETTERS.index(letter), "face": face.stem, **draw_colours(rng),
+        "letter": letter,
+        "label": LETTERS.index(letter),
+        "face": face.stem,
+        **draw_colours(rng),
         "fill": rng.uniform(*FILL),
         "rotation_degrees": rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),  # counter-clockwise
         "slant": rng.uniform(-MAX_SLANT, MAX_SLANT),
@@ -166,7 +198,7 @@ def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int) -> 
 
 
 def draw_caption(rng: np.random.Generator, how: dict) -> str:
-    """"the letter A", or (half of the time) "a red letter A on a blue background"."""
+    """ "the letter A", or (half of the time) "a red letter A on a blue background"."""
     if rng.random() < 0.5:
         return f"the letter {how['letter']}"
     one, other = (f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in (how["foreground"], how["background"]))
@@ -228,8 +260,17 @@ def find_faces(fonts: list[Path] | None = None) -> tuple[list[Path], list[dict]]
 
 
 def make_split(
-    out: str | Path, split: str, num: int, *, size: int = 64, seed: int = 0, shard_size: int = 2000, workers: int = 1,
-    fonts: list[Path] | None = None, holdout_fonts: list[str] | None = None, overwrite: bool = False,
+    out: str | Path,
+    split: str,
+    num: int,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    shard_size: int = 2000,
+    workers: int = 1,
+    fonts: list[Path] | None = None,
+    holdout_fonts: list[str] | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """Write the shards of one split to `out/split`; returns the manifest. Resumes, or does nothing where all is made.
 
@@ -254,14 +295,25 @@ def make_split(
 
     options = {"split": split, "seed": seed, "faces": used, "size": size}
     generator = {
-        "name": "glyphs", "version": GENERATOR_VERSION, "split": split, "num": num, "size": size, "seed": seed,
-        "shard_size": shard_size, "faces": [face.stem for face in used], "held_out_faces": held_out,
+        "name": "glyphs",
+        "version": GENERATOR_VERSION,
+        "split": split,
+        "num": num,
+        "size": size,
+        "seed": seed,
+        "shard_size": shard_size,
+        "faces": [face.stem for face in used],
+        "held_out_faces": held_out,
     }
     folder = Path(out) / split
-    about = {"kind": "pictures", "image_size": size, "generator": generator, "skipped": skipped,
-             "made_with": {"pillow": pillow_version, "freetype": features.version("freetype2"), "numpy": np.__version__}}
-    jobs = {f"{split}-{first // shard_size:06d}.tar": range(first, min(first + shard_size, num))
-            for first in range(0, num, shard_size)}
+    about = {
+        "kind": "pictures",
+        "image_size": size,
+        "generator": generator,
+        "skipped": skipped,
+        "made_with": {"pillow": pillow_version, "freetype": features.version("freetype2"), "numpy": np.__version__},
+    }
+    jobs = {f"{split}-{first // shard_size:06d}.tar": range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)}
     jobs = {name: (folder / name, indices) for name, indices in jobs.items()}
     for item in skipped:
         console.print(f"font {item['file']} is not used: it {item['reason']}", markup=False, highlight=False)

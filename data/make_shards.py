@@ -34,7 +34,6 @@ DEFAULT_QUALITY = 95  # of jpg and webp
 CORRUPT = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-
 def find_pictures(folder: Path) -> list[str]:
     """Names of all pictures under a folder, relative to it, sorted; hidden files are left out.
 
@@ -134,7 +133,7 @@ def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, 
         rng = _crop_rng(options["seed"], name)
         left, top = int(rng.integers(wide - size + 1)), int(rng.integers(high - size + 1))
     # A fresh picture from the pixels alone: no EXIF, colour profile or comment travels into the shard
-    square = Image.fromarray(np.asarray(picture)[top:top + size, left:left + size])
+    square = Image.fromarray(np.asarray(picture)[top : top + size, left : left + size])
     buffer = io.BytesIO()
     if options["format"] == "png":
         square.save(buffer, "PNG")
@@ -162,9 +161,19 @@ def write_picture_shard(job: tuple, source: Path, options: dict) -> dict:
 
 
 def make_shards(
-    pictures: str | Path, out: str | Path, size: int, *, crop: str = "center", format: str = "jpg",
-    quality: int | None = None, shard_size: int = 1000, seed: int = 0, upscale: bool = False,
-    allow_missing_captions: bool = False, workers: int = 1, overwrite: bool = False,
+    pictures: str | Path,
+    out: str | Path,
+    size: int,
+    *,
+    crop: str = "center",
+    format: str = "jpg",
+    quality: int | None = None,
+    shard_size: int = 1000,
+    seed: int = 0,
+    upscale: bool = False,
+    allow_missing_captions: bool = False,
+    workers: int = 1,
+    overwrite: bool = False,
 ) -> dict:
     """Make shards of `size` px squares from a folder of captioned pictures; returns the manifest.
 
@@ -187,18 +196,30 @@ def make_shards(
             f"{', ...' if len(missing) > 5 else ''}. Put a .txt beside each, or a metadata.csv with file_name and text, "
             f"or pass --allow-missing-captions"
         )
-    source = hashlib.sha256(json.dumps(
-        [(name, (pictures / name).stat().st_size, captions.get(name, "")) for name in names]).encode()).hexdigest()
-    options = {"size": size, "crop": crop, "format": format, "upscale": upscale, "seed": seed,
-               "quality": None if format == "png" else quality or DEFAULT_QUALITY}
-    generator = {"name": "make_shards", "version": 1, **options, "shard_size": shard_size,
-                 "num_pictures": len(names), "source_sha256": source}
+    source = hashlib.sha256(
+        json.dumps([(name, (pictures / name).stat().st_size, captions.get(name, "")) for name in names]).encode()
+    ).hexdigest()
+    options = {
+        "size": size,
+        "crop": crop,
+        "format": format,
+        "upscale": upscale,
+        "seed": seed,
+        "quality": None if format == "png" else quality or DEFAULT_QUALITY,
+    }
+    generator = {
+        "name": "make_shards",
+        "version": 1,
+        **options,
+        "shard_size": shard_size,
+        "num_pictures": len(names),
+        "source_sha256": source,
+    }
     jobs = {}
     for first in range(0, len(names), shard_size):
         name = f"pictures-{first // shard_size:06d}.tar"
-        jobs[name] = out / name, first, [(n, captions.get(n, "")) for n in names[first:first + shard_size]]
-    about = {"kind": "pictures", "image_size": size, "generator": generator, "num_without_caption": len(missing),
-             "skipped": absent}
+        jobs[name] = out / name, first, [(n, captions.get(n, "")) for n in names[first : first + shard_size]]
+    about = {"kind": "pictures", "image_size": size, "generator": generator, "num_without_caption": len(missing), "skipped": absent}
     write = partial(write_picture_shard, source=pictures, options=options)
     manifest = make_folder(out, jobs, write, about, workers=workers, overwrite=overwrite)
     reasons = Counter(item["reason"].split(":")[0] for item in manifest["skipped"])

@@ -84,8 +84,9 @@ class OptimizerConfig:
 @dataclass
 class EquivarianceConfig:
     preset: Literal["custom", "eqvae_paper"] = "custom"
-    """eqvae_paper: the published training scheme exactly (one transform per batch: a rotation by 90, 180 or 270 degrees
-    and a down-scaling, on half of the steps, implicit loss only, other steps plain); the options below must then be left alone."""
+    """eqvae_paper: EQ-VAE's released training scheme exactly (one transform per batch: a rotation by 90, 180 or 270 degrees
+    and a bilinear down-scaling, on half of the steps, implicit loss only; of the other steps a quarter see down-scaled
+    pictures; losses summed over pixels); the options below must then be left alone."""
     group: Literal["none", "rotations", "d4"] = "none"
     """Symmetries drawn per sample at native scale."""
     prob: float = 1.0
@@ -122,7 +123,7 @@ class VAELossConfig:
     perceptual_weight: float = 0.0
     """Weight of LPIPS (VGG16 weights must be in torch's hub folder)."""
     kl_weight: float = 1e-6
-    """Weight of the posterior's KL divergence to N(0, 1), in nats, summed over latent values, averaged over pictures."""
+    """Weight of the posterior's KL divergence to N(0, 1), in nats, a mean over pictures and latent values."""
     adversarial_weight: float = 0.0
     """Weight of the PatchGAN term, before its adaptive factor; 0 builds no discriminator."""
     adversarial_start: int = 0

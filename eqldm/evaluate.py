@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -55,9 +56,7 @@ def evaluate_unet(
         steps = sum(-(-wanted.shape[1] // 64) for _, wanted, _ in jobs) * args.num_inference_steps
         task = progress.add_task(f"sampling {folder}", total=steps)
         for job_views, wanted, path in jobs:
-            reading = read_letters(
-                sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options
-            )
+            reading = read_letters(sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options)
             reading_sheet(reading, job_views).save(path)
             metrics |= generation_metrics(reading) if len(job_views) == 1 else anagram_metrics(job_views[1], reading)
     return metrics
@@ -65,6 +64,9 @@ def evaluate_unet(
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Evaluate every model; returns the path of the report."""
+    for option in ("num_images", "num_letters", "num_pairs", "num_inference_steps"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')}: got {getattr(args, option)}, wanted at least 1")
     views = [parse_view(name) for name in args.views]
     out, notes = Path(args.out), []
     samples = PictureSamples(args.data)
@@ -79,8 +81,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
     results = {}
-    for folder in map(Path, args.models):
-        name = folder.parent.name if folder.name == "model" else folder.name
+    for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
         metrics = evaluate_vae(folder, out / name, pictures, device)
         if (folder / "unet").is_dir():
@@ -97,6 +98,17 @@ def evaluate(args: argparse.Namespace) -> Path:
     report = write_report(out, results, notes)
     Console().print(console_table(results, f"{count} pictures of {args.data}"))
     return report
+
+
+def model_names(folders: list[str]) -> list[str]:
+    """What the report calls each model: the run or folder it lies in, with as many parents as tell them apart."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    parts = [(path.parent if path.name == "model" else path).parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"a model is given twice: {', '.join(folders)}")
 
 
 def _file_name(view: View) -> str:

@@ -52,9 +52,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
     """The UNet of a model folder, in float32 and eval mode."""
     check_model_folder(folder, ("unet",))
-    return UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
-    ).eval()
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
 def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -96,9 +94,7 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
         os.replace(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
     if set(parts) == set(PARTS):
-        pipeline = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipeline.save_pretrained(partial, safe_serialization=True)
     elif set(parts) == {"vae"}:
         parts["vae"].save_pretrained(partial / "vae", safe_serialization=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -59,8 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             partial.unlink(missing_ok=True)
             raise OSError(
-                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the "
-                "same command again"
+                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
             ) from error
         os.replace(partial, path)
 
@@ -136,6 +136,23 @@ class StepSeed(Callback):
         torch.manual_seed(position_seed(pl_module.config.run.seed, int(batch["position"][0]), "global"))
 
 
+class GradientGuard(Callback):
+    """The NaN guard of automatic optimization: stops before a gradient that is not finite reaches the weights."""
+
+    def __init__(self):
+        self.keys: list[str] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.keys = batch["key"]
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if pl_module.automatic_optimization and gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            check_finite({"grad_norm": norm}, trainer.global_step, self.keys)
+            pl_module.log("train/grad_norm", norm)
+
+
 def check_finite(losses: dict[str, Tensor], step: int, keys: list[str]) -> None:
     """The NaN guard. Raises FloatingPointError with the step, the loss terms and the batch's keys, unless all are finite."""
     if not all(bool(torch.isfinite(value).all()) for value in losses.values()):
@@ -157,16 +174,12 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with the options' learning rate, betas and weight decay."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
-    )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate schedule, stepped once per optimizer step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.run.num_steps)
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.run.num_steps))
 
 
 def make_trainer(
@@ -186,6 +199,7 @@ def make_trainer(
     micro = accumulation(config)
     callbacks = [
         StepSeed(),
+        GradientGuard(),
         SkippedReport(),
         Throughput(config),
         LearningRateMonitor("step"),
@@ -196,6 +210,9 @@ def make_trainer(
     ]
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*barrier.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # device and advertising lines
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
     strategy = "ddp" if run.strategy == "auto" and workers > 1 else run.strategy
     if strategy == "ddp" and unused_parameters:

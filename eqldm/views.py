@@ -187,7 +187,9 @@ def parse_view(text: str) -> View:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Resize by (height, width) factors, bicubic with antialiasing: EQ-VAE's scaling. Training and metric only.
+    """Resize by (height, width) factors: EQ-VAE's scaling. Training and metric only.
+
+    mode: bicubic with antialiasing, or EQ-VAE's plain bilinear.
 
     Not invertible and not orthogonal, so it is not a `View`: it would change the statistics of the noise.
     Source: EQ-VAE, arXiv 2502.09509, section 3.3.
@@ -195,6 +197,7 @@ class Rescale:
 
     height: float
     width: float
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` [B, C, H, W] at the size (H * height, W * width), which must be whole. Raises ValueError if not."""
@@ -202,7 +205,8 @@ class Rescale:
         whole = tuple(round(side) for side in size)
         if any(abs(side - near) > 1e-6 or near < 1 for side, near in zip(size, whole)):
             raise ValueError(f"rescale {self.height:g} x {self.width:g} of {tuple(x.shape[-2:])} gives {size}: wanted whole sides")
-        return F.interpolate(x.float(), whole, mode="bicubic", antialias=True, align_corners=False).to(x.dtype)
+        antialias = self.mode == "bicubic"
+        return F.interpolate(x.float(), whole, mode=self.mode, antialias=antialias, align_corners=False).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,14 @@ def make_picture_shards(
         samples = []
         for number in range(first, min(first + shard_size, count)):
             png = picture_bytes(seed * 1000 + number, size)
-            samples.append({
-                "__key__": f"{number:09d}",
-                "png": png[: len(png) // 2] if number in corrupt else png,
-                "txt": f"picture {number}",
-                "json": {"label": number % 3},
-            })
+            samples.append(
+                {
+                    "__key__": f"{number:09d}",
+                    "png": png[: len(png) // 2] if number in corrupt else png,
+                    "txt": f"picture {number}",
+                    "json": {"label": number % 3},
+                }
+            )
         entries.append(write_shard(folder / f"pictures-{first // shard_size:06d}.tar", samples))
     write_manifest(folder, entries, kind="pictures", image_size=size)
     return folder

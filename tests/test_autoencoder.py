@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from PIL import Image
 
 from eqldm.autoencoder.fold import latent_matrix
 from eqldm.autoencoder.module import Autoencoder, train_autoencoder
 from eqldm.config import AutoencoderConfig, load_config
 from eqldm.data.samples import PictureSamples
+from eqldm.data.shards import write_manifest, write_shard
 from eqldm.model_folder import load_vae
 from eqldm.run import LAST, AtomicCheckpointIO
 
@@ -134,7 +137,8 @@ def test_two_steps_from_scratch(plain, shards):
 
 def test_fine_tuning_with_everything_on(plain, configured):
     config = configured("tuned", "init=pretrained", f"model={plain / 'model'}", *EQUIVARIANCE, *GAN,
-                        "loss.adversarial_start=0", "equivariance.anisotropic=true", "run.val_every=2")  # fmt: skip
+                        "loss.adversarial_start=0", "equivariance.anisotropic=true", "run.val_every=2",
+                        "run.precision=bf16-mixed")  # fmt: skip
     vae = load_vae(train_autoencoder(config))
     assert all(w.isfinite().all() for w in vae.state_dict().values())
     for name in ("loss", "l1", "l2", "gradient", "kl", "consistency", "adversarial", "adaptive_weight", "discriminator",
@@ -232,9 +236,7 @@ def assert_same_gradients(a: AutoencoderConfig, b: AutoencoderConfig, tolerance:
     batch; (3) all weights together, relative to the way that they went.
     """
     first, second = checkpoint(a), checkpoint(b)
-    moments = [
-        torch.cat([s["exp_avg"].flatten() for s in state["optimizer_states"][0]["state"].values()]) for state in (first, second)
-    ]
+    moments = [torch.cat([s["exp_avg"].flatten() for s in state["optimizer_states"][0]["state"].values()]) for state in (first, second)]
     assert relative(*moments) < tolerance
     for step, norm in rows(a, "train/grad_norm_vae").items():
         assert rows(b, "train/grad_norm_vae")[step] == pytest.approx(norm, rel=tolerance)
@@ -315,6 +317,14 @@ def test_what_cannot_work_is_an_error(configured, make_picture_shards, tmp_path)
     odd = make_picture_shards(tmp_path / "odd", count=4, size=30)
     with pytest.raises(ValueError, match="pictures of 30 px do not divide by the VAE's f = 4"):
         train_autoencoder(configured("odd-run", f"data.train={odd}", f"data.val={odd}"))
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(picture, "png")
+    entry = write_shard(wide / "wide.tar", [{"__key__": str(i), "png": picture.getvalue()} for i in range(4)])
+    write_manifest(wide, [entry])
+    with pytest.raises(ValueError, match="wide' are 32 x 64 px, wanted squares"):
+        train_autoencoder(configured("odd-run", f"data.val={wide}"))
     with pytest.raises(FileNotFoundError, match="model folder '/nowhere' does not exist"):
         train_autoencoder(configured("lost", "init=pretrained", "model=/nowhere"))
     assert not any((tmp_path / name).exists() for name in ("odd-run", "lost"))  # and leaves no run folder behind

@@ -6,15 +6,13 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from eqldm.autoencoder.equivariance import consistency_loss, draw_groups, latent_error, psnr
+from eqldm.autoencoder.equivariance import consistency_loss, draw_groups, draw_resize, latent_error, psnr
 from eqldm.autoencoder.module import transform_group
 from eqldm.config import EquivarianceConfig
 from eqldm.views import D4, GROUPS, NEGATE, Rescale
 
 SIDE, POSITIONS = 8, list(range(40, 56))
-EVERYTHING = EquivarianceConfig(
-    group="d4", rescale_prob=0.7, anisotropic=True, num_groups=3, permute_prob=0.5, negate_prob=0.3, prob=0.8
-)
+EVERYTHING = EquivarianceConfig(group="d4", rescale_prob=0.7, anisotropic=True, num_groups=3, permute_prob=0.5, negate_prob=0.3, prob=0.8)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -101,7 +99,7 @@ def test_permute_cells_that_never_fit_are_an_error():
 
 def test_eqvae_paper():
     config = EquivarianceConfig(preset="eqvae_paper")
-    plain, drawn = 0, set()
+    plain, drawn, shrunk = 0, set(), []
     for step in range(400):
         (group,) = draw_groups(config, 0, step, POSITIONS, SIDE)
         assert group.rows == list(range(16)) and len(set(group.transforms)) == 1  # one for the whole batch
@@ -109,12 +107,17 @@ def test_eqvae_paper():
         if transform.rescale is None:
             plain += 1
             assert transform.view == D4[0] and group.weight == 1
+            shrunk += [r for r in [draw_resize(config, 0, step, SIDE)] if r is not None]
         else:
+            assert draw_resize(config, 0, step, SIDE) is None  # a regularised step sees full pictures
             drawn.add((transform.view, transform.rescale))
             assert group.weight == pytest.approx(transform.rescale.height**2)
     assert 160 < plain < 240
     assert {view for view, _ in drawn} == set(D4[1:4])  # never the identity, never a flip
-    assert {r for _, r in drawn} == {Rescale(k / SIDE, k / SIDE) for k in range(2, 8)}  # always smaller
+    scales = {Rescale(k / SIDE, k / SIDE, "bilinear") for k in range(2, 8)}  # always smaller
+    assert {r for _, r in drawn} == scales
+    assert 0.15 < len(shrunk) / plain < 0.35 and set(shrunk) <= scales
+    assert draw_resize(EquivarianceConfig(group="d4"), 0, 0, SIDE) is None
     other = draw_groups(config, 0, 0, POSITIONS, SIDE, "transform/discriminator")
     assert any(draw_groups(config, 0, s, POSITIONS, SIDE) != other for s in range(8))  # its two steps draw apart
 
@@ -153,8 +156,6 @@ def test_latent_error():
 
 def test_psnr_is_that_of_torchmetrics_per_picture():
     x, y = normal(4, 3, 8, 8) * 0.7, normal(4, 3, 8, 8, seed=1) * 0.7  # some values beyond [-1, 1]
-    expected = [
-        peak_signal_noise_ratio(p.clamp(-1, 1), q.clamp(-1, 1), data_range=(-1.0, 1.0)) for p, q in zip(x, y)
-    ]
+    expected = [peak_signal_noise_ratio(p.clamp(-1, 1), q.clamp(-1, 1), data_range=(-1.0, 1.0)) for p, q in zip(x, y)]
     assert torch.allclose(psnr(x, y), torch.stack(expected), atol=1e-4)
     assert psnr(x, x).isfinite().all()

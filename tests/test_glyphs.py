@@ -53,10 +53,14 @@ def test_splits_and_their_faces(tmp_path, split):
 
 
 def test_splits_share_no_seed():
-    streams = [glyphs.sample_rng(seed, split, index).integers(0, 2**63, 2).tobytes()
-               for seed, split, index in itertools.product(range(3), glyphs.SPLITS, range(200))]
-    streams += [np.random.default_rng([seed, split, block, 1]).integers(0, 2**63, 2).tobytes()
-                for seed, split, block in itertools.product(range(3), range(3), range(200))]
+    streams = [
+        glyphs.sample_rng(seed, split, index).integers(0, 2**63, 2).tobytes()
+        for seed, split, index in itertools.product(range(3), glyphs.SPLITS, range(200))
+    ]
+    streams += [
+        np.random.default_rng([seed, split, block, 1]).integers(0, 2**63, 2).tobytes()
+        for seed, split, block in itertools.product(range(3), range(3), range(200))
+    ]
     assert len(set(streams)) == len(streams)
 
 
@@ -132,8 +136,9 @@ def test_letters_are_legible(faces):
         found, labels = [], []
         for index in range(num):
             sample = glyphs.draw_sample(index, split, 0, used, 64)
-            ink = Image.fromarray((ink_of(np.asarray(Image.open(io.BytesIO(sample["png"]))), sample["json"]) * 255).clip(0, 255)
-                                  .astype(np.uint8))
+            ink = Image.fromarray(
+                (ink_of(np.asarray(Image.open(io.BytesIO(sample["png"]))), sample["json"]) * 255).clip(0, 255).astype(np.uint8)
+            )
             found.append(np.asarray(ink.crop(ink.point(lambda v: 255 * (v > 128)).getbbox()).resize((12, 12)), float).ravel())
             labels.append(sample["json"]["label"])
         return np.stack(found), np.array(labels)
@@ -223,8 +228,7 @@ def test_interrupted_split_equals_an_uninterrupted_one(tmp_path):
     manifest = json.loads((folder / MANIFEST).read_text())
     names = [entry["name"] for entry in manifest["shards"]]
     # the state after a kill: one shard recorded, one whole but not recorded, one never begun
-    (folder / UNFINISHED).write_text(json.dumps(
-        {"generator": manifest["generator"], "names": names, "shards": manifest["shards"][:1]}))
+    (folder / UNFINISHED).write_text(json.dumps({"generator": manifest["generator"], "names": names, "shards": manifest["shards"][:1]}))
     (folder / MANIFEST).unlink()
     (folder / names[2]).unlink()
     make(tmp_path / "cut")
@@ -233,8 +237,11 @@ def test_interrupted_split_equals_an_uninterrupted_one(tmp_path):
 
 def test_errors(tmp_path, capsys):
     for options, message in [
-        ({"size": 60}, "multiple of 8, got 60"), ({"num": 0}, "at least 1, got 0"), ({"seed": -1}, "seed must be"),
-        ({"split": "dev"}, "got 'dev'"), ({"workers": 0}, "workers must be at least 1"),
+        ({"size": 60}, "multiple of 8, got 60"),
+        ({"num": 0}, "at least 1, got 0"),
+        ({"seed": -1}, "seed must be"),
+        ({"split": "dev"}, "got 'dev'"),
+        ({"workers": 0}, "workers must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(tmp_path, **options)

@@ -61,8 +61,7 @@ def test_metadata(tmp_path, kind):
     for name in ("a.png", "b.jpg"):
         picture().save(root / "sub" / name)
     if kind == "jsonl":
-        rows = [{"file_name": "a.png", "text": "an a"}, {"file_name": "b.jpg", "text": "a \u00e9"},
-                {"file_name": "gone.png", "text": "x"}]
+        rows = [{"file_name": "a.png", "text": "an a"}, {"file_name": "b.jpg", "text": "a \u00e9"}, {"file_name": "gone.png", "text": "x"}]
         content = "\n".join(map(json.dumps, rows)) + "\n\n"
     else:
         content = 'file_name,caption\na.png,an a\nb.jpg,"a \u00e9"\ngone.png,x\n'

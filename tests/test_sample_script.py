@@ -52,7 +52,7 @@ def options(model: Path, out: Path) -> list:
 
 
 def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp_path, capsys):
-    prompts = ["the letter a's \"$HOME\"", "`v` \u00e9"]  # what a shell would change
+    prompts = ['the letter a\'s "$HOME"', "`v` \u00e9"]  # what a shell would change
     out = tmp_path / "out"
     more = ["--num-samples", 3, "--batch-size", 2, "--seed", 5, "--guidance-scale", 2.5, "--views", "identity", "flip@patch_permute:2:7",
             "--scheduler", "euler_ancestral", "--negative-prompt", "picture 1", "--image-size", 48]  # fmt: skip
@@ -79,10 +79,11 @@ def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp
 
 def test_errors_are_one_line(failed, tiny_model_folder, tmp_path):
     out = tmp_path / "out"
+    good = options(tiny_model_folder, out)
     cases = [
         ([*options(tmp_path / "none", out), "--prompts", *PROMPTS], "none' does not exist: give a diffusers pipeline folder"),
-        ([*options(tiny_model_folder, out), "--prompts", "a", "v", "a"], "one prompt for each view: got 3 prompts and 2 views"),
-        ([*options(tiny_model_folder, out), "--prompts", *PROMPTS, "--views", "identity", "flipp"], "unknown view 'flipp': did you mean flip"),
+        ([*good, "--prompts", "a", "v", "a"], "one prompt for each view: got 3 prompts and 2 views"),
+        ([*good, "--prompts", *PROMPTS, "--views", "identity", "flipp"], "unknown view 'flipp': did you mean flip"),
     ]
     for arguments, message in cases:
         assert message in failed(*arguments)

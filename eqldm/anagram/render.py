@@ -35,9 +35,7 @@ def picture_sheet(rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str], c
     return sheet
 
 
-def anagram_sheet(
-    x: Tensor, seeds: Sequence[int], prompts: Sequence[str], views: Sequence[View], scale: int | None = None
-) -> Image.Image:
+def anagram_sheet(x: Tensor, seeds: Sequence[int], prompts: Sequence[str], views: Sequence[View], scale: int | None = None) -> Image.Image:
     """Each picture of x [B, 3, H, W] (a row) as each view shows it (a column, headed by its prompt)."""
     scale = scale or max(1, 128 // x.shape[-1])
     headings = [f"{view.name}: {prompt}" for view, prompt in zip(views, prompts)]

@@ -72,8 +72,7 @@ class Sampler:
         """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
         if len(prompts) != len(views) or not views:
             raise ValueError(
-                f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views "
-                f"({', '.join(view.name for view in views)})"
+                f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)})"
             )
         factor = downsampling(self.vae)
         if image_size is not None and (image_size < factor or image_size % factor):

@@ -7,7 +7,7 @@ Two equivariances (T a view, E the encoder's posterior mean, D the decoder):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from eqldm.data.order import position_generator
 from eqldm.views import D4, IDENTITY, Rescale, Transform, draw_rescale, draw_transform
 
 IDENTITY_TRANSFORM = Transform(IDENTITY)
+EQVAE_PROB, EQVAE_LOW_RESOLUTION_PROB = 0.5, 0.25  # of a regularised step; of shrunk pictures on a plain one
 KEEPS_SHAPE = {"none": "none", "rotations": "half_turns", "d4": "rectangle"}  # what of a group may act on a rectangle
 
 
@@ -82,11 +83,26 @@ def _dividing(cells: list[int], side: int, rescale: Rescale | None) -> list[int]
 def _draw_eqvae_paper(generator: torch.Generator, batch: int, side: int) -> list[TransformGroup] | None:
     """EQ-VAE's released scheme: half of the steps plain; else one rotation by 90, 180 or 270 degrees *and* one isotropic
     down-scaling for the whole batch. Its losses are sums over pixels, which weighs a step by the scale squared."""
-    if float(torch.rand((), generator=generator)) >= 0.5:
+    if float(torch.rand((), generator=generator)) >= EQVAE_PROB:
         return None
     view = D4[int(torch.randint(1, 4, (), generator=generator))]
-    rescale = draw_rescale(generator, side, smallest=0.25)
+    rescale = replace(draw_rescale(generator, side, smallest=0.25), mode="bilinear")
     return [TransformGroup(list(range(batch)), [Transform(view, rescale)] * batch, rescale.height * rescale.width)]
+
+
+def draw_resize(config: EquivarianceConfig, seed: int, step: int, side: int, purpose: str = "transform") -> Rescale | None:
+    """How a step's pictures are shrunk before they are encoded: a quarter of eqvae_paper's plain steps, else not at all.
+
+    side: latent cells per side, of the full picture. Draws as `draw_groups` does, so both agree on which steps are plain.
+    """
+    if config.preset != "eqvae_paper":
+        return None
+    generator = position_generator(seed, step, f"{purpose}/step")
+    if float(torch.rand((), generator=generator)) < EQVAE_PROB:
+        return None
+    if float(torch.rand((), generator=generator)) >= EQVAE_LOW_RESOLUTION_PROB:
+        return None
+    return replace(draw_rescale(generator, side, smallest=0.25), mode="bilinear")
 
 
 def consistency_loss(encoded_transformed: Tensor, transformed_encoded: Tensor, variance: Tensor) -> Tensor:

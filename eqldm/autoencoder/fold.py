@@ -93,9 +93,7 @@ def _identity_conv(channels: int) -> nn.Conv2d:
     return conv
 
 
-def fold_channels(
-    vae: AutoencoderKL, samples: PictureSamples, num_images: int = 2048, align_to: AutoencoderKL | None = None
-) -> None:
+def fold_channels(vae: AutoencoderKL, samples: PictureSamples, num_images: int = 2048, align_to: AutoencoderKL | None = None) -> None:
     """Folds normalisation, or alignment to another VAE's normalised latents, into `vae`, measured on the pictures."""
     latents = latent_matrix(vae, samples, num_images)
     if align_to is None:

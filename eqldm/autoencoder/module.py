@@ -10,7 +10,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
-from eqldm.autoencoder.equivariance import TransformGroup, consistency_loss, draw_groups, latent_error, psnr
+from eqldm.autoencoder.equivariance import (
+    TransformGroup,
+    consistency_loss,
+    draw_groups,
+    draw_resize,
+    latent_error,
+    psnr,
+)
 from eqldm.autoencoder.fold import fold_channels
 from eqldm.autoencoder.losses import (
     adaptive_weight,
@@ -119,17 +126,19 @@ class Autoencoder(pl.LightningModule):
         self, x: Tensor, batch: dict, purpose: str, adversarial: bool
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
         """The loss terms of a micro-batch, and the (decoded, target) pairs of its groups."""
-        config, positions = self.config, batch["position"].tolist()
+        config, positions, seed = self.config, batch["position"].tolist(), self.config.run.seed
+        side = x.shape[-1] // downsampling(self.vae)
+        resize = draw_resize(config.equivariance, seed, self.step, side, purpose)
+        x, area = (x, 1.0) if resize is None else (resize(x), resize.height * resize.width)
         posterior = self.vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        seed = config.run.seed
         noise = torch.stack([torch.randn(mean.shape[1:], generator=position_generator(seed, p, "vae")) for p in positions])
         z = mean + (0.5 * logvar).exp() * noise.to(mean)
         self._observe(mean.detach())
 
         groups = draw_groups(config.equivariance, seed, self.step, positions, mean.shape[-1], purpose)
         if config.equivariance.implicit_weight > 0:
-            weight = config.equivariance.implicit_weight
+            weight = config.equivariance.implicit_weight * area
             pairs = [(self.vae.decode(transform_group(g, z)).sample.float(), transform_group(g, x)) for g in groups]
             shares = [weight * g.weight * len(g.rows) / len(x) for g in groups]
         else:
@@ -137,20 +146,24 @@ class Autoencoder(pl.LightningModule):
 
         terms = self._reconstruction_terms(pairs, shares)
         terms["kl"] = kl_loss(mean, logvar)
-        terms["loss"] = terms["reconstruction"] + config.loss.kl_weight * terms["kl"]
+        terms["loss"] = terms["reconstruction"] + config.loss.kl_weight * area * terms["kl"]
         if config.equivariance.consistency_weight > 0:
             terms["consistency"] = self._consistency(x, mean, groups)
             terms["loss"] = terms["loss"] + config.equivariance.consistency_weight * terms["consistency"]
         if adversarial:
-            self.discriminator.requires_grad_(False)
-            logits = [(share, hinge_generator_loss(self.discriminator(y))) for share, (y, _) in zip(shares, pairs)]
-            self.discriminator.requires_grad_(True)
-            terms["adversarial"] = sum(share * value for share, value in logits)
-            # Of this process's micro-batch, as in VQGAN: with a PatchGAN, how the batch is split changes the result slightly
-            factor = adaptive_weight(terms["reconstruction"], terms["adversarial"], self.vae.decoder.conv_out.weight)
-            terms["adaptive_weight"] = factor
-            terms["loss"] = terms["loss"] + config.loss.adversarial_weight * factor * terms["adversarial"]
+            self._add_adversarial(terms, pairs, shares)
         return pairs, terms
+
+    def _add_adversarial(self, terms: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], shares: list[float]) -> None:
+        """Adds the generator's side of the PatchGAN to the terms, with its adaptive weight."""
+        self.discriminator.requires_grad_(False)
+        logits = [(share, hinge_generator_loss(self.discriminator(y))) for share, (y, _) in zip(shares, pairs)]
+        self.discriminator.requires_grad_(True)
+        terms["adversarial"] = sum(share * value for share, value in logits)
+        # Of this process's micro-batch, as in VQGAN: with a PatchGAN, how the batch is split changes the result slightly
+        factor = adaptive_weight(terms["reconstruction"], terms["adversarial"], self.vae.decoder.conv_out.weight)
+        terms["adaptive_weight"] = factor
+        terms["loss"] = terms["loss"] + self.config.loss.adversarial_weight * factor * terms["adversarial"]
 
     def _reconstruction_terms(self, pairs: list[tuple[Tensor, Tensor]], shares: list[float]) -> dict[str, Tensor]:
         loss = self.config.loss
@@ -180,10 +193,7 @@ class Autoencoder(pl.LightningModule):
 
     def _discriminator_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         count = sum(len(y) for y, _ in pairs)
-        return sum(
-            len(y) / count * hinge_discriminator_loss(self.discriminator(x), self.discriminator(y.detach()))
-            for y, x in pairs
-        )
+        return sum(len(y) / count * hinge_discriminator_loss(self.discriminator(x), self.discriminator(y.detach())) for y, x in pairs)
 
     @torch.no_grad()
     def _observe(self, mean: Tensor) -> None:
@@ -238,11 +248,19 @@ def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
 def train_autoencoder(config: AutoencoderConfig) -> Path:
     """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
 
-    Raises: as the data module, `build_vae`, `prepare_run`; FloatingPointError from the NaN guard.
+    Raises: ValueError where the pictures are not square; as the data module, `build_vae`, `prepare_run`;
+    FloatingPointError from the NaN guard.
     """
     if done := finished_model(config):
         return done
     data = ShardData(config)
+    for samples in (data.train_samples, data.val_samples):
+        height, width = samples.image_size
+        if height != width:  # rotations swap the sides; validation looks at them whatever the options
+            raise ValueError(
+                f"pictures of '{samples.shards.folder}' are {height} x {width} px, wanted squares: make the shards with "
+                "data/make_shards.py --size"
+            )
     vae = build_vae(config, data.train_samples.image_size[0])
     module = Autoencoder(config, vae)
     checkpoint = prepare_run(config)

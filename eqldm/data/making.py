@@ -67,9 +67,7 @@ def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -
         was = old.get("generator") or {}
         keys = sorted(key for key in {*was, *generator} if was.get(key) != generator.get(key))
         shown = ", ".join(f"{key} (there {_short(was.get(key))}, now {_short(generator.get(key))})" for key in keys)
-        raise ValueError(
-            f"'{folder}' holds shards made with other options: {shown}. Use the same options, another folder, or --overwrite"
-        )
+        raise ValueError(f"'{folder}' holds shards made with other options: {shown}. Use the same options, another folder, or --overwrite")
     known = {entry["name"] for entry in old["shards"]} | set(old.get("names", [])) if old else set()
     foreign = sorted(tar.name for tar in folder.glob("*.tar") if tar.name not in known)
     if foreign:
@@ -79,8 +77,7 @@ def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -
             (folder / name).unlink(missing_ok=True)
         return {}
     entries = {entry["name"]: entry for entry in old["shards"]} if old else {}
-    whole = {name for name, entry in entries.items()
-             if (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]}
+    whole = {name for name, entry in entries.items() if (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]}
     return {name: entry for name, entry in entries.items() if name in whole and name in names}
 
 
@@ -89,9 +86,7 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def make_folder(
-    folder: str | Path, jobs: dict, write: Callable, about: dict, *, workers: int = 1, overwrite: bool = False
-) -> dict:
+def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *, workers: int = 1, overwrite: bool = False) -> dict:
     """Write one shard per job, and the manifest; returns the manifest.
 
     `jobs`: {tar name: argument of `write`}, in the order of the manifest. `write(job)` writes that tar and returns its
@@ -124,13 +119,17 @@ def make_folder(
                     write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
                     progress.advance(task)
     except BrokenProcessPool as error:
-        raise OSError(f"a worker writing '{folder}' was killed (out of memory?). Finished shards are kept: run the same "
-                      f"command again, with fewer --workers") from error
+        raise OSError(
+            f"a worker writing '{folder}' was killed (out of memory?). Finished shards are kept: run the same "
+            f"command again, with fewer --workers"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise OSError(f"no space left in '{folder}', after {len(done)} of {len(jobs)} shards. Finished shards are kept: "
-                      f"free some space and run the same command again") from error
+        raise OSError(
+            f"no space left in '{folder}', after {len(done)} of {len(jobs)} shards. Finished shards are kept: "
+            f"free some space and run the same command again"
+        ) from error
     finally:
         for half in folder.glob("*.partial"):
             half.unlink()

@@ -74,9 +74,7 @@ def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:
     if absent:
         raise ValueError(f"lora.targets {absent} match no module of the UNet: give suffixes of its module names, such as to_q")
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets))
-    )
+    unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets)))
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

@@ -72,9 +72,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """[B, L] token numbers, padded and cut to the tokenizer's length."""
-    return tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
 
 
 def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompts: list[str]) -> Tensor:

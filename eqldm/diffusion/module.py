@@ -33,7 +33,7 @@ class LatentDiffusion(pl.LightningModule):
         self.config = config
         self.unet = networks.unet
         self.text_encoder = networks.text_encoder if config.train_text_encoder else None
-        # In a list: neither trained nor in the checkpoints, nor copied for the EMA.
+        # In a list: neither trained, nor averaged, nor in the checkpoints.
         self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
         self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
@@ -149,6 +149,6 @@ def _image_size(samples, vae: AutoencoderKL) -> int:
 
 
 def _captions(samples, limit: int = 5000):
-    """The captions of the first samples, for a new tokenizer."""
-    for number in range(min(limit, len(samples))):
+    """The captions of at most `limit` samples, spread over the set, for a new tokenizer."""
+    for number in range(0, len(samples), -(-len(samples) // limit)):
         yield samples.shards.read(number, "txt").decode()

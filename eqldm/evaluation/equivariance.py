@@ -14,9 +14,7 @@ from eqldm.views import View
 
 
 @torch.no_grad()
-def equivariance_metrics(
-    vae: AutoencoderKL, pictures: Tensor, views: Sequence[View], batch_size: int = 64
-) -> dict[str, float]:
+def equivariance_metrics(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View], batch_size: int = 64) -> dict[str, float]:
     """Means over pictures x [N, 3, H, W] in [-1, 1], for each view T and over views:
 
     `latent_error`   ||T E(x) - E(T x)||^2 / ||E(T x)||^2 (EQ-VAE, Table 1), of latents with each channel standardised

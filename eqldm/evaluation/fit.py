@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from eqldm.anagram.sampling import Sampler
 from eqldm.config import DiffusionConfig
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.diffusion.module import LatentDiffusion
-from eqldm.anagram.sampling import Sampler
 
 
 @torch.no_grad()
 def fit_metrics(sampler: Sampler, samples: PictureSamples, num_images: int, batch_size: int = 64) -> dict[str, float]:
     """`fit/val_loss`: the mean denoising loss at one fixed (t, noise) for each picture, the same code and draws as in
-    training's validation."""
+    training's validation, but without min-SNR weights, so that models trained with and without them compare."""
     module = LatentDiffusion(DiffusionConfig(), sampler.vae, sampler.networks).to(sampler.device)
     losses = []
     for first in range(0, num_images, batch_size):
