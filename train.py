@@ -7,6 +7,7 @@ resumes a stopped run. dry_run=true prints the resolved options and stops.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from eqldm.config import load_config, to_yaml
@@ -18,6 +19,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()
     dry_run = "dry_run=true" in args.overrides
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # device lists and advertising
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     try:
         config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
         if dry_run:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -27,7 +26,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging, LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from eqldm.config import OptimizerConfig, StageConfig, accumulation, to_yaml
@@ -212,7 +211,6 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*barrier.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # device and advertising lines
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
     strategy = "ddp" if run.strategy == "auto" and workers > 1 else run.strategy
     if strategy == "ddp" and unused_parameters:
@@ -285,7 +283,7 @@ def finished_model(config: StageConfig) -> Path | None:
     _check_same_options(config)
     if json.loads((folder / DONE).read_text())["num_steps"] != config.run.num_steps:
         return None
-    rank_zero_info(f"run folder '{folder}' has taken all of its {config.run.num_steps} steps: nothing to do")
+    rank_zero_only(print)(f"run folder '{folder}' has taken all of its {config.run.num_steps} steps: nothing to do")
     return folder / "model"
 
 

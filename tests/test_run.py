@@ -136,13 +136,12 @@ def test_what_may_change_may_change(configured, tmp_path):
         train_autoencoder(configured("run.num_steps=1"))
 
 
-def test_a_finished_run_started_again_changes_nothing(configured, tmp_path, caplog):
+def test_a_finished_run_started_again_changes_nothing(configured, tmp_path, capsys):
     model = train_autoencoder(configured())
     before = contents(tmp_path / "run")
-    with caplog.at_level("INFO"):
-        assert train_autoencoder(configured()) == model
+    assert train_autoencoder(configured()) == model
     assert contents(tmp_path / "run") == before
-    assert "has taken all of its 2 steps: nothing to do" in caplog.text
+    assert "has taken all of its 2 steps: nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other options: loss.l1_weight was 1.0, is 2.0"):
         train_autoencoder(configured("loss.l1_weight=2"))
 
