@@ -174,21 +174,28 @@ def place_letter(mask: Image.Image, how: dict, size: int) -> np.ndarray:
     return mask.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR).reduce(SUPERSAMPLE)
 
 
-def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int) -> tuple[np.ndarray, dict]:
-    """A picture of one letter, uint8 [size, size, 3], and all parameters of its drawing."""
+def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int, variation: float = 1.0) -> tuple[np.ndarray, dict]:
+    """A picture of one letter, uint8 [size, size, 3], and all parameters of its drawing.
+
+    variation: 1 draws over the whole ranges of shape and place, 0 takes their middles; colours vary in any case.
+    """
+
+    def between(low: float, high: float, count: int | None = None):
+        return variation * rng.uniform(low, high, count) + (1 - variation) * (low + high) / 2
+
     how = {
         "letter": letter,
         "label": LETTERS.index(letter),
         "face": face.stem,
         **draw_colours(rng),
-        "fill": rng.uniform(*FILL),
-        "rotation_degrees": rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),  # counter-clockwise
-        "slant": rng.uniform(-MAX_SLANT, MAX_SLANT),
-        "stretch": rng.uniform(*STRETCH),
-        "stroke": rng.uniform(0, MAX_STROKE),
-        "shift": rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2).tolist(),
+        "fill": between(*FILL),
+        "rotation_degrees": between(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),  # counter-clockwise
+        "slant": between(-MAX_SLANT, MAX_SLANT),
+        "stretch": between(*STRETCH),
+        "stroke": between(0, MAX_STROKE),
+        "shift": between(-MAX_SHIFT, MAX_SHIFT, 2).tolist(),
         # per axis: amplitude, waves across and down the picture, phase
-        "warp": [[rng.uniform(0, MAX_WARP), *rng.uniform(-1, 1, 2), rng.uniform()] for _ in range(2)],
+        "warp": [[variation * rng.uniform(0, MAX_WARP), *rng.uniform(-1, 1, 2), rng.uniform()] for _ in range(2)],
     }
     font_size = round(1.2 * SUPERSAMPLE * size)  # near the final size, so that placing neither blurs nor aliases
     mask = place_letter(letter_mask(face, letter, font_size, round(how["stroke"] * font_size)), how, size)
@@ -205,11 +212,11 @@ def draw_caption(rng: np.random.Generator, how: dict) -> str:
     return f"{one} letter {how['letter']} on {other} background"
 
 
-def draw_sample(index: int, split: str, seed: int, faces: list[Path], size: int) -> dict:
+def draw_sample(index: int, split: str, seed: int, faces: list[Path], size: int, variation: float = 1.0) -> dict:
     """One sample for `write_shard`: png, txt and json."""
     rng = sample_rng(seed, split, index)
     face = faces[int(rng.integers(len(faces)))]
-    picture, how = draw_glyph(rng, LETTERS[letter_label(seed, split, index)], face, size)
+    picture, how = draw_glyph(rng, LETTERS[letter_label(seed, split, index)], face, size, variation)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return {"__key__": f"{index:09d}", "png": buffer.getvalue(), "txt": draw_caption(rng, how), "json": how}
@@ -268,7 +275,9 @@ def make_split(
     seed: int = 0,
     shard_size: int = 2000,
     workers: int = 1,
+    variation: float = 1.0,
     fonts: list[Path] | None = None,
+    train_faces: list[str] | None = None,
     holdout_fonts: list[str] | None = None,
     overwrite: bool = False,
 ) -> dict:
@@ -284,16 +293,22 @@ def make_split(
         raise ValueError(f"the number of pictures and the shard size must be at least 1, got {num} and {shard_size}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and less than 2**32, got {seed}")
+    if not 0 <= variation <= 1:
+        raise ValueError(f"variation must be from 0 to 1, got {variation}")
     faces, skipped = find_faces(fonts)
     held_out = [*HELD_OUT_FACES, *(name for name in holdout_fonts or [] if name not in HELD_OUT_FACES)]
     known = [face.stem for face in faces]
     if unknown := [name for name in held_out if name not in known]:
         raise ValueError(f"--holdout-fonts names unknown faces: {', '.join(unknown)}. Known are {', '.join(known)}")
+    if wrong := [name for name in train_faces or [] if name not in known or name in held_out]:
+        raise ValueError(f"--train-faces names unknown or held-out faces: {', '.join(wrong)}. Known are {', '.join(known)}")
     used = [face for face in faces if (face.stem in held_out) == (split == "test")]
+    if train_faces and split != "test":
+        used = [face for face in used if face.stem in train_faces]
     if not used:
         raise ValueError("all faces are held out: leave some for training")
 
-    options = {"split": split, "seed": seed, "faces": used, "size": size}
+    options = {"split": split, "seed": seed, "faces": used, "size": size, "variation": variation}
     generator = {
         "name": "glyphs",
         "version": GENERATOR_VERSION,
@@ -301,6 +316,7 @@ def make_split(
         "num": num,
         "size": size,
         "seed": seed,
+        "variation": variation,
         "shard_size": shard_size,
         "faces": [face.stem for face in used],
         "held_out_faces": held_out,
@@ -331,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=int, default=2000, help="pictures in a shard")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
+    parser.add_argument("--variation", type=float, default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
+    parser.add_argument("--train-faces", nargs="+", metavar="NAME", help="only these faces for train and val (default: all)")
     parser.add_argument("--fonts", type=Path, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")
     parser.add_argument("--holdout-fonts", nargs="+", metavar="NAME", help="further faces to keep for the test split")
     parser.add_argument("--overwrite", action="store_true")

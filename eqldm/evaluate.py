@@ -26,7 +26,7 @@ from eqldm.evaluation.judge import SHIPPED, Judge
 from eqldm.evaluation.reconstruction import reconstruction_metrics
 from eqldm.evaluation.report import console_table, equivariance_sheet, reading_sheet, write_report
 from eqldm.model_folder import load_vae, vae_hash
-from eqldm.run import versions
+from eqldm.training.run_folder import versions
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 

@@ -21,7 +21,8 @@ from eqldm.config import AutoencoderConfig, load_config
 from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.model_folder import load_vae
-from eqldm.run import LAST, AtomicCheckpointIO
+from eqldm.training.callbacks import AtomicCheckpointIO
+from eqldm.training.run_folder import LAST
 
 ROOT = Path(__file__).parents[1]
 TINY = {

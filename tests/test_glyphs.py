@@ -120,6 +120,26 @@ def test_letters_fill_the_picture_and_stay_inside(faces):
         assert abs(about["rotation_degrees"]) <= glyphs.MAX_ROTATION_DEGREES <= 10
 
 
+def test_variation_scales_all_but_the_colours(faces):
+    drawn = [glyphs.draw_glyph(np.random.default_rng(seed), "R", faces["DejaVuSans"], 64, 0.0)[1] for seed in (1, 2)]
+    shapes = [{name: about[name] for name in ("fill", "rotation_degrees", "slant", "stretch", "stroke", "shift")} for about in drawn]
+    assert shapes[0] == shapes[1] and shapes[0]["rotation_degrees"] == 0
+    assert drawn[0]["foreground_rgb"] != drawn[1]["foreground_rgb"]
+    fills = [glyphs.draw_glyph(np.random.default_rng(seed), "R", faces["DejaVuSans"], 64, 0.5)[1]["fill"] for seed in range(50)]
+    low, high = glyphs.FILL
+    assert max(fills) - min(fills) < 0.5 * (high - low)
+
+
+def test_train_faces_are_the_only_ones_but_for_the_test_split(tmp_path):
+    chosen = {"train_faces": ["DejaVuSans", "DejaVuSerif"], "variation": 0.3}
+    faces = {split: glyphs.make_split(tmp_path, split, 4, **chosen)["generator"]["faces"] for split in glyphs.SPLITS}
+    assert faces["train"] == faces["val"] == ["DejaVuSans", "DejaVuSerif"]
+    assert faces["test"] == list(glyphs.HELD_OUT_FACES)
+    for wrong in ("Nosuch", glyphs.HELD_OUT_FACES[0]):
+        with pytest.raises(ValueError, match="--train-faces names unknown or held-out faces"):
+            glyphs.make_split(tmp_path / "other", "train", 4, train_faces=[wrong])
+
+
 def test_positive_rotation_is_counter_clockwise(faces):
     mask = glyphs.letter_mask(faces["DejaVuSans"], "I", 150)
     how = {"fill": 0.8, "slant": 0, "stretch": 1, "shift": [0, 0], "warp": [[0, 0, 0, 0]] * 2}

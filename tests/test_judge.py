@@ -12,7 +12,7 @@ from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.evaluation.judge import Judge, train_judge
-from eqldm.run import LAST
+from eqldm.training.run_folder import LAST
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ stage() { # stage NAME COMMAND...
 }
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
-  --num-train 12000 --num-val 512 --num-test 1024 --shard-size 1000
+  --num-train 12000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 \
+  --train-faces DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold STIXGeneral cmb10
 stage "2 plain autoencoder" "$PY" train.py configs/glyphs/demo_vae_plain.yaml run.dir="$RUN/vae-plain" \
   data.train="$RUN/glyphs/train" data.val="$RUN/glyphs/val"
 stage "3 equivariant autoencoder" "$PY" train.py configs/glyphs/demo_vae_eq.yaml run.dir="$RUN/vae-eq" \

@@ -31,7 +31,9 @@ from eqldm.config import AutoencoderConfig, accumulation
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
-from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.training.callbacks import check_finite
+from eqldm.training.run_folder import finish_run, finished_model, prepare_run
+from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
 
 VARIANCE_MOMENTUM = 0.9  # of the running latent variance that the consistency term divides by

@@ -18,7 +18,9 @@ from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, vae_hash
-from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.training.callbacks import check_finite
+from eqldm.training.run_folder import finish_run, finished_model, prepare_run
+from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 
 
 class LatentDiffusion(pl.LightningModule):

@@ -18,7 +18,9 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
-from eqldm.run import check_finite, finish_run, finished_model, make_optimizer, make_schedule, make_trainer, prepare_run
+from eqldm.training.callbacks import check_finite
+from eqldm.training.run_folder import finish_run, finished_model, prepare_run
+from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHIPPED = Path(__file__).parents[1] / "pretrained" / "glyphs-judge"

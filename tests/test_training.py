@@ -19,7 +19,9 @@ import yaml
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.model_folder import load_vae
-from eqldm.run import LAST, AtomicCheckpointIO, check_finite, learning_rate_factor, prepare_run
+from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
+from eqldm.training.run_folder import LAST, prepare_run
+from eqldm.training.trainer import learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,1 @@
+"""What every training stage shares: the run folder, the trainer, its callbacks."""

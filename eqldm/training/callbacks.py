@@ -1,0 +1,137 @@
+"""Callbacks of every run: seeds, NaN guard, throughput, EMA, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from eqldm.config import StageConfig
+from eqldm.data.order import position_seed
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written beside their name, then renamed; loaded with `weights_only=True`.
+
+    A killed process or a full disk leaves the last whole checkpoint in place.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
+            ) from error
+        os.replace(partial, path)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+class SaveLast(Checkpoint):
+    """Saves `last.ckpt` every so many optimizer steps and at the last one; only the newest is kept.
+
+    A `Checkpoint`, so Lightning calls it after all other callbacks: the saved EMA has seen the step.
+    micro_batches: of an optimizer step, in one process.
+    """
+
+    def __init__(self, path: Path, every: int, micro_batches: int):
+        self.path, self.every, self.micro_batches, self.saved_step = path, every, micro_batches, None
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        # Lightning accumulates and validates by its count of batches: state it in the micro-batches of this run, which
+        # may be others than those of the run that it resumes
+        batches = checkpoint["global_step"] * self.micro_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (progress["total"], progress["current"]):
+            count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        due = step % self.every == 0 or step == trainer.max_steps
+        if due and step > 0 and step != self.saved_step:
+            self.saved_step = step
+            trainer.save_checkpoint(self.path)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.saved_step = trainer.global_step  # after a resumption, do not save the same step again
+
+
+class EMA(EMAWeightAveraging):
+    """Lightning's EMA; its weights also take over where a resumed run has no step left to train, only to export."""
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+class Throughput(Callback):
+    """Logs `train/samples_per_second`, over all processes; prints a line of progress where no bar can be drawn."""
+
+    def __init__(self, config: StageConfig):
+        self.config, self.start, self.start_step = config, 0.0, 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.start, self.start_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step % self.config.run.log_every or step == self.start_step:
+            return
+        now = time.perf_counter()
+        rate = (step - self.start_step) * self.config.data.batch_size / (now - self.start)
+        pl_module.log("train/samples_per_second", rate)
+        if trainer.is_global_zero and not sys.stderr.isatty():
+            loss = trainer.callback_metrics.get("train/loss", float("nan"))
+            print(f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} samples/s", flush=True)
+        self.start, self.start_step = now, step
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.start, self.start_step = time.perf_counter(), trainer.global_step  # leave validation out of the rate
+
+
+class StepSeed(Callback):
+    """Seeds the global generators from (seed, step, rank), for whatever a network draws by itself, such as dropout."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        torch.manual_seed(position_seed(pl_module.config.run.seed, int(batch["position"][0]), "global"))
+
+
+class GradientGuard(Callback):
+    """The NaN guard of automatic optimization: stops before a gradient that is not finite reaches the weights."""
+
+    def __init__(self):
+        self.keys: list[str] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.keys = batch["key"]
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if pl_module.automatic_optimization and gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            check_finite({"grad_norm": norm}, trainer.global_step, self.keys)
+            pl_module.log("train/grad_norm", norm)
+
+
+def check_finite(losses: dict[str, Tensor], step: int, keys: list[str]) -> None:
+    """The NaN guard. Raises FloatingPointError with the step, the loss terms and the batch's keys, unless all are finite."""
+    if not all(bool(torch.isfinite(value).all()) for value in losses.values()):
+        terms = ", ".join(f"{name} = {float(value.detach()):.4g}" for name, value in losses.items())
+        raise FloatingPointError(
+            f"loss is not finite at step {step}: {terms}. Batch: {', '.join(keys)}. The last checkpoint is kept; "
+            "lower optimizer.learning_rate, or set run.precision=32-true, and start the same command again"
+        )

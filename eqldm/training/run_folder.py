@@ -1,0 +1,127 @@
+"""The run folder: what a run states about itself, and what it resumes from.
+
+A run folder holds `config.yaml`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
+`logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` and, at the end, the exported model under `model/` and `done.json`.
+The same command resumes: it finds `last.ckpt`, checks that the options are the same, and goes on at its step; of a run that
+is done it gives the model at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from eqldm.config import StageConfig, to_yaml
+from eqldm.data.shards import write_json
+
+# May differ between the start of a run and its resumption: where and how long it runs, not what it computes.
+RESUMABLE = ("run.num_steps", "run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every",
+             "run.checkpoint_every", "run.dir", "data.num_workers", "data.micro_batch_size")  # fmt: skip
+LAST = Path("checkpoints") / "last.ckpt"
+DONE = "done.json"
+
+
+def prepare_run(config: StageConfig) -> Path | None:
+    """Write what a run folder states about the run; the checkpoint to resume from, or None for a fresh run.
+
+    Raises ValueError where the folder holds a run with other options, or one that is past run.num_steps.
+    """
+    folder = Path(config.run.dir)
+    checkpoint = folder / LAST if (folder / LAST).exists() else None
+    if checkpoint:
+        _check_same_options(config)
+        step = checkpoint_step(checkpoint)
+        if step > config.run.num_steps:
+            raise ValueError(
+                f"run folder '{folder}' holds a run at step {step}, past run.num_steps={config.run.num_steps}: set at least "
+                f"{step}, or use another run.dir"
+            )
+    _describe_run(config)
+    return checkpoint
+
+
+def finished_model(config: StageConfig) -> Path | None:
+    """The model folder of a run that has taken all its steps and exported them; None where something is left to do.
+
+    Raises ValueError where the folder holds a run with other options.
+    """
+    folder = Path(config.run.dir)
+    if not (folder / DONE).exists() or not (folder / "model").is_dir():
+        return None
+    _check_same_options(config)
+    if json.loads((folder / DONE).read_text())["num_steps"] != config.run.num_steps:
+        return None
+    rank_zero_only(print)(f"run folder '{folder}' has taken all of its {config.run.num_steps} steps: nothing to do")
+    return folder / "model"
+
+
+@rank_zero_only
+def finish_run(config: StageConfig) -> None:
+    """Note in the run folder that the model there holds all of the run's steps."""
+    write_json(Path(config.run.dir) / DONE, {"num_steps": config.run.num_steps})
+
+
+@rank_zero_only
+def _describe_run(config: StageConfig) -> None:
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.yaml.partial"
+    partial.write_text(to_yaml(config))
+    os.replace(partial, folder / "config.yaml")  # other processes may be reading it
+    (folder / "command.txt").write_text(" ".join([Path(sys.executable).name, *sys.argv]) + "\n")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    _write_git_state(folder)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimizer steps taken at a checkpoint."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def _check_same_options(config: StageConfig) -> None:
+    path = Path(config.run.dir) / "config.yaml"
+    changed = _differences(OmegaConf.create(path.read_text()), OmegaConf.create(to_yaml(config)))
+    if changed:
+        raise ValueError(
+            f"run folder '{path.parent}' holds a run with other options: {'; '.join(changed)}. Use another run.dir, or "
+            "remove the folder to start anew"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = ("torch", "pytorch-lightning", "diffusers", "transformers", "webdataset", "timm", "torchmetrics", "eqldm")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _differences(old, new) -> list[str]:
+    before, after = _flat(OmegaConf.to_container(old)), _flat(OmegaConf.to_container(new))
+    names = [name for name in sorted(before.keys() | after.keys()) if name not in RESUMABLE]
+    return [f"{n} was {before.get(n)}, is {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _write_git_state(folder: Path) -> None:
+    here = Path(__file__).resolve().parents[1]
+    for name, arguments in {"git.txt": ["rev-parse", "HEAD"], "git.diff": ["diff", "HEAD"]}.items():
+        try:
+            result = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
+        except FileNotFoundError:  # no git on this machine: an installed package has no commit to state
+            return
+        if result.returncode == 0:
+            (folder / name).write_text(result.stdout)

@@ -1,0 +1,110 @@
+"""The Lightning trainer of a stage, its optimizer and learning rate schedule."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from eqldm.config import OptimizerConfig, StageConfig, accumulation
+from eqldm.data.module import SkippedReport
+from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed, Throughput
+from eqldm.training.run_folder import LAST, checkpoint_step
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """The learning rate at a step over its peak: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
+    return 0.01 + 0.99 * shape
+
+
+def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with the options' learning rate, betas and weight decay."""
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate schedule, stepped once per optimizer step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.run.num_steps))
+
+
+def make_trainer(
+    config: StageConfig,
+    automatic_accumulation: bool,
+    callbacks: list[Callback] = (),
+    unused_parameters: bool = False,
+) -> pl.Trainer:
+    """The trainer of a stage, with logs, checkpoints, EMA and reports in the run folder.
+
+    automatic_accumulation: whether Lightning accumulates and clips gradients; False for manual optimization.
+    unused_parameters: whether some backward passes leave parameters out, as a generator's and a discriminator's do.
+    """
+    run = config.run
+    folder = Path(run.dir)
+    workers = run.devices * run.num_nodes
+    micro = accumulation(config)
+    callbacks = [
+        StepSeed(),
+        GradientGuard(),
+        SkippedReport(),
+        Throughput(config),
+        LearningRateMonitor("step"),
+        *callbacks,
+        *([EMA(decay=config.optimizer.ema_decay)] if config.optimizer.ema_decay else []),
+        SaveLast(folder / LAST, run.checkpoint_every, micro),
+        RichProgressBar(refresh_rate=10 if sys.stderr.isatty() else 0),
+    ]
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*barrier.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
+    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
+    strategy = "ddp" if run.strategy == "auto" and workers > 1 else run.strategy
+    if strategy == "ddp" and unused_parameters:
+        strategy = "ddp_find_unused_parameters_true"
+    automatic = {"accumulate_grad_batches": micro, "gradient_clip_val": config.optimizer.clip_norm}
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=strategy,
+        precision=run.precision,
+        max_steps=run.num_steps,
+        max_epochs=-1,
+        val_check_interval=run.val_every * micro,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=run.log_every,
+        logger=_loggers(folder),
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **(automatic if automatic_accumulation else {}),
+    )
+
+
+def _loggers(folder: Path) -> list[CSVLogger | TensorBoardLogger]:
+    """The CSV and TensorBoard logs of a run. A resumed run goes on with them from its checkpoint's step."""
+    start = checkpoint_step(folder / LAST) if (folder / LAST).exists() else 0
+    table, rows = folder / "logs" / "metrics.csv", []
+    if table.exists():
+        with open(table, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < start]
+    logger = CSVLogger(folder / "logs", name="", version="")
+    if rows:  # Lightning begins the table anew: put the rows back
+        logger.experiment.metrics = rows
+        logger.save()
+    purge = {"purge_step": start} if start else {}
+    return [logger, TensorBoardLogger(folder / "logs", name="", version="", **purge)]
