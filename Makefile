@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-RUN := runs/demo
+RUN ?= runs/demo
 
 .PHONY: setup demo test test-all lint clean-demo
 
@@ -16,10 +16,10 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	PY=$(PY) RUN=$(RUN) bash configs/glyphs/demo.sh
+	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo.sh
 
 clean-demo:
-	rm -rf $(RUN)
+	rm -rf '$(RUN)'
 
 test: setup
 	$(PY) -m pytest -q

@@ -13,7 +13,9 @@ import argparse
 import io
 import math
 import sys
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +111,8 @@ def contrast(first: tuple[int, ...], second: tuple[int, ...]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def draw_colours(rng: np.random.Generator) -> dict:
+def draw_colours(rng: np.random.Generator, names: Sequence[str] = tuple(COLOURS)) -> dict:
     """Names and RGB values of a foreground and a background of different names and at least MIN_CONTRAST."""
-    names = list(COLOURS)
 
     def jittered(name: str) -> tuple[int, ...]:
         shift = rng.integers(-BRIGHTNESS_JITTER, BRIGHTNESS_JITTER + 1)
@@ -174,7 +175,14 @@ def place_letter(mask: Image.Image, how: dict, size: int) -> np.ndarray:
     return mask.transform((side, side), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR).reduce(SUPERSAMPLE)
 
 
-def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int, variation: float = 1.0) -> tuple[np.ndarray, dict]:
+def draw_glyph(
+    rng: np.random.Generator,
+    letter: str,
+    face: Path,
+    size: int,
+    variation: float = 1.0,
+    colours: Sequence[str] = tuple(COLOURS),
+) -> tuple[np.ndarray, dict]:
     """A picture of one letter, uint8 [size, size, 3], and all parameters of its drawing.
 
     variation: 1 draws over the whole ranges of shape and place, 0 takes their middles; colours vary in any case.
@@ -187,7 +195,7 @@ def draw_glyph(rng: np.random.Generator, letter: str, face: Path, size: int, var
         "letter": letter,
         "label": LETTERS.index(letter),
         "face": face.stem,
-        **draw_colours(rng),
+        **draw_colours(rng, colours),
         "fill": between(*FILL),
         "rotation_degrees": between(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES),  # counter-clockwise
         "slant": between(-MAX_SLANT, MAX_SLANT),
@@ -212,11 +220,11 @@ def draw_caption(rng: np.random.Generator, how: dict) -> str:
     return f"{one} letter {how['letter']} on {other} background"
 
 
-def draw_sample(index: int, split: str, seed: int, faces: list[Path], size: int, variation: float = 1.0) -> dict:
+def draw_sample(index: int, split: str, seed: int, faces: list[Path], size: int, variation: float, colours: Sequence[str]) -> dict:
     """One sample for `write_shard`: png, txt and json."""
     rng = sample_rng(seed, split, index)
     face = faces[int(rng.integers(len(faces)))]
-    picture, how = draw_glyph(rng, LETTERS[letter_label(seed, split, index)], face, size, variation)
+    picture, how = draw_glyph(rng, LETTERS[letter_label(seed, split, index)], face, size, variation, colours)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return {"__key__": f"{index:09d}", "png": buffer.getvalue(), "txt": draw_caption(rng, how), "json": how}
@@ -266,6 +274,14 @@ def find_faces(fonts: list[Path] | None = None) -> tuple[list[Path], list[dict]]
     return faces, skipped
 
 
+def _check_colours(names: Sequence[str]) -> None:
+    """Raises ValueError for unknown colours, and where no two of them have enough contrast."""
+    if unknown := [name for name in names if name not in COLOURS]:
+        raise ValueError(f"--colours names unknown colours: {', '.join(unknown)}. Known are {', '.join(COLOURS)}")
+    if max((contrast(COLOURS[a], COLOURS[b]) for a, b in combinations(names, 2)), default=0) < 1.5 * MIN_CONTRAST:
+        raise ValueError(f"--colours {' '.join(names)}: no two of them have enough contrast, add white or black")
+
+
 def make_split(
     out: str | Path,
     split: str,
@@ -276,6 +292,7 @@ def make_split(
     shard_size: int = 2000,
     workers: int = 1,
     variation: float = 1.0,
+    colours: Sequence[str] = tuple(COLOURS),
     fonts: list[Path] | None = None,
     train_faces: list[str] | None = None,
     holdout_fonts: list[str] | None = None,
@@ -295,6 +312,7 @@ def make_split(
         raise ValueError(f"seed must be at least 0 and less than 2**32, got {seed}")
     if not 0 <= variation <= 1:
         raise ValueError(f"variation must be from 0 to 1, got {variation}")
+    _check_colours(colours)
     faces, skipped = find_faces(fonts)
     held_out = [*HELD_OUT_FACES, *(name for name in holdout_fonts or [] if name not in HELD_OUT_FACES)]
     known = [face.stem for face in faces]
@@ -308,7 +326,7 @@ def make_split(
     if not used:
         raise ValueError("all faces are held out: leave some for training")
 
-    options = {"split": split, "seed": seed, "faces": used, "size": size, "variation": variation}
+    options = {"split": split, "seed": seed, "faces": used, "size": size, "variation": variation, "colours": list(colours)}
     generator = {
         "name": "glyphs",
         "version": GENERATOR_VERSION,
@@ -317,6 +335,7 @@ def make_split(
         "size": size,
         "seed": seed,
         "variation": variation,
+        "colours": list(colours),
         "shard_size": shard_size,
         "faces": [face.stem for face in used],
         "held_out_faces": held_out,
@@ -348,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=int, default=2000, help="pictures in a shard")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
     parser.add_argument("--variation", type=float, default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
+    parser.add_argument("--colours", nargs="+", default=list(COLOURS), metavar="NAME", help=f"some of {', '.join(COLOURS)}")
     parser.add_argument("--train-faces", nargs="+", metavar="NAME", help="only these faces for train and val (default: all)")
     parser.add_argument("--fonts", type=Path, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")
     parser.add_argument("--holdout-fonts", nargs="+", metavar="NAME", help="further faces to keep for the test split")

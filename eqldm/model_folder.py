@@ -18,7 +18,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
@@ -39,27 +39,40 @@ def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Pa
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode."""
+    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode. Raises as `_load_network`."""
     folder = Path(folder)
     if not (folder / "vae").is_dir() and (folder / "config.json").is_file():
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind == "AutoencoderKL":
-            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
-    check_model_folder(folder, ("vae",))
-    return AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True).eval()
+            return _load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+    return _load_network(AutoencoderKL, check_model_folder(folder, ("vae",)) / "vae", torch_dtype=torch.float32)
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
-    """The UNet of a model folder, in float32 and eval mode."""
-    check_model_folder(folder, ("unet",))
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True).eval()
+    """The UNet of a model folder, in float32 and eval mode. Raises as `_load_network`."""
+    return _load_network(UNet2DConditionModel, check_model_folder(folder, ("unet",)) / "unet", torch_dtype=torch.float32)
 
 
 def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The tokenizer and the text encoder (float32, eval mode) of a model folder."""
-    check_model_folder(folder, ("tokenizer", "text_encoder"))
-    tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
-    return tokenizer, CLIPTextModel.from_pretrained(Path(folder) / "text_encoder", dtype=torch.float32).eval()
+    """The tokenizer and the text encoder (float32, eval mode) of a model folder. Raises as `_load_network`."""
+    folder = check_model_folder(folder, ("tokenizer", "text_encoder"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    # Not to load them: for transformers to list them, and raise here, as for any other weights
+    return tokenizer, _load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
+
+
+def _load_network(kind: type, folder: Path, **options) -> nn.Module:
+    """A network in eval mode, strictly: diffusers and transformers only log what is missing or left over.
+
+    Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes;
+    OSError where the folder holds no safetensors.
+    """
+    network, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    found = {name: sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected", "mismatched")}
+    faults = [f"{name}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' * (len(keys) > 5)}" for name, keys in found.items() if keys]
+    if faults:
+        raise ValueError(f"the weights in '{folder}' do not fit its config.json ({kind.__name__}): {'; '.join(faults)}")
+    return network.eval()
 
 
 def load_scheduler(folder: str | Path) -> SchedulerMixin:
@@ -140,9 +153,21 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
 
 def vae_hash(vae: AutoencoderKL) -> str:
     """16 hex digits that change with any weight or with the normalisation: which latents a latent shard holds."""
+    return weights_hash(vae, f"{vae.config.scaling_factor}/{vae.config.get('shift_factor') or 0.0}")
+
+
+def text_hash(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> str:
+    """16 hex digits that change with any weight or token, or with the padding: which prompt embeddings a latent shard holds."""
+    config = text_encoder.config
+    sizes = [tokenizer.model_max_length, tokenizer.pad_token_id, config.num_attention_heads, config.hidden_act]
+    return weights_hash(text_encoder, json.dumps([sorted(tokenizer.get_vocab().items()), *sizes]))
+
+
+def weights_hash(network: nn.Module, about: str = "") -> str:
+    """16 hex digits that change with the name or the float32 value of any weight, and with `about`."""
     digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
+    for name, weight in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
-    digest.update(f"{vae.config.scaling_factor}/{vae.config.get('shift_factor') or 0.0}".encode())
+    digest.update(about.encode())
     return digest.hexdigest()[:16]

@@ -131,7 +131,7 @@ class View:
         return View(self.name, cells, tuple(index.tolist()), tuple(turns.flatten().tolist()), self.sign)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # a training run draws permutations without end: keep few
 def _pixel_source(view: View, height: int, width: int, device: torch.device) -> Tensor:
     """[H * W] int64: the flat input pixel that each flat output pixel takes."""
     n = view.cells
@@ -168,7 +168,7 @@ def parse_view(text: str) -> View:
     if name == "rescale":
         raise ValueError(
             "'rescale' is no view for sampling: it is not invertible and changes the noise's statistics. It is a "
-            "transform for training (equivariance.rescale_prob) and for the equivariance metric"
+            "transform for training (equivariance.rescale_prob)"
         )
     if name == "patch_permute":
         if not 1 <= len(parameters) <= 2 or not all(p.isdecimal() for p in parameters):

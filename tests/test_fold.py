@@ -170,3 +170,21 @@ def test_a_fold_works_where_the_vae_lies(make_tiny_vae, samples, x):
     y = decode(vae, encode(vae, x.cuda()))
     fold_channels(vae, samples, 24)
     torch.testing.assert_close(decode(vae, encode(vae, x.cuda())), y, rtol=1e-3, atol=1e-3)
+
+
+def test_keep_origin_commutes_with_negate(tiny_vae):
+    torch.manual_seed(0)
+    latents = torch.randn(500, 4, dtype=torch.float64) * 3 + 2
+    matrix, offset = normalisation(latents, keep_origin=True)
+    assert not offset.any()
+    assert torch.allclose((latents @ matrix.T).square().mean(0), torch.ones(4, dtype=torch.float64))
+    wanted = torch.randn(4, 4, dtype=torch.float64)
+    aligned, offset = alignment(latents, latents @ wanted.T, keep_origin=True)
+    assert not offset.any() and torch.allclose(aligned, wanted)
+
+    z = torch.randn(2, 4, 8, 8)
+    before = decode(tiny_vae, -z)
+    scaled = torch.einsum("ij,bjhw->bihw", matrix.float(), z)
+    fold_map(tiny_vae, matrix, offset)
+    with torch.no_grad():
+        assert torch.allclose(decode(tiny_vae, -scaled), before, atol=1e-4)

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # The whole pipeline on the glyph world, from nothing to anagrams: what `make demo` runs. A second call resumes.
-#   PY   the Python to use          RUN  the folder to write (default runs/demo)
+#   PY   the Python to use          RUN  the folder to write (default runs/demo); both as seen from the repository
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PY:-python}
 RUN=${RUN:-runs/demo}
-export PYTHONWARNINGS=ignore
-mkdir -p "$RUN"
-: > "$RUN/times.txt"
+export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
+times=()
 
 stage() { # stage NAME COMMAND...
   local name=$1 start=$SECONDS
   shift
   printf '\n== %s ==\n%s\n' "$name" "$*"
   "$@"
-  printf '%-28s %4d s\n' "$name" $((SECONDS - start)) >> "$RUN/times.txt"
+  times+=("$(printf '%-28s %4d s' "$name" $((SECONDS - start)))")
 }
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
-  --num-train 12000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 \
+  --num-train 12000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 --colours red yellow blue black white \
   --train-faces DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold STIXGeneral cmb10
 stage "2 plain autoencoder" "$PY" train.py configs/glyphs/demo_vae_plain.yaml run.dir="$RUN/vae-plain" \
   data.train="$RUN/glyphs/train" data.val="$RUN/glyphs/val"
@@ -32,9 +32,9 @@ stage "5 UNet" "$PY" train.py configs/glyphs/demo_unet.yaml run.dir="$RUN/ldm-eq
 stage "6 anagrams" "$PY" sample.py --model "$RUN/ldm-eq/model" --prompts "the letter A" "the letter V" \
   --views identity rotate_180 --num-samples 8 --out "$RUN/anagrams"
 stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/vae-plain/model" "$RUN/ldm-eq/model" --data "$RUN/glyphs/test" \
-  --out "$RUN/evaluation"
+  --num-images 256 --num-pairs 96 --out "$RUN/evaluation"
 
-printf '\n'
-cat "$RUN/times.txt"
+printf '\n== times of this call ==\n'
+printf '%s\n' "${times[@]}"
 printf 'all: %d s\n\nLook at the anagrams: %s and %s\n' "$SECONDS" "$RUN/anagrams/sheet.png" \
   "$RUN/evaluation/ldm-eq/anagrams_rotate_180.png"

@@ -1,6 +1,6 @@
 """Folds: channel maps of the latents, written into the autoencoder's own 1 x 1 convolutions.
 
-A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view, so folding it into `quant_conv`
+A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view (and with `negate` if b = 0), so folding it into `quant_conv`
 (and its inverse into `post_quant_conv`) changes neither a reconstruction nor the equivariance. Two maps are folded:
 normalisation (zero mean and unit variance per channel) and alignment (least squares to another VAE's latents). The
 exported VAE has `scaling_factor = 1` and no shift: stock diffusers pipelines need to know nothing.
@@ -33,22 +33,32 @@ def latent_matrix(vae: AutoencoderKL, samples: PictureSamples, num_images: int, 
     return torch.cat(rows)
 
 
-def normalisation(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(A [C, C], b [C]) that gives latents [N, C] zero mean and unit variance per channel. Raises ValueError if constant."""
+def normalisation(latents: Tensor, keep_origin: bool = False) -> tuple[Tensor, Tensor]:
+    """(A [C, C], b [C]) that gives latents [N, C] zero mean and unit variance per channel. Raises ValueError if constant.
+
+    keep_origin: b = 0, and the mean square is 1 in place of the variance.
+    """
     mean, std = latents.mean(0), latents.std(0, unbiased=False)
+    if keep_origin:
+        mean, std = torch.zeros_like(mean), latents.square().mean(0).sqrt()
     if bool((std < 1e-6).any()):
         dead = (std < 1e-6).nonzero().flatten().tolist()
         raise ValueError(f"latent channels {dead} are constant: the autoencoder has collapsed there and cannot be normalised")
     return torch.diag(1 / std), -mean / std
 
 
-def alignment(latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """(A [C, C], b [C]), the least-squares channel map from latents [N, C] to `wanted` [N, C] of the same cells."""
+def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tuple[Tensor, Tensor]:
+    """(A [C, C], b [C]), the least-squares channel map from latents [N, C] to `wanted` [N, C] of the same cells.
+
+    keep_origin: b = 0. Raises ValueError where the two do not match, or the map cannot be undone.
+    """
     if latents.shape != wanted.shape:
         raise ValueError(f"alignment: latents {tuple(latents.shape)} and {tuple(wanted.shape)} differ in channels or cells")
-    ones = latents.new_ones(len(latents), 1)
-    solution = torch.linalg.lstsq(torch.cat([latents, ones], 1), wanted).solution
-    matrix, offset = solution[:-1].T, solution[-1]
+    features = latents if keep_origin else torch.cat([latents, latents.new_ones(len(latents), 1)], 1)
+    solution = torch.linalg.lstsq(features, wanted).solution
+    channels = latents.shape[1]
+    matrix = solution[:channels].T
+    offset = latents.new_zeros(channels) if keep_origin else solution[channels]
     if not torch.linalg.cond(matrix) < 1e6:  # a zero map's is not a number
         raise ValueError("alignment: the channel map is singular, so it cannot be undone for decoding; fold without align_to")
     return matrix, offset
@@ -93,13 +103,22 @@ def _identity_conv(channels: int) -> nn.Conv2d:
     return conv
 
 
-def fold_channels(vae: AutoencoderKL, samples: PictureSamples, num_images: int = 2048, align_to: AutoencoderKL | None = None) -> None:
-    """Folds normalisation, or alignment to another VAE's normalised latents, into `vae`, measured on the pictures."""
+def fold_channels(
+    vae: AutoencoderKL,
+    samples: PictureSamples,
+    num_images: int = 2048,
+    align_to: AutoencoderKL | None = None,
+    keep_origin: bool = False,
+) -> None:
+    """Folds normalisation, or alignment to another VAE's normalised latents, into `vae`, measured on the pictures.
+
+    keep_origin: fold no offset. For a VAE trained with negation: -z then still decodes to the negative.
+    """
     latents = latent_matrix(vae, samples, num_images)
     if align_to is None:
-        fold_map(vae, *normalisation(latents))
+        fold_map(vae, *normalisation(latents, keep_origin))
     else:
-        fold_map(vae, *alignment(latents, latent_matrix(align_to, samples, num_images)))
+        fold_map(vae, *alignment(latents, latent_matrix(align_to, samples, num_images), keep_origin))
 
 
 def main() -> None:
@@ -109,11 +128,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="model folder to write, holding vae/")
     parser.add_argument("--align-to", help="model folder whose latents are to be matched")
     parser.add_argument("--num-images", type=int, default=2048)
+    parser.add_argument("--keep-origin", action="store_true", help="fold no offset: for a VAE trained with negation")
     args = parser.parse_args()
     try:
         vae = load_vae(args.model)
         align = load_vae(args.align_to) if args.align_to else None
-        fold_channels(vae, PictureSamples(args.data), args.num_images, align)
+        fold_channels(vae, PictureSamples(args.data), args.num_images, align, args.keep_origin)
         print(save_model_folder(args.out, vae=vae))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.autoencoder.equivariance import (
+    IDENTITY_TRANSFORM,
     TransformGroup,
     consistency_loss,
     draw_groups,
@@ -140,7 +141,8 @@ class Autoencoder(pl.LightningModule):
 
         groups = draw_groups(config.equivariance, seed, self.step, positions, mean.shape[-1], purpose)
         if config.equivariance.implicit_weight > 0:
-            weight = config.equivariance.implicit_weight * area
+            regularised = any(t != IDENTITY_TRANSFORM for g in groups for t in g.transforms)
+            weight = area * (config.equivariance.implicit_weight if regularised else 1)
             pairs = [(self.vae.decode(transform_group(g, z)).sample.float(), transform_group(g, x)) for g in groups]
             shares = [weight * g.weight * len(g.rows) / len(x) for g in groups]
         else:
@@ -265,16 +267,32 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             )
     vae = build_vae(config, data.train_samples.image_size[0])
     module = Autoencoder(config, vae)
+    if module.discriminator is not None:
+        _check_discriminator(config, module.discriminator, data.train_samples.image_size[0])
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=False, unused_parameters=module.discriminator is not None)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
-        vae = module.vae.eval()
+        vae = module.vae.eval().to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         if config.fold.num_images:
             align = load_vae(config.fold.align_to).to(vae.device) if config.fold.align_to else None
-            fold_channels(vae, data.train_samples, config.fold.num_images, align)
+            keep_origin = config.equivariance.negate_prob > 0  # an offset would end D(-z) = -D(z)
+            fold_channels(vae, data.train_samples, config.fold.num_images, align, keep_origin)
         save_model_folder(folder, vae=vae.cpu())
         finish_run(config)
     trainer.strategy.barrier()
     return folder
+
+
+def _check_discriminator(config: AutoencoderConfig, discriminator: PatchDiscriminator, image_size: int) -> None:
+    """Raises ValueError, before step 0, where the smallest rescaled pictures are too small for the discriminator."""
+    eq = config.equivariance
+    paper = eq.preset == "eqvae_paper"
+    smallest = 0.25 if paper else eq.rescale_smallest if eq.rescale_prob > 0 else 1.0
+    if image_size * smallest < discriminator.smallest:
+        raise ValueError(
+            f"pictures of {image_size} px are rescaled down to {image_size * smallest:g} px, and a discriminator of "
+            f"{config.loss.discriminator_layers} layers needs {discriminator.smallest}: use fewer loss.discriminator_layers, "
+            "or larger pictures"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,31 @@ def tensor_to_picture(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-class PictureSamples(Dataset):
+class ShardSamples(Dataset):
+    """What both kinds share: the shards, and which sample a stream position shows.
+
+    seed: of the order; None keeps the order of the shards (validation).  window: shards shuffled together.
+    """
+
+    def __init__(self, folder: str | Path, seed: int | None, window: int):
+        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a batch may straddle them
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def number(self, position: int) -> int:
+        """The sample that a stream position shows."""
+        epoch, place = divmod(position, len(self))
+        if self.seed is None:
+            return place
+        if epoch not in self._orders:
+            self._orders = {k: order for k, order in self._orders.items() if k == epoch - 1}
+            self._orders[epoch] = epoch_order(self.shards.starts, self.seed, epoch, self.window)
+        return int(self._orders[epoch][place])
+
+
+class PictureSamples(ShardSamples):
     """`samples[position]` is `{x, caption, label, key, position, skipped}`; an unreadable picture's place is taken by the
     next readable one of the shard, and its key is listed under `skipped`.
 
@@ -47,7 +70,7 @@ class PictureSamples(Dataset):
     """
 
     def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
-        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        super().__init__(folder, seed, window)
         self.extension = next((e for e in PICTURE_EXTENSIONS if self.shards.has(e).any()), None)
         if self.extension is None:
             held = ", ".join(self.shards.places)
@@ -72,11 +95,8 @@ class PictureSamples(Dataset):
                 continue
         raise ValueError(f"data set '{self.shards.folder}': none of its first {MAX_SKIPS} pictures can be decoded")
 
-    def __len__(self) -> int:
-        return len(self.shards)
-
     def __getitem__(self, position: int) -> dict:
-        number, skipped = _sample_number(self, position), []
+        number, skipped = self.number(position), []
         for _ in range(MAX_SKIPS):
             content = self.shards.read(number, self.extension)
             try:
@@ -104,7 +124,7 @@ class PictureSamples(Dataset):
         }
 
 
-class LatentSamples(Dataset):
+class LatentSamples(ShardSamples):
     """`samples[position]` is `{moments, caption, key, position, skipped}`, and `prompt_embeds` where the shards hold them.
 
     moments: [2 C, h, w] float32, the posterior's mean and log-variance as `AutoencoderKL.encode` gives them.
@@ -112,7 +132,7 @@ class LatentSamples(Dataset):
     """
 
     def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, vae_hash: str | None = None):
-        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        super().__init__(folder, seed, window)
         if self.shards.manifest.get("kind") != "latents":
             raise ValueError(f"data set '{folder}' holds no latents: encode it first with data/encode_latents.py")
         made_with = self.shards.manifest.get("vae_hash")
@@ -123,11 +143,17 @@ class LatentSamples(Dataset):
             )
         _check_captions(self.shards)
 
-    def __len__(self) -> int:
-        return len(self.shards)
+    def check_text_encoder(self, text_hash: str) -> None:
+        """Raises ValueError where the shards hold prompt embeddings of another text encoder."""
+        made_with = self.shards.manifest.get("text_hash")
+        if made_with not in (None, text_hash):
+            raise ValueError(
+                f"latents '{self.shards.folder}' hold prompt embeddings of another text encoder (hash {made_with}) than the "
+                f"model's ({text_hash}): encode anew with data/encode_latents.py --text-model, or without --prompt-embeds"
+            )
 
     def __getitem__(self, position: int) -> dict:
-        number = _sample_number(self, position)
+        number = self.number(position)
         sample = {
             "moments": read_array(self.shards, number, "moments.npy"),
             "caption": _caption(self.shards, number),
@@ -163,19 +189,6 @@ def collate(samples: list[dict]) -> dict:
             batch[name] = torch.tensor(values)
     batch["skipped"] = [key for keys in batch["skipped"] for key in keys]
     return batch
-
-
-@lru_cache(maxsize=4)
-def _cached_order(starts: tuple[int, ...], seed: int, epoch: int, window: int) -> np.ndarray:
-    return epoch_order(np.array(starts), seed, epoch, window)
-
-
-def _sample_number(samples: PictureSamples | LatentSamples, position: int) -> int:
-    count = len(samples)
-    if samples.seed is None:
-        return position % count
-    order = _cached_order(tuple(samples.shards.starts.tolist()), samples.seed, position // count, samples.window)
-    return int(order[position % count])
 
 
 def _caption(shards: ShardSet, number: int) -> str:

@@ -17,7 +17,7 @@ from eqldm.data.samples import LatentSamples
 from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, vae_hash
+from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -127,8 +127,17 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     if done := finished_model(config):
         return done
     vae = load_vae(config.vae)
+    if vae.config.get("shift_factor"):
+        raise ValueError(
+            f"the VAE of '{config.vae}' has a shift_factor, which Stable Diffusion's pipeline does not undo: fold it in with "
+            "python -m eqldm.autoencoder.fold, and encode with the folded VAE"
+        )
     data = ShardData(config, need_captions=True, vae_hash=vae_hash(vae))
     networks = build_networks(config, vae, _image_size(data.train_samples, vae), _captions(data.train_samples))
+    if not config.train_text_encoder:
+        for samples in (data.train_samples, data.val_samples):
+            if isinstance(samples, LatentSamples):
+                samples.check_text_encoder(text_hash(networks.tokenizer, networks.text_encoder))
     cut = too_long(networks.tokenizer, config.sample_prompts)
     if cut:
         raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
@@ -150,7 +159,7 @@ def _image_size(samples, vae: AutoencoderKL) -> int:
     return samples.image_size[0]
 
 
-def _captions(samples, limit: int = 5000):
-    """The captions of at most `limit` samples, spread over the set, for a new tokenizer."""
-    for number in range(0, len(samples), -(-len(samples) // limit)):
+def _captions(samples):
+    """The captions of the whole set, for a new tokenizer."""
+    for number in range(len(samples)):
         yield samples.shards.read(number, "txt").decode()

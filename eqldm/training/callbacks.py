@@ -132,6 +132,6 @@ def check_finite(losses: dict[str, Tensor], step: int, keys: list[str]) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in losses.values()):
         terms = ", ".join(f"{name} = {float(value.detach()):.4g}" for name, value in losses.items())
         raise FloatingPointError(
-            f"loss is not finite at step {step}: {terms}. Batch: {', '.join(keys)}. The last checkpoint is kept; "
-            "lower optimizer.learning_rate, or set run.precision=32-true, and start the same command again"
+            f"loss is not finite at step {step}: {terms}. Batch: {', '.join(keys)}. The last checkpoint is kept. "
+            "Try a lower optimizer.learning_rate or run.precision=32-true, in another run.dir"
         )

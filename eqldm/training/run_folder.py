@@ -1,17 +1,19 @@
 """The run folder: what a run states about itself, and what it resumes from.
 
-A run folder holds `config.yaml`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
+A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
 `logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` and, at the end, the exported model under `model/` and `done.json`.
-The same command resumes: it finds `last.ckpt`, checks that the options are the same, and goes on at its step; of a run that
+The same command resumes: it finds `last.ckpt`, checks that options and inputs are the same, and goes on at its step; of a run that
 is done it gives the model at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +23,16 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.config import StageConfig, to_yaml
-from eqldm.data.shards import write_json
+from eqldm.data.shards import MANIFEST, read_manifest, write_json
 
-# May differ between the start of a run and its resumption: where and how long it runs, not what it computes.
-RESUMABLE = ("run.num_steps", "run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every",
-             "run.checkpoint_every", "run.dir", "data.num_workers", "data.micro_batch_size")  # fmt: skip
+# May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
+# have moved: they are known by their contents (see `input_digests`).
+INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
+RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
+             "run.dir", "data.num_workers", "data.micro_batch_size", *INPUTS)  # fmt: skip
 LAST = Path("checkpoints") / "last.ckpt"
 DONE = "done.json"
+INPUTS_FILE = "inputs.json"
 
 
 def prepare_run(config: StageConfig) -> Path | None:
@@ -38,7 +43,7 @@ def prepare_run(config: StageConfig) -> Path | None:
     folder = Path(config.run.dir)
     checkpoint = folder / LAST if (folder / LAST).exists() else None
     if checkpoint:
-        _check_same_options(config)
+        _check_same_run(config)
         step = checkpoint_step(checkpoint)
         if step > config.run.num_steps:
             raise ValueError(
@@ -57,7 +62,7 @@ def finished_model(config: StageConfig) -> Path | None:
     folder = Path(config.run.dir)
     if not (folder / DONE).exists() or not (folder / "model").is_dir():
         return None
-    _check_same_options(config)
+    _check_same_run(config)
     if json.loads((folder / DONE).read_text())["num_steps"] != config.run.num_steps:
         return None
     rank_zero_only(print)(f"run folder '{folder}' has taken all of its {config.run.num_steps} steps: nothing to do")
@@ -77,7 +82,8 @@ def _describe_run(config: StageConfig) -> None:
     partial = folder / "config.yaml.partial"
     partial.write_text(to_yaml(config))
     os.replace(partial, folder / "config.yaml")  # other processes may be reading it
-    (folder / "command.txt").write_text(" ".join([Path(sys.executable).name, *sys.argv]) + "\n")
+    write_json(folder / INPUTS_FILE, input_digests(config))
+    (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
 
@@ -87,14 +93,46 @@ def checkpoint_step(checkpoint: Path) -> int:
     return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 
-def _check_same_options(config: StageConfig) -> None:
-    path = Path(config.run.dir) / "config.yaml"
-    changed = _differences(OmegaConf.create(path.read_text()), OmegaConf.create(to_yaml(config)))
+def _check_same_run(config: StageConfig) -> None:
+    folder = Path(config.run.dir)
+    changed = _differences(OmegaConf.create((folder / "config.yaml").read_text()), OmegaConf.create(to_yaml(config)))
     if changed:
         raise ValueError(
-            f"run folder '{path.parent}' holds a run with other options: {'; '.join(changed)}. Use another run.dir, or "
+            f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir, or "
             "remove the folder to start anew"
         )
+    before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
+    other = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if other:
+        raise ValueError(
+            f"run folder '{folder}' holds a run on other inputs: the contents of {', '.join(other)} have changed. Use another "
+            "run.dir, or remove the folder to start anew"
+        )
+
+
+def input_digests(config: StageConfig) -> dict[str, str]:
+    """A digest of the contents of each shard folder and model folder that the run starts from, by option name.
+
+    Raises FileNotFoundError where one is missing.
+    """
+    flat = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    return {name: _digest(Path(flat[name])) for name in INPUTS if flat.get(name)}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    if (folder / MANIFEST).is_file():
+        digest.update(json.dumps([entry["sha256"] for entry in read_manifest(folder)["shards"]]).encode())
+        return digest.hexdigest()[:16]
+    weights = sorted(folder.rglob("*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"'{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
+    for path in weights:
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
@@ -105,7 +143,9 @@ def versions() -> dict[str, str]:
 
 def _differences(old, new) -> list[str]:
     before, after = _flat(OmegaConf.to_container(old)), _flat(OmegaConf.to_container(new))
-    names = [name for name in sorted(before.keys() | after.keys()) if name not in RESUMABLE]
+    # More steps are the same run with more to do, but not where the learning rate falls towards the last one
+    free = (*RESUMABLE, *(["run.num_steps"] if after["optimizer.schedule"] == "constant" else []))
+    names = [name for name in sorted(before.keys() | after.keys()) if name not in free]
     return [f"{n} was {before.get(n)}, is {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 
