@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures sampled together; does not change them")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures sampled together; does not change them beyond rounding")
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is unguided")
     parser.add_argument("--reduction", default="mean", help="mean or alternate")

@@ -10,6 +10,8 @@ import argparse
 import logging
 import sys
 
+import yaml
+
 from eqldm.config import load_config, to_yaml
 
 
@@ -18,18 +20,30 @@ def main() -> None:
     parser.add_argument("config", help="YAML file that states its stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()
-    dry_run = "dry_run=true" in args.overrides
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # device lists and advertising
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     try:
+        dry_run = [_boolean(item) for item in args.overrides if item.startswith("dry_run=")]
         config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
-        if dry_run:
+        if dry_run and dry_run[-1]:
             print(to_yaml(config), end="")
             return
         folder = _train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     print(f"done: {folder}")
+
+
+def _boolean(item: str) -> bool:
+    """The value of `name=value`, in any of YAML's forms. Raises ValueError for what is no boolean."""
+    name, _, text = item.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {text!r}, wanted true or false")
+    return value
 
 
 def _train(config):

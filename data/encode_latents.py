@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 data/encode_latents.py ...      (or srun: each process takes every n-th shard)
 
 Each picture shard gives one latent shard, so a stopped run goes on where it was; other options into the same folder are
-refused. The manifest carries the VAE's hash; training on the latents of another VAE is refused.
+refused. The manifest carries the hashes of the VAE and, with --prompt-embeds, of the text encoder; training with others is refused.
 """
 
 from __future__ import annotations
@@ -27,22 +27,29 @@ from eqldm.data.making import UNFINISHED
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
-from eqldm.model_folder import load_text, load_vae, vae_hash
+from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def in_srun_step() -> bool:
+    """Whether srun started this process. A batch script has SLURM_PROCID 0 of SLURM_NTASKS too, but runs once."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < 0xFFFFFFF0  # from there on: the batch, interactive and extern steps
+
+
 def process_rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun or Slurm state them; (0, 1) without either."""
-    names = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    """(rank, world size) as torchrun or srun state them; (0, 1) without either."""
+    names = [("RANK", "WORLD_SIZE"), *([("SLURM_PROCID", "SLURM_NTASKS")] if in_srun_step() else [])]
     return next(((int(os.environ[a]), int(os.environ[b])) for a, b in names if a in os.environ and b in os.environ), (0, 1))
 
 
 def pick_device(rank: int) -> torch.device:
-    """This process's GPU, or the CPU."""
+    """This process's GPU of those it sees (srun may show each process only its own), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank))))
+    slurm = os.environ.get("SLURM_LOCALID", rank) if in_srun_step() else rank
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", slurm)) % torch.cuda.device_count())
 
 
 class Encoder:
@@ -94,8 +101,10 @@ def encode(args: argparse.Namespace) -> Path:
     rank, world = process_rank()
     encoder = Encoder(args, pick_device(rank))
     shards, out = encoder.pictures.shards, Path(args.out)
-    about = {"kind": "latents", "vae_hash": vae_hash(encoder.vae), "model": str(args.model), "pictures": str(args.data)}
-    about["generator"] = generator(args, encoder)
+    made = generator(args, encoder)
+    about = {"kind": "latents", "vae_hash": made["vae"], "model": str(args.model), "pictures": str(args.data), "generator": made}
+    if "text_hash" in made:
+        about["text_hash"] = made["text_hash"]
     out.mkdir(parents=True, exist_ok=True)
     if _started(out, about["generator"]):
         print(f"{out}: already encoded with this VAE ({read_manifest(out)['count']} latents)")
@@ -140,7 +149,7 @@ def generator(args: argparse.Namespace, encoder: Encoder) -> dict:
     tars = json.dumps([entry["sha256"] for entry in encoder.pictures.shards.manifest["shards"]])
     options = {"vae": vae_hash(encoder.vae), "pictures": hashlib.sha256(tars.encode()).hexdigest()[:16]}
     options |= {"dtype": args.dtype, "bf16": args.bf16, "prompt_embeds": args.prompt_embeds}
-    return options | ({"text_model": str(args.text_model or args.model)} if args.prompt_embeds else {})
+    return options | ({"text_hash": text_hash(*encoder.text)} if encoder.text else {})
 
 
 def _started(out: Path, wanted: dict) -> bool:
@@ -165,6 +174,9 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
     try:
         shards = [json.loads(path.read_text()) for path in entries]
     except FileNotFoundError:  # others are still at work, or one of them has finished the folder
+        if not (out / MANIFEST).is_file():
+            done = sum(path.is_file() for path in entries)
+            print(f"{done} of {len(entries)} shards are done: the manifest is written by the process that finishes last")
         return
     skipped = [key for entry in shards for key in entry.pop("skipped")]
     held = [entry for entry in shards if entry["count"]]

@@ -6,9 +6,9 @@ and unit. `load_config` checks types and choices (omegaconf), then the cross-che
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -41,16 +41,17 @@ class RunConfig:
     """Seed of weights, data order, noise and transforms."""
     num_steps: int = MISSING
     """Optimizer steps in all."""
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed"
-    """Arithmetic of the forward pass; weights, optimizer and EMA stay in float32."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Arithmetic of the forward pass; weights, optimizer and EMA stay in float32. auto: bf16-mixed where the device
+    computes bfloat16 natively, else 32-true."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Device kind."""
     devices: int = 1
     """Processes (one device each) per node."""
     num_nodes: int = 1
     """Nodes."""
-    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
-    """How processes share the work; auto: ddp where there is more than one. DeepSpeed: diffusion stage, GPUs only."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How processes share the work; auto: ddp where there is more than one."""
     log_every: int = 20
     """Optimizer steps between log lines."""
     val_every: int = 500
@@ -84,9 +85,10 @@ class OptimizerConfig:
 @dataclass
 class EquivarianceConfig:
     preset: Literal["custom", "eqvae_paper"] = "custom"
-    """eqvae_paper: EQ-VAE's released training scheme exactly (one transform per batch: a rotation by 90, 180 or 270 degrees
-    and a bilinear down-scaling, on half of the steps, implicit loss only; of the other steps a quarter see down-scaled
-    pictures; losses summed over pixels); the options below must then be left alone."""
+    """eqvae_paper: the scheme of transforms of EQ-VAE's released code (one transform per batch: a rotation by 90, 180 or 270
+    degrees and a bilinear down-scaling, on half of the steps, implicit loss only; of the other steps a quarter see
+    down-scaled pictures; losses summed over pixels); the options below must then be left alone. Loss weights and optimizer
+    are this file's, not EQ-VAE's."""
     group: Literal["none", "rotations", "d4"] = "none"
     """Symmetries drawn per sample at native scale."""
     prob: float = 1.0
@@ -123,7 +125,9 @@ class VAELossConfig:
     perceptual_weight: float = 0.0
     """Weight of LPIPS (VGG16 weights must be in torch's hub folder)."""
     kl_weight: float = 1e-6
-    """Weight of the posterior's KL divergence to N(0, 1), in nats, a mean over pictures and latent values."""
+    """Weight of the posterior's KL divergence to N(0, 1), in nats, a mean over pictures and latent values. LDM's 1e-6 is
+    another unit: it sums the reconstruction over pixel values and the KL over latent values, per picture. Ours is LDM's x
+    latent values / pixel values: at f = 8 with 4 channels, 1e-6 x (4 / 64) / 3 = 2.1e-8."""
     adversarial_weight: float = 0.0
     """Weight of the PatchGAN term, before its adaptive factor; 0 builds no discriminator."""
     adversarial_start: int = 0
@@ -163,11 +167,11 @@ class AutoencoderConfig:
         """Raises ValueError where options contradict each other."""
         _check_start(self, "architecture")
         _check_run(self)
-        if self.run.strategy.startswith("deepspeed"):
-            raise ValueError(
-                f"run.strategy={self.run.strategy}: the autoencoder stage has two optimizers and manual optimization, "
-                "which Lightning's DeepSpeed strategy does not take. Use run.strategy=ddp"
-            )
+        _check_weights(self)
+        if self.fold.num_images < 0:
+            raise ValueError(f"fold.num_images: got {self.fold.num_images}, wanted 0 (export unfolded) or more")
+        if self.fold.align_to and not self.fold.num_images:
+            raise ValueError("fold.align_to needs pictures to align on, got fold.num_images=0: raise it, or drop fold.align_to")
         eq = self.equivariance
         defaults = EquivarianceConfig(preset="eqvae_paper")
         if eq.preset == "eqvae_paper" and eq != defaults:
@@ -176,6 +180,8 @@ class AutoencoderConfig:
         for name in ("prob", "rescale_prob", "permute_prob", "negate_prob"):
             if not 0 <= getattr(eq, name) <= 1:
                 raise ValueError(f"equivariance.{name} is a probability: got {getattr(eq, name)}, wanted 0 to 1")
+        if eq.permute_prob and not (eq.permute_cells and min(eq.permute_cells) >= 2):
+            raise ValueError(f"equivariance.permute_cells: got {eq.permute_cells}, wanted cells per side of at least 2, or permute_prob=0")
         if not 0 < eq.rescale_smallest < 1:
             raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
         if eq.num_groups < 1:
@@ -209,9 +215,9 @@ class DiffusionConfig:
     """Arguments of diffusers' UNet2DConditionModel, for init: scratch; in, out and text sizes are filled in."""
     text_encoder: dict[str, Any] = field(default_factory=dict)
     """Arguments of transformers' CLIPTextConfig, for init: scratch; the vocabulary is made from the captions."""
-    scheduler: dict[str, Any] = field(default_factory=lambda: {"_class_name": "DDIMScheduler"})
-    """Arguments of the diffusers scheduler named by `_class_name`, for init: scratch. Its betas and `prediction_type`
-    are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true)."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the diffusers scheduler named by `_class_name` (DDIMScheduler unless given), for init: scratch. Its betas
+    and `prediction_type` are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true)."""
     train_text_encoder: bool = False
     """Train the text encoder too. Required with init: scratch, whose text encoder is random."""
     min_snr_gamma: Optional[float] = None
@@ -228,8 +234,10 @@ class DiffusionConfig:
 
     def validate(self) -> None:
         """Raises ValueError where options contradict each other."""
-        _check_start(self, "unet")
+        _check_start(self, "unet", "text_encoder", "scheduler")
         _check_run(self)
+        if self.adapt == "full" and self.lora != LoRAConfig():
+            raise ValueError("adapt=full trains all weights, but `lora` is set: use adapt=lora, or drop it")
         if self.init == "scratch" and not self.train_text_encoder:
             raise ValueError("init=scratch starts from a random text encoder: set train_text_encoder=true")
         if self.init == "scratch" and self.adapt == "lora":
@@ -238,8 +246,6 @@ class DiffusionConfig:
             raise ValueError(f"caption_dropout: got {self.caption_dropout}, wanted 0 <= share < 1")
         if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":
             raise ValueError("min_snr_gamma has no meaning with flow_prediction: leave it unset")
-        if self.run.strategy.startswith("deepspeed") and self.optimizer.ema_decay > 0:
-            raise ValueError(f"run.strategy={self.run.strategy} shards the weights, which the EMA cannot follow: set optimizer.ema_decay=0")
 
 
 @dataclass
@@ -261,8 +267,6 @@ class JudgeConfig:
     def validate(self) -> None:
         """Raises ValueError where options contradict each other."""
         _check_run(self)
-        if self.run.strategy.startswith("deepspeed"):
-            raise ValueError("the judge is small: use run.strategy=auto or ddp")
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
 
@@ -271,13 +275,25 @@ STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge
 StageConfig = AutoencoderConfig | DiffusionConfig | JudgeConfig
 
 
-def _check_start(config: AutoencoderConfig | DiffusionConfig, architecture: str) -> None:
+def _check_start(config: AutoencoderConfig | DiffusionConfig, *architecture: str) -> None:
     if config.init == "pretrained" and not config.model:
         raise ValueError("init=pretrained needs the model folder to start from: set model=FOLDER")
     if config.init == "scratch" and config.model:
         raise ValueError(f"init=scratch starts from random weights, but model={config.model} is set: use init=pretrained, or drop it")
-    if config.init == "pretrained" and getattr(config, architecture):
-        raise ValueError(f"init=pretrained takes the architecture from model: drop `{architecture}`")
+    given = [name for name in architecture if getattr(config, name)]
+    if config.init == "pretrained" and given:
+        raise ValueError(f"init=pretrained takes {', '.join(given)} from model: drop `{'`, `'.join(given)}`, or use init=scratch")
+
+
+def _check_weights(config: AutoencoderConfig) -> None:
+    loss, eq = config.loss, config.equivariance
+    weights = {f"loss.{name}": value for name, value in vars(loss).items() if name.endswith("_weight")}
+    weights |= {f"equivariance.{name}": getattr(eq, name) for name in ("implicit_weight", "consistency_weight")}
+    for name, value in weights.items():
+        if value < 0:
+            raise ValueError(f"{name}: got {value}, wanted 0 or more")
+    if not any((loss.l1_weight, loss.l2_weight, loss.gradient_weight, loss.perceptual_weight)):
+        raise ValueError("no reconstruction loss: set loss.l1_weight, l2_weight, gradient_weight or perceptual_weight above 0")
 
 
 def _check_run(config: StageConfig) -> None:
@@ -289,6 +305,8 @@ def _check_run(config: StageConfig) -> None:
             value = getattr(getattr(config, section), name)
             if value is not None and value < 1:
                 raise ValueError(f"{section}.{name}: got {value}, wanted at least 1")
+    if data.num_workers < 0:
+        raise ValueError(f"data.num_workers: got {data.num_workers}, wanted 0 (read in the training process) or more")
     processes = run.devices * run.num_nodes
     micro = micro_batch_size(config)
     if data.batch_size % (micro * processes):
@@ -298,6 +316,8 @@ def _check_run(config: StageConfig) -> None:
         )
     if data.val_samples % processes:
         raise ValueError(f"data.val_samples={data.val_samples} does not divide over {processes} processes")
+    if not config.optimizer.learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate: got {config.optimizer.learning_rate}, wanted above 0")
     if not 0 <= config.optimizer.ema_decay < 1:
         raise ValueError(f"optimizer.ema_decay: got {config.optimizer.ema_decay}, wanted 0 <= decay < 1")
     if len(config.optimizer.betas) != 2:
@@ -333,7 +353,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
             found = file.get("stage") if isinstance(file, DictConfig) else None
             raise ValueError(f"config '{path}': stage is {found!r}, wanted one of {', '.join(STAGES)}")
         schema = OmegaConf.structured(STAGES[file.stage])
-        merged = OmegaConf.merge(schema, file, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(schema, file, _parse_overrides(STAGES[file.stage], overrides))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"config '{path}': required but not set: {', '.join(missing)}. Give them as key=value")
@@ -344,6 +364,26 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         raise ValueError(f"config '{path}', or an override, is no YAML: {' '.join(str(error).split())}") from error
     config.validate()
     return config
+
+
+def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:
+    """Values are YAML, but text (with `${...}`) where the option is text: a path may hold ` #` or `: `. null is None for any."""
+    parsed = OmegaConf.create()
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if value != "null" and _option_type(stage, key) in (str, Optional[str]):
+            OmegaConf.update(parsed, key, value)
+        else:
+            parsed = OmegaConf.merge(parsed, OmegaConf.from_dotlist([item]))
+    return parsed
+
+
+def _option_type(stage: type, key: str) -> Any:
+    """The type of the option of a dotted key; None for a key that is none."""
+    kind = stage
+    for name in key.split("."):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
 
 
 def to_yaml(config: StageConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,17 +26,22 @@ from eqldm.evaluation.fit import fit_metrics
 from eqldm.evaluation.judge import SHIPPED, Judge
 from eqldm.evaluation.reconstruction import reconstruction_metrics
 from eqldm.evaluation.report import console_table, equivariance_sheet, reading_sheet, write_report
-from eqldm.model_folder import load_vae, vae_hash
+from eqldm.model_folder import downsampling, load_vae, vae_hash
 from eqldm.training.run_folder import versions
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 
-def evaluate_vae(folder: Path, out: Path, pictures: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Reconstruction and equivariance; writes `equivariance.png`."""
-    vae = load_vae(folder).to(device)
-    views = [view for view in D4 if view != IDENTITY]
-    metrics = reconstruction_metrics(vae, pictures) | equivariance_metrics(vae, pictures, views)
-    equivariance_sheet(vae, pictures[:8], views).save(out / "equivariance.png")
+def evaluate_vae(folder: Path, out: Path, pictures: torch.Tensor, views: list[View], batch_size: int) -> dict[str, float]:
+    """Reconstruction, and equivariance under D4 and any further `views`; writes `equivariance.png`."""
+    vae = load_vae(folder).to(pictures.device)
+    symmetries = [view for view in D4 if view != IDENTITY]
+    more = [view for view in dict.fromkeys(views) if view not in D4]
+    for view in more:  # before anything long
+        view.check(*(side // downsampling(vae) for side in pictures.shape[-2:]), " (latents)")
+    metrics = reconstruction_metrics(vae, pictures, batch_size) | equivariance_metrics(vae, pictures, symmetries, batch_size)
+    if more:  # the means stay those of D4, so that they compare whatever views are asked for
+        metrics = metrics | equivariance_metrics(vae, pictures, more, batch_size) | metrics
+    equivariance_sheet(vae, pictures[:8], [*symmetries, *more]).save(out / "equivariance.png")
     return metrics
 
 
@@ -44,16 +50,16 @@ def evaluate_unet(
 ) -> dict[str, float]:
     """Fit and, with a judge, generation and anagrams; writes `letters.png` and `anagrams_VIEW.png`."""
     sampler = Sampler.open(folder, args.device)
-    metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)))
+    metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)), args.batch_size)
     if judge is None:
         return metrics
     for view in views:  # before anything long
         sampler.check(["", ""], [IDENTITY, view])
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, "batch_size": args.batch_size}
     jobs = [([IDENTITY], plain_letters(args.num_letters), out / "letters.png")]
     jobs += [([IDENTITY, view], letter_pairs(args.num_pairs), out / f"anagrams_{_file_name(view)}.png") for view in views]
     with Progress(transient=True) as progress:
-        steps = sum(-(-wanted.shape[1] // 64) for _, wanted, _ in jobs) * args.num_inference_steps
+        steps = sum(-(-wanted.shape[1] // args.batch_size) for _, wanted, _ in jobs) * args.num_inference_steps
         task = progress.add_task(f"sampling {folder}", total=steps)
         for job_views, wanted, path in jobs:
             reading = read_letters(sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options)
@@ -64,37 +70,41 @@ def evaluate_unet(
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Evaluate every model; returns the path of the report."""
-    for option in ("num_images", "num_letters", "num_pairs", "num_inference_steps"):
+    for option in ("num_images", "num_letters", "num_pairs", "num_inference_steps", "batch_size"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')}: got {getattr(args, option)}, wanted at least 1")
     views = [parse_view(name) for name in args.views]
     out, notes = Path(args.out), []
     samples = PictureSamples(args.data)
     count = min(args.num_images, len(samples))
-    device = torch.device(args.device)
     found = [samples[i] for i in range(count)]
-    pictures = torch.stack([sample["x"] for sample in found]).to(device)
+    pictures = torch.stack([sample["x"] for sample in found]).to(args.device)
     labels = torch.tensor([sample["label"] for sample in found])
+    unreadable = dict.fromkeys(key for sample in found for key in sample["skipped"])
+    if unreadable:
+        notes.append(f"{len(unreadable)} pictures cannot be read, the next one stands in for each: {', '.join(unreadable)}.")
     judge = None
-    if args.judge or SHIPPED.is_dir():
+    if args.judge == "none":
+        notes.append("Not computed: what the judge reads (--judge none).")
+    elif args.judge or SHIPPED.is_dir():
         judge = Judge.open(args.judge)
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
     results = {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
-        metrics = evaluate_vae(folder, out / name, pictures, device)
+        metrics = evaluate_vae(folder, out / name, pictures, views, args.batch_size)
         if (folder / "unet").is_dir():
             metrics |= evaluate_unet(folder, out / name, samples, judge, views, args)
         else:
             notes.append(f"Not computed for {name}: fit, generation, anagrams ('{folder}' holds a VAE alone).")
         if judge is not None and bool((labels >= 0).all()):
-            metrics["judge/accuracy"] = float((judge(pictures.cpu()) == labels).float().mean())
+            metrics["judge/accuracy"] = float((judge(pictures.cpu(), args.batch_size) == labels).float().mean())
         results[name] = metrics
         write_json(out / name / "metrics.json", metrics)
         about = {**vars(args), "vae_hash": vae_hash(load_vae(folder)), "num_images": count, "versions": versions()}
         (out / name / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
-    notes.append(f"{count} pictures of `{args.data}`; command: `python -m eqldm.evaluate {' '.join(sys.argv[1:])}`.")
+    notes.append(f"{count} pictures of `{args.data}`; command: `{shlex.join(['python', '-m', 'eqldm.evaluate', *sys.argv[1:]])}`.")
     report = write_report(out, results, notes)
     Console().print(console_table(results, f"{count} pictures of {args.data}"))
     return report
@@ -120,11 +130,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder, whole or with vae/ alone")
     parser.add_argument("--data", required=True, help="shard folder of held-out pictures")
     parser.add_argument("--out", required=True, help="folder for reports")
-    parser.add_argument("--judge", help="judge folder; default: the shipped one, if any")
-    parser.add_argument("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams")
+    parser.add_argument("--judge", help="judge folder, or none (pictures that are no letters); default: the shipped one, if any")
+    parser.add_argument("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams; also of the equivariance")
     parser.add_argument("--num-images", type=int, default=512, help="pictures for reconstruction, equivariance and fit")
     parser.add_argument("--num-letters", type=int, default=104, help="letters sampled plainly")
     parser.add_argument("--num-pairs", type=int, default=128, help="letter pairs sampled as anagrams, for each view")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures computed together, for metrics and for sampling")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from eqldm.config import DiffusionConfig, LoRAConfig
 from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
@@ -56,6 +56,7 @@ def test_channels_must_fit(tmp_path, make_tiny_vae, make_model_folder):
 def test_scratch_fits_the_vae_and_the_seed(tiny_model_folder):
     options = {"init": "scratch", "model": None, "unet": SMALL_UNET, "text_encoder": {"hidden_size": 12}, "train_text_encoder": True}
     networks, again = (build(tiny_model_folder, image_size=48, **options) for _ in range(2))
+    assert type(networks.scheduler) is DDIMScheduler
     config = networks.unet.config
     assert (config.sample_size, config.in_channels, config.out_channels, config.cross_attention_dim) == (12, 4, 4, 12)
     assert networks.tokenizer.model_max_length == 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,8 @@ def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
     ("run.seed=abc", r"'abc' .* Integer \(key: run.seed\)"),
     ("run.num_steps=2.5", "key: run.num_steps"),
     ("run.dir=null", "key: run.dir"),
-    ("run.precision=16", r"expected one of \['32-true', 'bf16-mixed'\] \(key: run.precision\)"),
+    ("run.precision=16", r"expected one of \['auto', '32-true', 'bf16-mixed'\] \(key: run.precision\)"),
+    ("run.strategy=deepspeed_stage_2", r"expected one of \['auto', 'ddp'\] \(key: run.strategy\)"),
     ("stage=diffusion", "key: stage"),
     ("data.train=${nowhere}", "'nowhere' not found .key: data.train"),
     ("run.seed", "override 'run.seed' has no '=': wanted key=value"),
@@ -95,6 +98,8 @@ ANY = [
     (["run.devices=3", "data.batch_size=3"], "data.val_samples=256 does not divide over 3 processes"),
     *[([f"run.{name}=0"], f"run.{name}: got 0") for name in ("num_steps", "log_every", "val_every", "checkpoint_every")],
     (["optimizer.ema_decay=1"], "optimizer.ema_decay: got 1"),
+    (["data.num_workers=-1"], "data.num_workers: got -1, wanted 0"),
+    *[([f"optimizer.learning_rate={rate}"], "optimizer.learning_rate: got .*, wanted above 0") for rate in ("0", "-1e-4", ".nan")],
     (["optimizer.betas=[0.9]"], "optimizer.betas: got .*, wanted two numbers"),
 ]
 START = [
@@ -105,7 +110,14 @@ OWN = {
     "autoencoder": [
         *START,
         (["init=pretrained", "model=m", "architecture.latent_channels=4"], "drop `architecture`"),
-        (["run.strategy=deepspeed_stage_2"], "the autoencoder stage has two optimizers"),
+        *[([f"loss.{name}_weight=-1"], f"loss.{name}_weight: got -1.0, wanted 0 or more")
+          for name in ("l1", "l2", "gradient", "perceptual", "kl", "adversarial")],
+        *[([f"equivariance.{name}_weight=-1"], f"equivariance.{name}_weight: got -1.0") for name in ("implicit", "consistency")],
+        (["loss.l1_weight=0", "loss.l2_weight=0", "loss.adversarial_weight=1"], "no reconstruction loss: set loss.l1_weight"),
+        (["fold.num_images=-1"], "fold.num_images: got -1"),
+        (["fold.num_images=0", "fold.align_to=m"], "fold.align_to needs pictures to align on"),
+        *[(["equivariance.permute_prob=0.5", f"equivariance.permute_cells={cells}"], "equivariance.permute_cells: got .* at least 2")
+          for cells in ("[]", "[1,2]")],
         (["equivariance.preset=eqvae_paper", "equivariance.prob=0.5"], "fixes the scheme, got also prob"),
         *[([f"equivariance.{name}=1.5"], f"equivariance.{name} is a probability")
           for name in ("prob", "rescale_prob", "permute_prob", "negate_prob")],
@@ -114,14 +126,15 @@ OWN = {
     ],
     "diffusion": [
         *START,
-        (["init=pretrained", "model=m", "unet.layers_per_block=1"], "drop `unet`"),
+        (["init=pretrained", "model=m", "unet.layers_per_block=1"], "takes unet from model: drop `unet`"),
+        (["init=pretrained", "model=m", "scheduler.beta_end=0.01", "text_encoder.hidden_size=8"], "drop `text_encoder`, `scheduler`"),
+        (["lora.rank=4"], "adapt=full trains all weights, but `lora` is set"),
         (["train_text_encoder=false"], "set train_text_encoder=true"),
         (["adapt=lora"], "adapt=lora updates a pretrained UNet"),
         (["caption_dropout=1"], "caption_dropout: got 1"),
         (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
-        (["run.strategy=deepspeed_stage_1"], "set optimizer.ema_decay=0"),
     ],
-    "judge": [(["run.strategy=deepspeed_stage_1"], "the judge is small")],
+    "judge": [([f"run.{name}=true"], "the judge is small") for name in ("compile", "channels_last")],
 }  # fmt: skip
 
 
@@ -139,6 +152,59 @@ def test_options_that_contradict_each_other_are_refused(load, stage, overrides, 
 def test_the_global_batch_is_processes_times_micro_batches(load, overrides, micro, parts):
     config = load("judge", *overrides)
     assert (micro_batch_size(config), accumulation(config)) == (micro, parts)
+
+
+@pytest.mark.parametrize("text", ["/tmp/a #b", "/tmp/a: b", "007", "1e3", "[a]", "true", "a=b", 'a\'s "b"', ""])
+def test_text_is_taken_verbatim(load, text):
+    config = load("autoencoder", f"run.dir={text}", "init=pretrained", "model=m", f"fold.align_to={text}")
+    assert config.run.dir == config.fold.align_to == text
+
+
+def test_null_is_none_and_other_options_are_yaml(load):
+    config = load("diffusion", "model=m", "model=null", "min_snr_gamma=5", "min_snr_gamma=null", "sample_prompts=['a: b']")
+    assert config.model is None and config.min_snr_gamma is None and config.sample_prompts == ["a: b"]
+    assert load("autoencoder", "fold={num_images: 8, align_to: null}", "fold.align_to=x y").fold.align_to == "x y"
+
+
+# train.py
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """`train(*overrides)`: train.py's main on a minimal judge file; a training is an AssertionError."""
+    specification = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+
+    def trains(config):
+        raise AssertionError("a training was started")
+
+    monkeypatch.setattr(script, "_train", trains)
+    (tmp_path / "config.yaml").write_text("stage: judge\n")
+
+    def call(*overrides: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "config.yaml"), *REQUIRED, *overrides])
+        script.main()
+
+    return call
+
+
+@pytest.mark.parametrize("text", ["true", "True", "TRUE", "yes", "on", " true"])
+def test_a_dry_run_prints_and_starts_nothing(train, capsys, text):
+    train(f"dry_run={text}")
+    assert yaml.safe_load(capsys.readouterr().out)["run"]["dir"] == "runs/x"
+
+
+def test_no_dry_run_trains(train):
+    for overrides in ([], ["dry_run=false"], ["dry_run=No"], ["dry_run=true", "dry_run=off"]):
+        with pytest.raises(AssertionError, match="a training was started"):
+            train(*overrides)
+
+
+@pytest.mark.parametrize("override", ["dry_run=1", "dry_run=ture", "dry_run=", "dry_run=[", "dry_run", "dry_runs=true"])
+def test_what_is_no_boolean_is_an_error_and_no_training(train, override):
+    with pytest.raises(SystemExit, match="error: .*dry_run"):
+        train(override)
 
 
 def option_classes() -> list[type]:

@@ -16,7 +16,7 @@ import torch
 from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import ShardSet, read_manifest, write_manifest, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
-from eqldm.model_folder import load_text, load_vae, vae_hash
+from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("encode_latents_script", ROOT / "data" / "encode_latents.py")
@@ -72,7 +72,18 @@ def test_prompt_embeddings(run, refused, tmp_path, tiny_model_folder):
     with torch.no_grad():
         embeds = encode_prompts(*load_text(tiny_model_folder), [latents[5]["caption"]])[0]
     torch.testing.assert_close(latents[5]["prompt_embeds"], embeds, atol=2e-3, rtol=2e-3)
+    manifest = latents.shards.manifest
+    assert manifest["text_hash"] == manifest["generator"]["text_hash"] == text_hash(*load_text(tiny_model_folder))
     assert "prompt_embeds (there True, now False)" in refused(tmp_path / "out")
+    assert "text_hash" not in read_manifest(run(tmp_path / "plain"))
+
+
+def test_another_text_encoder_is_refused_by_its_hash(run, refused, tmp_path, tiny_model_folder, make_model_folder):
+    """Not by its folder's name: a copy of the model is the same one."""
+    out = run(tmp_path / "out", "--prompt-embeds")
+    run(out, "--prompt-embeds", "--text-model", shutil.copytree(tiny_model_folder, tmp_path / "copy"))
+    other = make_model_folder(tmp_path / "other", seed=1)
+    assert "text_hash (there " in refused(out, "--prompt-embeds", "--text-model", other)
 
 
 def test_resumes_without_encoding_again(run, tmp_path, monkeypatch, capsys):
@@ -102,13 +113,41 @@ def test_resumes_without_encoding_again(run, tmp_path, monkeypatch, capsys):
     assert "already encoded with this VAE (24 latents)" in capsys.readouterr().out
 
 
-def test_processes_one_after_another(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, (0, 1)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967291"}, (0, 1)),  # the batch step, so numbered
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, (3, 8)),  # srun
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),  # srun torchrun
+])  # fmt: skip
+def test_ranks(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert script.process_rank() == expected
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(1, 0), (2, 1), (8, 3)])
+def test_devices_are_those_that_the_process_sees(monkeypatch, visible, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert script.pick_device(11) == torch.device("cuda", expected)
+
+
+def test_processes_one_after_another(run, tmp_path, monkeypatch, capsys):
     one = run(tmp_path / "one")
+    assert "shards are done" not in capsys.readouterr().out
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert not (tmp_path / "two" / "manifest.json").exists()
         run(tmp_path / "two")
+        waiting = "1 of 3 shards are done: the manifest is written by the process that finishes last" in capsys.readouterr().out
+        assert waiting is (rank == 1)
     assert contents(tmp_path / "two") == contents(one)
 
 

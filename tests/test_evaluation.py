@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -101,6 +103,15 @@ def test_equivariance_closed_form(tiny_vae, pictures):
     both = [found[f"equivariance/{name}/latent_error"] for name in ("rotate_90", "negate")]
     assert found["equivariance/mean/latent_error"] == pytest.approx(sum(both) / 2)
     assert found["equivariance/rotate_90/latent_error"] > 0.01
+
+
+def test_negation_of_an_odd_autoencoder_is_exact(pictures):
+    """E(-x) = -E(x), whatever the latents' mean: the error is that of z, not of z less its mean."""
+    vae = EquivariantVAE()
+    vae.encode = lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=nn.functional.avg_pool2d(x, 4) * 3))
+    vae.decode = lambda z: SimpleNamespace(sample=nn.functional.interpolate(z / 3, scale_factor=4))
+    assert abs(float(pictures.mean())) > 0.01
+    assert equivariance_metrics(vae, pictures, [NEGATE])["equivariance/negate/latent_error"] < 1e-10
 
 
 def test_latent_error_does_not_depend_on_scale_and_offset(tiny_vae, pictures):
@@ -211,7 +222,7 @@ def test_two_models_in_one_table(run, tiny_model_folder, vae_alone, tiny_judge, 
     out = run(tiny_model_folder, vae_alone, more=["--judge", tiny_judge, "--views", "rotate_180", "flip@patch_permute:2"])
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.md'}"
     whole, alone = (json.loads((out / name / "metrics.json").read_text()) for name in ("tiny", "vae-eq"))
-    views = [*(view.name for view in TURNED), "mean"]
+    views = [*(view.name for view in TURNED), "flip@patch_permute:2", "mean"]
     of_vae = {f"equivariance/{view}/{name}" for view in views for name in ("latent_error", "psnr", "decoder_psnr")}
     of_vae |= {"reconstruction/psnr", "reconstruction/ssim", "judge/accuracy"}
     shares = ("ambigramability", "upright", "turned")
@@ -219,6 +230,8 @@ def test_two_models_in_one_table(run, tiny_model_folder, vae_alone, tiny_judge, 
     assert alone.keys() == of_vae and whole.keys() == of_vae | of_anagrams | {"fit/val_loss", "generation/read_right"}
     assert all(isinstance(value, float) for value in whole.values())
     assert {name: whole[name] for name in of_vae} == alone  # the same VAE
+    errors = [alone[f"equivariance/{view.name}/latent_error"] for view in TURNED]  # the mean is D4's, whatever --views
+    assert alone["equivariance/mean/latent_error"] == pytest.approx(sum(errors) / 7)
     report = (out / "report.md").read_text()
     assert "| metric | tiny | vae-eq |" in report and "Not computed for vae-eq: fit, generation, anagrams" in report
     for name in ("equivariance.png", "letters.png", "anagrams_rotate_180.png", "anagrams_flip+patch_permute-2.png"):
@@ -243,6 +256,31 @@ def test_without_a_judge(run, tiny_model_folder, monkeypatch, tmp_path):
     assert "Not computed: what the judge reads (no judge: give --judge FOLDER" in (out / "report.md").read_text()
 
 
+def test_judge_none_asks_for_no_letters(run, tiny_model_folder):
+    out = run(tiny_model_folder, more=["--judge", "none"])
+    metrics = json.loads((out / "tiny" / "metrics.json").read_text())
+    assert "fit/val_loss" in metrics and not any(name.startswith(("anagram", "generation", "judge")) for name in metrics)
+    assert "Not computed: what the judge reads (--judge none)." in (out / "report.md").read_text()
+
+
+def test_the_batch_size_reaches_every_metric_and_the_sampler(run, tiny_model_folder, tiny_judge, monkeypatch):
+    encoded, sampled = [], []
+    encode_one, call = AutoencoderKL.encode, Sampler.__call__
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, *a, **o: (encoded.append(len(x)), encode_one(self, x, *a, **o))[1])
+    monkeypatch.setattr(Sampler, "__call__", lambda self, p, v, seeds, **o: (sampled.append(len(seeds)), call(self, p, v, seeds, **o))[1])
+    monkeypatch.setattr(command, "equivariance_sheet", lambda *a: Image.new("RGB", (8, 8)))
+    run(tiny_model_folder, more=["--judge", tiny_judge, "--batch-size", 3])
+    assert set(encoded) == {3} and sampled == [3, 1, 3, 1]  # 6 pictures; 4 letters, 4 pairs
+
+
+def test_the_report_gives_a_command_that_a_shell_reads_and_names_unreadable_pictures(run, vae_alone, make_picture_shards, tmp_path):
+    data = make_picture_shards(tmp_path / "my pictures", corrupt={2, 4})
+    report = (run(vae_alone, more=["--data", data, "--judge", "none"]) / "report.md").read_text()
+    assert "2 pictures cannot be read, the next one stands in for each: 000000002, 000000004." in report
+    words = shlex.split(report.split("command: `")[1].split("`.")[0])
+    assert words[:3] == ["python", "-m", "eqldm.evaluate"] and words[3:] == sys.argv[1:] and str(data) in words
+
+
 def test_models_of_one_name_are_told_apart(run, vae_alone, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "SHIPPED", tmp_path / "none")
     other = shutil.copytree(vae_alone, tmp_path / "more" / "vae-eq" / "model")
@@ -259,6 +297,7 @@ def test_models_of_one_name_are_told_apart(run, vae_alone, tmp_path, monkeypatch
         (["--views", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8"),
         (["--judge", "nowhere"], "'nowhere' holds no judge"),
         (["--num-images", "0"], "--num-images: got 0, wanted at least 1"),
+        (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
     ],
 )
 def test_errors_are_one_line(run, tiny_model_folder, tiny_judge, more, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
 from eqldm.model_folder import (
     check_model_folder,
@@ -13,12 +14,14 @@ from eqldm.model_folder import (
     downsampling,
     encode,
     load_scheduler,
+    load_text,
     load_unet,
     load_vae,
     make_scheduler,
     normalise,
     posterior,
     save_model_folder,
+    text_hash,
     vae_hash,
 )
 
@@ -97,6 +100,65 @@ def test_weights_that_do_not_fit_or_are_no_safetensors_are_refused(make_tiny_vae
     torch.save(make_tiny_vae().state_dict(), weights.with_suffix(".bin"))
     with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
         load_vae(folder)
+
+
+PARTS = {
+    "vae": (load_vae, "diffusion_pytorch_model", "decoder.conv_out.weight"),
+    "unet": (load_unet, "diffusion_pytorch_model", "conv_out.bias"),
+    "text_encoder": (load_text, "model", "encoder.layers.0.mlp.fc1.bias"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
+def test_weights_load_strictly(make_model_folder, tmp_path, part, fault):
+    load, file, name = PARTS[part]
+    folder = make_model_folder(tmp_path / "model")
+    path = folder / part / f"{file}.safetensors"
+    weights = load_file(path)
+    name = next(key for key in weights if key.endswith(name))  # some transformers put a prefix before it
+    changed = {
+        "missing": {key: weight for key, weight in weights.items() if key != name},
+        "unexpected": {**weights, "bogus": torch.zeros(2)},
+        "mismatched": {**weights, name: torch.zeros(7)},
+    }
+    save_file(changed[fault], path, metadata={"format": "pt"})
+    wanted = {"missing": "missing: .*" + name.split(".", 1)[1], "unexpected": "unexpected: .*bogus", "mismatched": "conv_out|fc1"}
+    with pytest.raises(ValueError, match=wanted[fault]):
+        load(folder)
+
+
+def test_the_text_encoders_of_stable_diffusion_load(make_model_folder, tmp_path):
+    """They hold `position_ids`, which is no weight, and name their weights `text_model.`..."""
+    folder = make_model_folder(tmp_path / "model")
+    path = folder / "text_encoder" / "model.safetensors"
+    before = text_hash(*load_text(folder))
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
+    save_file({**weights, "text_model.embeddings.position_ids": torch.arange(8)[None]}, path, metadata={"format": "pt"})
+    assert text_hash(*load_text(folder)) == before
+    path.rename(path.with_name("weights.safetensors"))
+    torch.save(weights, path.with_name("pytorch_model.bin"))
+    with pytest.raises(OSError, match="model.safetensors"):
+        load_text(folder)
+
+
+def test_the_text_hash_changes_with_any_weight_token_and_padding(make_model_folder, tmp_path):
+    tokenizer, text_encoder = load_text(make_model_folder(tmp_path / "model"))
+    before = text_hash(tokenizer, text_encoder)
+    tokenizer(["the letter a"], padding="max_length", truncation=True)  # leaves its traces in the tokenizer
+    assert text_hash(tokenizer, text_encoder) == before and len(before) == 16
+    seen = {before}
+    for weight in text_encoder.parameters():
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1e-3
+        seen.add(text_hash(tokenizer, text_encoder))
+    tokenizer.pad_token = "a"
+    seen.add(text_hash(tokenizer, text_encoder))
+    tokenizer.model_max_length = 7
+    seen.add(text_hash(tokenizer, text_encoder))
+    tokenizer.add_tokens(["zebra"])
+    seen.add(text_hash(tokenizer, text_encoder))
+    assert len(seen) == 1 + len(list(text_encoder.parameters())) + 3
 
 
 def test_a_folder_of_some_parts_cannot_be_saved(tiny_vae, tmp_path):

@@ -157,3 +157,9 @@ def test_drawn_times():
 def test_unusable_schedulers(config, message):
     with pytest.raises(ValueError, match=message):
         Objective.of(make_scheduler(config))
+
+
+def test_min_snr_of_a_flow():
+    """Of a pretrained model the scheduler is known only here, so the options cannot refuse it."""
+    with pytest.raises(ValueError, match="min_snr_gamma=5.0 has no meaning for a flow, which DPMSolverMultistepScheduler states"):
+        objective("flow_prediction", 5.0)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from eqldm.anagram.job import command
+from eqldm.model_folder import load_unet, weights_hash
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["the letter a", "the letter v"]
@@ -63,6 +64,7 @@ def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp
     assert Image.open(out / "6.png").size == (48, 48)
     about = json.loads((out / "6.json").read_text())
     assert about["seed"] == 6 and about["views"] == ["identity", "flip@patch_permute:2:7"]
+    assert about["unet_hash"] == weights_hash(load_unet(tiny_model_folder)) != about["vae_hash"]
     assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == 2.5
 
     words = shlex.split(about["command"])

@@ -18,7 +18,7 @@ import eqldm
 from eqldm.anagram.render import anagram_sheet
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
-from eqldm.model_folder import vae_hash
+from eqldm.model_folder import vae_hash, weights_hash
 from eqldm.views import parse_view
 
 
@@ -43,6 +43,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     settings = {
         "model": str(args.model),
         "vae_hash": vae_hash(sampler.vae),
+        "unet_hash": weights_hash(sampler.networks.unet),
         "prompts": args.prompts,
         "views": [view.name for view in views],
         "negative_prompt": args.negative_prompt,

@@ -1,8 +1,8 @@
 """Folds: channel maps of the latents, written into the autoencoder's own 1 x 1 convolutions.
 
-A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view (and with `negate` if b = 0), so folding it into `quant_conv`
-(and its inverse into `post_quant_conv`) changes neither a reconstruction nor the equivariance. Two maps are folded:
-normalisation (zero mean and unit variance per channel) and alignment (least squares to another VAE's latents). The
+A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view (and with `negate` if b = 0), so folding
+it into `quant_conv` (and its inverse into `post_quant_conv`) changes neither a reconstruction nor the equivariance. Two maps are
+folded: normalisation (zero mean and unit variance per channel) and alignment (least squares to another VAE's latents). The
 exported VAE has `scaling_factor = 1` and no shift: stock diffusers pipelines need to know nothing.
 
     python -m eqldm.autoencoder.fold MODEL --data SHARDS --out FOLDER [--align-to MODEL]

@@ -51,7 +51,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL, image_size: int,
             cross_attention_dim=text_encoder.config.hidden_size,
             **config.unet,
         )
-        networks = Networks(unet, tokenizer, text_encoder, make_scheduler(config.scheduler))
+        networks = Networks(unet, tokenizer, text_encoder, make_scheduler({"_class_name": "DDIMScheduler", **config.scheduler}))
     if not torch.cuda.is_available():
         # The backward pass of scaled_dot_product_attention takes over half of a small UNet's step on a CPU.
         networks.unet.set_attn_processor(AttnProcessor())

@@ -49,6 +49,8 @@ class Objective:
             )
         if flow and config.num_train_timesteps != 1000:
             raise ValueError(f"a flow's num_train_timesteps: got {config.num_train_timesteps}, wanted 1000")
+        if flow and min_snr_gamma is not None:
+            raise ValueError(f"min_snr_gamma={min_snr_gamma} has no meaning for a flow, which {name} states: leave it unset")
         alphas = torch.empty(0) if flow else scheduler.alphas_cumprod.float()
         return cls(prediction, alphas, float(config.get("flow_shift") or 1.0), min_snr_gamma)
 

@@ -32,7 +32,7 @@ def equivariance_metrics(vae: AutoencoderKL, pictures: Tensor, views: Sequence[V
             turned = decode(vae, view(z))
             expected = encode(vae, view(x))
             sums = totals[view.name]
-            sums["latent_error"] += float(latent_error((expected - mean) / std, view((z - mean) / std)).sum())
+            sums["latent_error"] += float(latent_error((expected - mean) / std, (view(z) - mean) / std).sum())
             sums["psnr"] += float(psnr(turned, view(x)).sum())
             sums["decoder_psnr"] += float(psnr(turned, view(y)).sum())
     metrics = {f"equivariance/{view}/{name}": s[name] / len(pictures) for view, s in totals.items() for name in names}
