@@ -220,6 +220,8 @@ class DiffusionConfig:
     and `prediction_type` are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true)."""
     train_text_encoder: bool = False
     """Train the text encoder too. Required with init: scratch, whose text encoder is random."""
+    text_encoder_lr_factor: float = 0.1
+    """The text encoder's learning rate over the UNet's, where it is trained."""
     min_snr_gamma: Optional[float] = None
     """Min-SNR loss weighting's gamma (5 in the paper); None: unweighted. Not with flow_prediction."""
     caption_dropout: float = 0.1

@@ -17,7 +17,7 @@ stage() { # stage NAME COMMAND...
 }
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
-  --num-train 12000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 --colours red yellow blue black white \
+  --num-train 8000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 --colours blue yellow white \
   --train-faces DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold STIXGeneral cmb10
 stage "2 plain autoencoder" "$PY" train.py configs/glyphs/demo_vae_plain.yaml run.dir="$RUN/vae-plain" \
   data.train="$RUN/glyphs/train" data.val="$RUN/glyphs/val"

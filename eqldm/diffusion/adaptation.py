@@ -51,6 +51,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL, image_size: int,
             cross_attention_dim=text_encoder.config.hidden_size,
             **config.unet,
         )
+        start_unconditional(unet)
         networks = Networks(unet, tokenizer, text_encoder, make_scheduler({"_class_name": "DDIMScheduler", **config.scheduler}))
     if not torch.cuda.is_available():
         # The backward pass of scaled_dot_product_attention takes over half of a small UNet's step on a CPU.
@@ -62,6 +63,20 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL, image_size: int,
         networks.unet.enable_gradient_checkpointing()
     networks.text_encoder.requires_grad_(config.train_text_encoder)
     return networks
+
+
+def start_unconditional(unet: UNet2DConditionModel) -> None:
+    """Zeroes what lets text into a random UNet, in place: the outputs of its cross-attention, the scale of its text embedding.
+
+    A random UNet's text is noise to it, and the first thing that it learns is to suppress it, from which it hardly recovers;
+    from zero, only what is useful grows (as in adaLN-Zero, arXiv 2212.09748, section 3.2).
+    """
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_out.0"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+        elif name == "add_embedding.norm2":
+            torch.nn.init.zeros_(module.weight)
 
 
 def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:

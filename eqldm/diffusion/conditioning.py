@@ -67,7 +67,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
         **{**defaults, **sizes},
     )
-    return CLIPTextModel(config)
+    text_encoder = CLIPTextModel(config)
+    # CLIP's scale of .02 suits its size and training; at this one, words would hardly show in the first outputs
+    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
+    return text_encoder
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

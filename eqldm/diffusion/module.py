@@ -53,8 +53,11 @@ class LatentDiffusion(pl.LightningModule):
             network.to(self.device)
 
     def configure_optimizers(self):
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(trained, self.config.optimizer)
+        groups = [{"params": [parameter for parameter in self.unet.parameters() if parameter.requires_grad]}]
+        if self.text_encoder is not None:
+            learning_rate = self.config.optimizer.learning_rate * self.config.text_encoder_lr_factor
+            groups.append({"params": list(self.text_encoder.parameters()), "lr": learning_rate})
+        optimizer = make_optimizer(groups, self.config.optimizer)
         return [optimizer], [{"scheduler": make_schedule(optimizer, self.config), "interval": "step"}]
 
     def latents(self, batch: dict, seed: int) -> Tensor:
