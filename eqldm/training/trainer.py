@@ -39,8 +39,9 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
 
 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the options' learning rate, betas and weight decay, as one fused kernel (on CPUs too)."""
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True)
+    """AdamW with the options' learning rate, betas and weight decay."""
+    # Not fused: Lightning refuses to clip the gradients of a fused optimizer under mixed precision
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
