@@ -32,7 +32,7 @@ stage "5 UNet" "$PY" train.py configs/glyphs/demo_unet.yaml run.dir="$RUN/ldm-eq
 stage "6 anagrams" "$PY" sample.py --model "$RUN/ldm-eq/model" --prompts "the letter A" "the letter V" \
   --views identity rotate_180 --num-samples 8 --out "$RUN/anagrams"
 stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/vae-plain/model" "$RUN/ldm-eq/model" --data "$RUN/glyphs/test" \
-  --num-images 256 --num-pairs 96 --out "$RUN/evaluation"
+  --num-images 128 --num-pairs 96 --out "$RUN/evaluation"
 
 printf '\n== times of this call ==\n'
 printf '%s\n' "${times[@]}"
