@@ -140,6 +140,16 @@ def test_train_faces_are_the_only_ones_but_for_the_test_split(tmp_path):
             glyphs.make_split(tmp_path / "other", "train", 4, train_faces=[wrong])
 
 
+def test_chosen_colours_are_the_only_ones(tmp_path):
+    make(tmp_path, num=40, colours=["blue", "yellow", "white"])
+    samples = ShardSet.open(tmp_path / "train")
+    abouts = [json.loads(samples.read(number, "json")) for number in range(len(samples))]
+    assert {about[place] for about in abouts for place in ("foreground", "background")} == {"blue", "yellow", "white"}
+    for wrong, message in ((["blue", "mauve"], "unknown colours: mauve"), (["yellow", "white"], "enough contrast"), (["red"], "contrast")):
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "other", colours=wrong)
+
+
 def test_positive_rotation_is_counter_clockwise(faces):
     mask = glyphs.letter_mask(faces["DejaVuSans"], "I", 150)
     how = {"fill": 0.8, "slant": 0, "stretch": 1, "shift": [0, 0], "warp": [[0, 0, 0, 0]] * 2}
