@@ -220,7 +220,15 @@ def draw_caption(rng: np.random.Generator, how: dict) -> str:
     return f"{one} letter {how['letter']} on {other} background"
 
 
-def draw_sample(index: int, split: str, seed: int, faces: list[Path], size: int, variation: float, colours: Sequence[str]) -> dict:
+def draw_sample(
+    index: int,
+    split: str,
+    seed: int,
+    faces: list[Path],
+    size: int,
+    variation: float = 1.0,
+    colours: Sequence[str] = tuple(COLOURS),
+) -> dict:
     """One sample for `write_shard`: png, txt and json."""
     rng = sample_rng(seed, split, index)
     face = faces[int(rng.integers(len(faces)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -71,3 +72,11 @@ def test_every_command_of_the_demo_script_names_files_that_exist():
     named = [word for word in script.split() if word.endswith((".py", ".yaml")) and "$" not in word]
     assert len(named) >= 7
     assert all((ROOT / word).is_file() for word in named)
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+def test_links_of_the_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    local = [link for link in links if "://" not in link]
+    missing = [link for link in local if not ((ROOT / page).parent / link).exists()]
+    assert not missing
