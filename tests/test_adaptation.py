@@ -126,3 +126,15 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model_folder):
         gradients.append([parameter.grad for parameter in unet.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+def test_text_enters_a_scratch_unet_from_zero_and_can_grow(tiny_model_folder):
+    unet_options = {**SMALL_UNET, "addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    text_options = {"hidden_size": 16, "num_attention_heads": 4}
+    options = {"init": "scratch", "model": None, "unet": unet_options, "text_encoder": text_options, "train_text_encoder": True}
+    unet = build(tiny_model_folder, **options).unet
+    z, t, embeds = inputs()
+    torch.testing.assert_close(unet(z, t, embeds).sample, unet(z, t, embeds.flip(0)).sample, rtol=0, atol=0)
+    unet(z, t, embeds).sample.square().mean().backward()
+    doors = [m.weight.grad for n, m in unet.named_modules() if n.endswith("attn2.to_out.0") or n == "add_embedding.norm2"]
+    assert len(doors) == 5 and all(bool(gradient.any()) for gradient in doors)

@@ -365,3 +365,11 @@ def test_nan_stops_with_the_step_and_the_batch(configure, tmp_path, make_model_f
     unet.save_pretrained(model / "unet")
     with pytest.raises(FloatingPointError, match="loss is not finite at step 0: loss = nan. Batch: 0000000"):
         train_diffusion(configure(model=str(model)))
+
+
+def test_the_text_encoder_has_its_own_learning_rate(configure):
+    config = configure(
+        "train_text_encoder=true", "text_encoder_lr_factor=0.25", "optimizer.learning_rate=0.004", "optimizer.warmup_steps=0"
+    )
+    ((optimizer,), _) = module_of(config).configure_optimizers()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.004, 0.001]
