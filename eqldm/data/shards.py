@@ -38,17 +38,17 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
                 count += 1
         file.flush()
         os.fsync(file.fileno())
-    with open(partial, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-    os.replace(partial, path)
-    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sha256(file) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    hash_file(digest, partial)
+    os.replace(partial, path)
+    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def hash_file(digest: hashlib._Hash, path: Path) -> None:
+    """Adds a file's bytes to a digest (hashlib.file_digest, but for Python 3.10 and for several files)."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def write_json(path: str | Path, content: dict) -> None:

@@ -84,7 +84,6 @@ def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt
     return text_encoder(tokens).last_hidden_state
 
 
-@torch.no_grad()
 def too_long(tokenizer: CLIPTokenizer, prompts: list[str]) -> list[str]:
     """The prompts that lose words because they are longer than the model's token limit."""
     limit = tokenizer.model_max_length

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.config import StageConfig, to_yaml
-from eqldm.data.shards import MANIFEST, read_manifest, write_json
+from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
@@ -50,7 +50,7 @@ def prepare_run(config: StageConfig) -> Path | None:
                 f"run folder '{folder}' holds a run at step {step}, past run.num_steps={config.run.num_steps}: set at least "
                 f"{step}, or use another run.dir"
             )
-    _describe_run(config)
+    _describe_run(config, fresh=checkpoint is None)
     return checkpoint
 
 
@@ -76,13 +76,14 @@ def finish_run(config: StageConfig) -> None:
 
 
 @rank_zero_only
-def _describe_run(config: StageConfig) -> None:
+def _describe_run(config: StageConfig, fresh: bool) -> None:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "config.yaml.partial"
     partial.write_text(to_yaml(config))
     os.replace(partial, folder / "config.yaml")  # other processes may be reading it
-    write_json(folder / INPUTS_FILE, input_digests(config))
+    if fresh:  # a resumed run has just been found to have the same inputs: large models take a while to read
+        write_json(folder / INPUTS_FILE, input_digests(config))
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
@@ -129,9 +130,7 @@ def _digest(folder: Path) -> str:
         raise FileNotFoundError(f"'{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
     for path in weights:
         digest.update(path.relative_to(folder).as_posix().encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        hash_file(digest, path)
     return digest.hexdigest()[:16]
 
 
