@@ -103,7 +103,7 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
     """
     folder = Path(folder)
     partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
-    if old.exists() and not folder.exists():  # killed between the two renames below
+    if old.exists() and not folder.exists():  # killed between the two renames of replace_folder
         os.replace(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
     if set(parts) == set(PARTS):
@@ -113,12 +113,18 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
         parts["vae"].save_pretrained(partial / "vae", safe_serialization=True)
     else:
         raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
+    replace_folder(folder, partial)
+    return folder
+
+
+def replace_folder(folder: Path, partial: Path) -> None:
+    """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
+    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def downsampling(vae: AutoencoderKL) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
+from eqldm.model_folder import replace_folder
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -89,8 +89,7 @@ def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
     (partial / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.cpu().state_dict().items()}
     save_file({name: w.contiguous() for name, w in weights.items()}, partial / "model.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    replace_folder(folder, partial)
 
 
 class Judge:
