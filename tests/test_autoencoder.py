@@ -327,3 +327,34 @@ def test_what_cannot_work_is_an_error(configured, make_picture_shards, tmp_path)
     with pytest.raises(FileNotFoundError, match="model folder '/nowhere' does not exist"):
         train_autoencoder(configured("lost", "init=pretrained", "model=/nowhere"))
     assert not any((tmp_path / name).exists() for name in ("odd-run", "lost"))  # and leaves no run folder behind
+
+
+def test_crops_are_squares_of_the_pictures_until_a_step(configured, monkeypatch):
+    """Anywhere in the picture, drawn from the position: the same whatever the micro-batch, and whole from crop_until on."""
+    config = configured("crops", "crop_size=8", "crop_until=2")
+    module = Autoencoder(config, AutoencoderKL(**config.architecture))
+    x = torch.arange(32 * 32.0).view(1, 1, 32, 32).expand(4, 3, -1, -1)
+    monkeypatch.setattr(Autoencoder, "step", 0)
+    crops = module._crop(x, [4, 5, 6, 7])
+    assert crops.shape == (4, 3, 8, 8)
+    assert all(torch.equal(crop[0] - crop[0, 0, 0], x[0, 0, :8, :8]) for crop in crops)
+    assert len({float(crop[0, 0, 0]) for crop in crops}) > 1
+    assert torch.equal(module._crop(x[2:], [6, 7]), crops[2:])
+    monkeypatch.setattr(Autoencoder, "step", 2)
+    assert module._crop(x, [8, 9, 10, 11]) is x
+
+
+def test_training_on_crops_resumes_and_equals_uninterrupted(configured):
+    crops = ["crop_size=16", "crop_until=2", *EQUIVARIANCE]
+    whole = configured("whole", "run.num_steps=4", *crops)
+    train_autoencoder(whole)
+    train_autoencoder(configured("parts", "run.num_steps=1", *crops))
+    parts = configured("parts", "run.num_steps=4", *crops)
+    train_autoencoder(parts)
+    assert_same_runs(whole, parts)
+
+
+@pytest.mark.parametrize("size", [6, 64])
+def test_crops_that_do_not_fit_are_refused(configured, size):
+    with pytest.raises(ValueError, match=f"crop_size: got {size} px, wanted a multiple of f = 4 up to the pictures' 32 px"):
+        train_autoencoder(configured("unfit", f"crop_size={size}"))

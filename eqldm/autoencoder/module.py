@@ -84,7 +84,7 @@ class Autoencoder(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
         adversarial = self.discriminator is not None and self.step >= self.config.loss.adversarial_start
-        x = batch["x"]
+        x = self._crop(batch["x"], batch["position"].tolist())
         parts = accumulation(self.config)
         pictures, terms = self._generator_terms(x, batch, "transform", adversarial)
         check_finite(terms, self.step, batch["key"])
@@ -100,6 +100,18 @@ class Autoencoder(pl.LightningModule):
             self._step(adversarial, terms, batch["key"])
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
+
+    def _crop(self, x: Tensor, positions: list[int]) -> Tensor:
+        """Each picture's square of this step, anywhere in it; the whole pictures where the options say so."""
+        size, until = self.config.crop_size, self.config.crop_until
+        if size is None or (until is not None and self.step >= until):
+            return x
+        crops = []
+        for picture, position in zip(x, positions):
+            generator = position_generator(self.config.run.seed, position, "crop")
+            top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in picture.shape[-2:])
+            crops.append(picture[:, top : top + size, left : left + size])
+        return torch.stack(crops)
 
     def _completes_step(self, batch: dict) -> bool:
         """Whether this micro-batch is the last of its optimizer step, read off its position in the stream."""
@@ -246,6 +258,8 @@ def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
     factor = downsampling(vae)
     if image_size % factor:
         raise ValueError(f"pictures of {image_size} px do not divide by the VAE's f = {factor}: make shards of another size")
+    if config.crop_size is not None and (config.crop_size > image_size or config.crop_size % factor):
+        raise ValueError(f"crop_size: got {config.crop_size} px, wanted a multiple of f = {factor} up to the pictures' {image_size} px")
     return vae.train()
 
 
@@ -268,7 +282,7 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     vae = build_vae(config, data.train_samples.image_size[0])
     module = Autoencoder(config, vae)
     if module.discriminator is not None:
-        _check_discriminator(config, module.discriminator, data.train_samples.image_size[0])
+        _check_discriminator(config, module.discriminator, config.crop_size or data.train_samples.image_size[0])
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=False, unused_parameters=module.discriminator is not None)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
