@@ -1,0 +1,77 @@
+"""Do the pictures look like real ones? Distances between features of a classifier, and scores for texture.
+
+A reading judge forgives a rough texture, as CLIP scores do; these do not. Distances are taken between features [N, D] that
+`Judge.features` gives of real and of sampled pictures (KID and FID of the literature use Inception's: figures compare only
+where the features are the same).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from eqldm.autoencoder.equivariance import psnr
+from eqldm.model_folder import decode, encode
+
+
+def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Kernel distance of features real [M, D] and fake [N, D]: the unbiased squared MMD under k(a, b) = (a.b / D + 1)^3.
+
+    weights: [R, N] counts of a bootstrap over the fake ones; the result is then [R], else []. Pairs of one picture with its
+    own copies are left out, so that a resampled estimate stays unbiased. Source: KID, arXiv 1801.01401, section 4.
+    """
+    real, fake = real.double(), fake.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    among_real = kernel(real, real).fill_diagonal_(0).sum() / (len(real) * (len(real) - 1))
+    w = fake.new_ones(1, len(fake)) if weights is None else weights.double()
+    total = w.sum(1)
+    among_fake = ((w @ kernel(fake, fake).fill_diagonal_(0)) * w).sum(1) / (total.square() - w.square().sum(1))
+    between = w @ kernel(fake, real).mean(1) / total
+    distance = among_real + among_fake - 2 * between
+    return distance[0] if weights is None else distance
+
+
+def fid(real: Tensor, fake: Tensor) -> Tensor:
+    """[] Frechet distance of Gaussians fitted to features real [M, D] and fake [N, D]; biased upward for few samples.
+
+    Source: FID, arXiv 1706.08500, eq. 6 (torchmetrics).
+    """
+    metric = FrechetInceptionDistance(feature=_AsFeatures(real.shape[1]))
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return metric.compute()
+
+
+class _AsFeatures(nn.Module):
+    """Stands where torchmetrics has its Inception: what it is given are features already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def high_frequency_energy(x: Tensor) -> Tensor:
+    """[B] mean energy per pixel of pictures [B, 3, H, W] at frequencies above half of Nyquist's (radially).
+
+    Pictures are mirrored at their edges first (as a cosine transform does), so that opposite edges make no step.
+    """
+    x = x.float()
+    x = torch.cat([x, x.flip(-1)], -1)
+    x = torch.cat([x, x.flip(-2)], -2)
+    spectrum = torch.fft.fft2(x, norm="ortho").abs().square()
+    frequency = (torch.fft.fftfreq(x.shape[-2])[:, None].square() + torch.fft.fftfreq(x.shape[-1]).square()).sqrt()
+    return (spectrum * (frequency > 0.25).to(x)).mean((1, 2, 3))
+
+
+@torch.no_grad()
+def round_trip_psnr(vae: AutoencoderKL, x: Tensor, batch_size: int = 64) -> Tensor:
+    """[B] dB of D(E(x)) against sampled pictures x [B, 3, H, W]: low where x is nothing that the autoencoder knows."""
+    return torch.cat([psnr(decode(vae, encode(vae, part)), part) for part in x.split(batch_size)])

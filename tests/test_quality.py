@@ -1,0 +1,85 @@
+"""Distances between feature distributions, and the texture scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from eqldm.evaluation.quality import fid, high_frequency_energy, kid, round_trip_psnr
+
+
+@pytest.fixture
+def features() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(60, 6, generator=generator), 0.5 + 1.2 * torch.randn(60, 6, generator=generator)
+    return real, fake
+
+
+class Features(torch.nn.Module):
+    num_features = 6
+
+    def forward(self, x):
+        return x
+
+
+def test_kid_is_torchmetrics_on_the_whole_set(features):
+    real, fake = features
+    theirs = KernelInceptionDistance(feature=Features(), subsets=1, subset_size=60)
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    assert float(kid(real, fake)) == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
+
+
+def test_a_resampled_kid_is_that_of_the_pictures_drawn(features):
+    real, fake = features
+    weights = torch.zeros(2, 60)
+    weights[0, :30], weights[1] = 1, 1
+    assert torch.allclose(kid(real, fake, weights), torch.stack([kid(real, fake[:30]), kid(real, fake)]))
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(60, (4000, 60), generator=generator)
+    counts = torch.zeros(4000, 60).scatter_add_(1, drawn, torch.ones(4000, 60))
+    assert float(kid(real, fake, counts).mean()) == pytest.approx(float(kid(real, fake)), rel=0.02)  # unbiased
+
+
+def test_samples_of_one_distribution_have_no_kernel_distance():
+    generator = torch.Generator().manual_seed(0)
+    draws = [kid(torch.randn(50, 4, generator=generator), torch.randn(50, 4, generator=generator)) for _ in range(200)]
+    mean, spread = torch.stack(draws).mean(), torch.stack(draws).std()
+    assert abs(float(mean)) < 3 * float(spread) / 200**0.5
+
+
+def test_fid_of_shifted_gaussians_is_the_squared_shift():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator)
+    assert float(fid(x, x + torch.tensor([3.0, 0.0, 4.0]))) == pytest.approx(25, rel=1e-3)
+    assert float(fid(x, x)) == pytest.approx(0, abs=1e-3)
+
+
+def wave(cycles: float, side: int = 64, axis: int = 0) -> torch.Tensor:
+    """[1, 3, side, side] a cosine wave that the mirrored edges continue, of unit mean energy."""
+    position = (torch.arange(side) + 0.5) / side
+    line = 2**0.5 * torch.cos(torch.pi * 2 * cycles * position)
+    return (line[:, None] if axis == 0 else line[None]).expand(1, 3, side, side)
+
+
+def test_high_frequencies_are_those_above_half_of_nyquist():
+    low, high = wave(15), wave(17)  # of 32 cycles at Nyquist
+    assert float(high_frequency_energy(low)) == pytest.approx(0, abs=1e-6)
+    assert float(high_frequency_energy(high)) == pytest.approx(1, rel=1e-4)
+    assert float(high_frequency_energy(0.5 * wave(17, axis=1) + low)) == pytest.approx(0.25, rel=1e-4)
+    assert float(high_frequency_energy(torch.ones(1, 3, 64, 64))) == 0
+    assert high_frequency_energy(torch.rand(5, 3, 16, 24)).shape == (5,)
+
+
+def test_opposite_edges_make_no_step():
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert float(high_frequency_energy(ramp)) < 1e-4
+    assert 0.5 < float(high_frequency_energy(noise)) < 0.9  # white noise: all but a circle's share, 1 - pi / 16
+
+
+def test_round_trip_is_the_reconstruction_of_what_was_sampled(tiny_vae):
+    x = torch.rand(3, 3, 32, 32) * 2 - 1
+    values = round_trip_psnr(tiny_vae, x, batch_size=2)
+    assert values.shape == (3,) and torch.allclose(values, round_trip_psnr(tiny_vae, x), atol=1e-4)
