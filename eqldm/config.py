@@ -156,6 +156,11 @@ class AutoencoderConfig:
     """Model folder (or AutoencoderKL folder) to start from."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers' AutoencoderKL, for init: scratch."""
+    crop_size: Optional[int] = None
+    """Side, px, of the random square that each training picture is cut to: a multiple of f. None: whole pictures. Early in
+    a training steps count for more than pixels, and small crops give more of them in the same time."""
+    crop_until: Optional[int] = None
+    """Optimizer step from which on pictures are whole; None: crops to the end."""
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -168,6 +173,10 @@ class AutoencoderConfig:
         _check_start(self, "architecture")
         _check_run(self)
         _check_weights(self)
+        if self.crop_size is not None and self.crop_size < 1:
+            raise ValueError(f"crop_size: got {self.crop_size}, wanted pixels, or null for whole pictures")
+        if self.crop_until is not None and self.crop_size is None:
+            raise ValueError(f"crop_until={self.crop_until} ends the crops, but there are none: set crop_size, or drop it")
         if self.fold.num_images < 0:
             raise ValueError(f"fold.num_images: got {self.fold.num_images}, wanted 0 (export unfolded) or more")
         if self.fold.align_to and not self.fold.num_images:
@@ -262,6 +271,8 @@ class JudgeConfig:
     """Largest random rotation of the training pictures, either way."""
     noise: float = 0.1
     """Standard deviation of the noise added to training pictures, in [-1, 1] units."""
+    turned_share: float = 0.3
+    """Share of the training pictures that are turned by a symmetry of the square, and are then no letter."""
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -271,6 +282,10 @@ class JudgeConfig:
         _check_run(self)
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
+        if not 0 <= self.turned_share < 0.5:
+            raise ValueError(
+                f"turned_share: got {self.turned_share}, wanted 0 to .5 (exclusive): turned letters must be rarer than upright ones"
+            )
 
 
 STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge": JudgeConfig}

@@ -123,6 +123,8 @@ OWN = {
           for name in ("prob", "rescale_prob", "permute_prob", "negate_prob")],
         (["equivariance.rescale_smallest=1"], "equivariance.rescale_smallest: got 1"),
         (["equivariance.num_groups=0"], "equivariance.num_groups: got 0"),
+        (["crop_size=0"], "crop_size: got 0"),
+        (["crop_until=3"], "crop_until=3 ends the crops, but there are none"),
     ],
     "diffusion": [
         *START,
@@ -134,7 +136,10 @@ OWN = {
         (["caption_dropout=1"], "caption_dropout: got 1"),
         (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
     ],
-    "judge": [([f"run.{name}=true"], "the judge is small") for name in ("compile", "channels_last")],
+    "judge": [
+        *[([f"run.{name}=true"], "the judge is small") for name in ("compile", "channels_last")],
+        (["turned_share=0.5"], "turned_share: got 0.5"),
+    ],
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import load_config
 from eqldm.diffusion.module import train_diffusion
-from eqldm.evaluation.judge import LETTERS, save_judge
+from eqldm.evaluation.judge import ANSWERS, save_judge
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "glyphs"
@@ -58,7 +58,7 @@ def test_the_demos_stages_run_from_glyphs_to_a_report(runs, monkeypatch):
 
     torch.manual_seed(0)
     args = {"channels": [8, 8, 8, 8]}
-    network = timm.create_model("resnet18", num_classes=len(LETTERS), **args)
+    network = timm.create_model("resnet18", num_classes=len(ANSWERS), **args)
     save_judge(runs / "judge", network, {"architecture": "resnet18", "args": args, "image_size": 64})
     few = ["--num-images", 8, "--num-letters", 2, "--num-pairs", 2, "--num-inference-steps", 2, "--judge", runs / "judge"]
     run_script(monkeypatch, "eqldm/evaluate.py", plain, model, "--data", glyphs / "test", "--out", runs / "evaluation", *few)

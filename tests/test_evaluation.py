@@ -194,7 +194,7 @@ def test_table():
 def tiny_judge(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
-    save_judge(tmp_path_factory.mktemp("judge") / "model", timm.create_model("resnet18", num_classes=26, channels=[8, 8, 8, 8]), about)
+    save_judge(tmp_path_factory.mktemp("judge") / "model", timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
     return tmp_path_factory.getbasetemp() / "judge0" / "model"
 
 

@@ -11,8 +11,9 @@ import yaml
 from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
-from eqldm.evaluation.judge import Judge, train_judge
+from eqldm.evaluation.judge import NO_LETTER, Judge, JudgeTraining, train_judge
 from eqldm.training.run_folder import LAST
+from eqldm.views import D4
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +57,34 @@ def test_two_steps_export_and_reading(configured, shards):
     samples = PictureSamples(shards)
     x = collate([samples[i] for i in range(12)])["x"]
     labels = judge(x)
-    assert labels.shape == (12,) and labels.dtype == torch.int64 and 0 <= int(labels.min()) and int(labels.max()) < 26
+    assert labels.shape == (12,) and labels.dtype == torch.int64 and 0 <= int(labels.min()) and int(labels.max()) < 27
     assert torch.equal(judge(x, batch_size=5), labels)
+    probabilities = judge.probabilities(x, batch_size=5)
+    assert probabilities.shape == (12, 27) and torch.allclose(probabilities.sum(1), torch.ones(12))
+    assert torch.equal(probabilities.argmax(1), labels)
+    features = judge.features(x)
+    assert features.shape == (12, 8)
+    assert torch.allclose(judge.network.get_classifier()(features).softmax(1), probabilities, atol=1e-6)
     assert judge(torch.nn.functional.interpolate(x, scale_factor=4)).shape == (12,)  # pictures of another size
     assert train_judge(config) == folder  # a finished run is left alone
 
 
 def test_it_learns(configured, shards):
-    judge = Judge.open(train_judge(configured("learns", "run.num_steps=60", "noise=0.02", "rotation_degrees=2", "run.val_every=60")))
+    judge = Judge.open(train_judge(configured("learns", "run.num_steps=90", "noise=0.02", "rotation_degrees=2", "run.val_every=90", "turned_share=0")))
     samples = PictureSamples(shards)
     batch = collate([samples[i] for i in range(12)])
     assert float((judge(batch["x"]) == batch["label"]).float().mean()) > 0.8
+
+
+def test_turned_letters_are_no_letters(configured, shards):
+    module = JudgeTraining(configured("turned", "turned_share=0.4", "noise=0", "rotation_degrees=0"), torch.nn.Identity())
+    x = torch.rand(3, 16, 16)
+    seen = [module._augment(x, 5, position) for position in range(400)]
+    turned = [picture for picture, label in seen if label == NO_LETTER]
+    assert {label for _, label in seen} == {5, NO_LETTER} and 0.3 < len(turned) / len(seen) < 0.5
+    assert all(torch.equal(picture, x) for picture, label in seen if label == 5)
+    found = {view.name for view in D4 for picture in turned if torch.equal(picture, view(x))}
+    assert found == {view.name for view in D4[1:]}
 
 
 def test_resumed_equals_uninterrupted(configured):

@@ -1,4 +1,9 @@
-"""The judge: a small classifier (timm) that reads letters. Trained on glyphs, never used in training the models."""
+"""The judge: a small classifier (timm) that reads letters. Trained on glyphs, never used in training the models.
+
+It has a 27th answer, "no letter", learnt from turned and mirrored glyphs: a turned R is no R, nor any other letter. Nobody tells
+it which turned letters look like letters (H, N as Z, M as W). Each is `turned_share / 7` as frequent as the upright letters, so
+the likelier answer to a picture that could be either is the letter, and to one that could only be the turned one, none.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,11 @@ from eqldm.model_folder import replace_folder
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
+from eqldm.views import D4
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NO_LETTER = len(LETTERS)  # the label of what is none of them
+ANSWERS = LETTERS + "-"  # how reports write the labels
 SHIPPED = Path(__file__).parents[1] / "pretrained" / "glyphs-judge"
 
 
@@ -38,22 +46,30 @@ class JudgeTraining(pl.LightningModule):
         return [optimizer], [{"scheduler": make_schedule(optimizer, self.config), "interval": "step"}]
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        x = torch.stack([self._augment(x, p) for x, p in zip(batch["x"], batch["position"].tolist())])
-        loss = F.cross_entropy(self.network(x).float(), batch["label"])
+        pairs = zip(batch["x"], batch["label"].tolist(), batch["position"].tolist())
+        pictures, labels = zip(*(self._augment(x, label, position) for x, label, position in pairs))
+        loss = F.cross_entropy(self.network(torch.stack(pictures)).float(), torch.tensor(labels, device=self.device))
         check_finite({"loss": loss.detach()}, self.trainer.global_step, batch["key"])
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
-    def _augment(self, x: Tensor, position: int) -> Tensor:
+    def _augment(self, x: Tensor, label: int, position: int) -> tuple[Tensor, int]:
+        """The picture turned a little and noisy; or (`turned_share`) also turned by a symmetry, and then no letter."""
         generator = position_generator(self.config.run.seed, position, "augment")
         angle = (2 * float(torch.rand((), generator=generator)) - 1) * self.config.rotation_degrees
         edge = x[:, :2].mean((1, 2)).tolist()
         x = rotate(x, angle, InterpolationMode.BILINEAR, fill=edge)
-        return x + self.config.noise * torch.randn(x.shape, generator=generator).to(x)
+        if float(torch.rand((), generator=generator)) < self.config.turned_share:
+            x, label = D4[int(torch.randint(1, len(D4), (), generator=generator))](x), NO_LETTER
+        return x + self.config.noise * torch.randn(x.shape, generator=generator).to(x), label
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """`val/accuracy` on upright letters; `val/turned_none`, the share of those turned by half that are read as none."""
+        count = len(batch["label"])
         right = (self.network(batch["x"]).argmax(1) == batch["label"]).float()
-        self.log("val/accuracy", right.mean(), batch_size=len(right), sync_dist=True, prog_bar=True)
+        turned = (self.network(D4[2](batch["x"])).argmax(1) == NO_LETTER).float()
+        self.log("val/accuracy", right.mean(), batch_size=count, sync_dist=True, prog_bar=True)
+        self.log("val/turned_none", turned.mean(), batch_size=count, sync_dist=True)
 
 
 def train_judge(config: JudgeConfig) -> Path:
@@ -67,7 +83,7 @@ def train_judge(config: JudgeConfig) -> Path:
             raise ValueError(f"data set '{folder}' has no labels: the judge learns from glyph shards (data/glyphs.py)")
     torch.manual_seed(config.run.seed)
     args = dict(config.architecture_args)
-    network = timm.create_model(config.architecture, num_classes=len(LETTERS), **args)
+    network = timm.create_model(config.architecture, num_classes=len(ANSWERS), **args)
     module = JudgeTraining(config, network)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True)
@@ -93,7 +109,7 @@ def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
 
 
 class Judge:
-    """`judge(x)` reads pictures [B, 3, H, W] in [-1, 1]: [B] label numbers, 0 for A. Resizes to its own picture size."""
+    """`judge(x)` reads pictures [B, 3, H, W] in [-1, 1]: [B] label numbers, 0 for A, `NO_LETTER` for none. Resizes to its own size."""
 
     def __init__(self, network: nn.Module, image_size: int):
         self.network, self.image_size = network.eval(), image_size
@@ -105,13 +121,28 @@ class Judge:
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"'{folder}' holds no judge: train one with python train.py configs/glyphs/judge.yaml")
         about = json.loads((folder / "config.json").read_text())
-        network = timm.create_model(about["architecture"], num_classes=len(LETTERS), **about["args"])
+        network = timm.create_model(about["architecture"], num_classes=len(ANSWERS), **about["args"])
         weights = load_file(folder / "model.safetensors")
         network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, strict=True)
         return cls(network, about["image_size"])
 
     @torch.no_grad()
     def __call__(self, x: Tensor, batch_size: int = 256) -> Tensor:
-        if x.shape[-1] != self.image_size:
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return torch.cat([self.network(part).argmax(1) for part in x.split(batch_size)])
+        return torch.cat([self.network(part).argmax(1) for part in self._sized(x).split(batch_size)])
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor, batch_size: int = 256) -> Tensor:
+        """[B, 27] of pictures [B, 3, H, W] in [-1, 1]; the last is that of no letter."""
+        return torch.cat([self.network(part).float().softmax(1) for part in self._sized(x).split(batch_size)])
+
+    @torch.no_grad()
+    def features(self, x: Tensor, batch_size: int = 256) -> Tensor:
+        """[B, D] pooled features before the last layer: what KID and FID of glyphs are measured on."""
+        network = self.network
+        parts = self._sized(x).split(batch_size)
+        return torch.cat([network.forward_head(network.forward_features(part), pre_logits=True) for part in parts])
+
+    def _sized(self, x: Tensor) -> Tensor:
+        if x.shape[-1] == self.image_size:
+            return x
+        return F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)

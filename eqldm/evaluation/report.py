@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eqldm.anagram.render import picture_sheet
 from eqldm.evaluation.anagram import Reading
-from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.judge import ANSWERS
 from eqldm.model_folder import decode, encode
 from eqldm.views import View
 
@@ -64,7 +64,7 @@ def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Im
     count = min(most, len(reading.pictures))
     rows = [[view(picture) for view in views] for picture in reading.pictures[:count]]
     labels = [
-        "  ".join(f"{LETTERS[w]}→{LETTERS[r]}" for w, r in zip(reading.wanted[:, k].tolist(), reading.read[:, k].tolist()))
+        "  ".join(f"{ANSWERS[w]}→{ANSWERS[r]}" for w, r in zip(reading.wanted[:, k].tolist(), reading.read[:, k].tolist()))
         for k in range(count)
     ]
     return _side_by_side(rows, labels, [view.name for view in views])
