@@ -70,7 +70,9 @@ def test_two_steps_export_and_reading(configured, shards):
 
 
 def test_it_learns(configured, shards):
-    judge = Judge.open(train_judge(configured("learns", "run.num_steps=90", "noise=0.02", "rotation_degrees=2", "run.val_every=90", "turned_share=0")))
+    judge = Judge.open(
+        train_judge(configured("learns", "run.num_steps=90", "noise=0.02", "rotation_degrees=2", "run.val_every=90", "turned_share=0"))
+    )
     samples = PictureSamples(shards)
     batch = collate([samples[i] for i in range(12)])
     assert float((judge(batch["x"]) == batch["label"]).float().mean()) > 0.8
