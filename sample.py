@@ -21,6 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is unguided")
     parser.add_argument("--reduction", default="mean", help="mean or alternate")
+    parser.add_argument("--blend", default="latents", help="latents, or pixels: for models whose latents do not turn (slow)")
     parser.add_argument("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc; default: the model's own")
     parser.add_argument("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")

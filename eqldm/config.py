@@ -216,7 +216,8 @@ class DiffusionConfig:
     model: Optional[str] = None
     """Model folder whose UNet, text encoder, tokenizer and scheduler to start from."""
     vae: str = MISSING
-    """Model folder of the VAE whose latents are learnt; latent shards of another VAE are refused."""
+    """Model folder of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the UNet learns
+    pictures themselves (from picture shards)."""
     adapt: Literal["full", "lora"] = "full"
     """Train all of the UNet, or low-rank updates that are merged at export."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -272,7 +273,7 @@ class JudgeConfig:
     noise: float = 0.1
     """Standard deviation of the noise added to training pictures, in [-1, 1] units."""
     turned_share: float = 0.3
-    """Share of the training pictures that are turned by a symmetry of the square, and are then no letter."""
+    """Share of the training pictures that are turned by a symmetry of the square: most are then no letter."""
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -282,10 +283,8 @@ class JudgeConfig:
         _check_run(self)
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
-        if not 0 <= self.turned_share < 0.5:
-            raise ValueError(
-                f"turned_share: got {self.turned_share}, wanted 0 to .5 (exclusive): turned letters must be rarer than upright ones"
-            )
+        if not 0 <= self.turned_share <= 1:
+            raise ValueError(f"turned_share: got {self.turned_share}, wanted 0 to 1")
 
 
 STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge": JudgeConfig}

@@ -3,6 +3,9 @@
 A whole one holds `model_index.json`, `vae/`, `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and stock
 `StableDiffusionPipeline.from_pretrained` opens it. Loading is strict and safetensors only.
 
+A *pixel model* is one whose UNet works on pictures themselves: `Pixels` stands where others have their VAE. Stock pipelines
+cannot open such a folder.
+
 Latents: `posterior.mean` is what `AutoencoderKL.encode` gives; `z = normalise(vae, mean)` is what UNets see.
 """
 
@@ -13,15 +16,36 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+
+
+class Pixels(nn.Module):
+    """The VAE of a pixel model: f = 1, and the latents of a picture are the picture."""
+
+    config = FrozenDict(latent_channels=3, block_out_channels=(3,), scaling_factor=1.0, shift_factor=None)
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        """The posterior of pictures x [B, 3, H, W]: their values, with no spread to speak of."""
+        return SimpleNamespace(latent_dist=posterior(torch.cat([x, torch.full_like(x, -30.0)], 1)))
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        """The pictures z themselves."""
+        return SimpleNamespace(sample=z)
+
+    def save_pretrained(self, folder: Path, **_) -> None:
+        """Write the name, which is all there is."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "Pixels"}) + "\n")
 
 
 def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
@@ -39,13 +63,29 @@ def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Pa
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode. Raises as `_load_network`."""
+    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode.
+
+    Raises as `_load_network`; ValueError for a pixel model, which has none.
+    """
+    vae = load_autoencoder(folder)
+    if isinstance(vae, Pixels):
+        raise ValueError(f"'{folder}' is a pixel model, wanted one with a VAE")
+    return vae
+
+
+def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
+    """As `load_vae`, and `Pixels` for a pixel model."""
     folder = Path(folder)
-    if not (folder / "vae").is_dir() and (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-        if kind == "AutoencoderKL":
-            return _load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
-    return _load_network(AutoencoderKL, check_model_folder(folder, ("vae",)) / "vae", torch_dtype=torch.float32)
+    alone = not (folder / "vae").is_dir() and _class_name(folder) == "AutoencoderKL"
+    folder = folder if alone else check_model_folder(folder, ("vae",)) / "vae"
+    if _class_name(folder) == "Pixels":
+        return Pixels().eval()
+    return _load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+
+
+def _class_name(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("_class_name") if path.is_file() else None
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
@@ -106,7 +146,10 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
     if old.exists() and not folder.exists():  # killed between the two renames of replace_folder
         os.replace(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
-    if set(parts) == set(PARTS):
+    if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
+        for name, part in parts.items():
+            part.save_pretrained(partial / name, safe_serialization=True)
+    elif set(parts) == set(PARTS):
         pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipeline.save_pretrained(partial, safe_serialization=True)
     elif set(parts) == {"vae"}:

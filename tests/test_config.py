@@ -138,7 +138,7 @@ OWN = {
     ],
     "judge": [
         *[([f"run.{name}=true"], "the judge is small") for name in ("compile", "channels_last")],
-        (["turned_share=0.5"], "turned_share: got 0.5"),
+        (["turned_share=1.5"], "turned_share: got 1.5"),
     ],
 }  # fmt: skip
 

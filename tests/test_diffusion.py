@@ -272,11 +272,11 @@ def test_stock_diffusers_opens_and_samples(exported, prediction):
     stock = torch.load(folder / "stock.pt", weights_only=True)
     sampler = Sampler.open(folder, "cpu")
     assert sampler.networks.scheduler.config.prediction_type == prediction
-    z = sampler(["picture 1"], [IDENTITY], [3, 4], num_inference_steps=5, guidance_scale=3.0)
+    z = sampler.latents(["picture 1"], [IDENTITY], [3, 4], num_inference_steps=5, guidance_scale=3.0)
     torch.testing.assert_close(z, stock["latents"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sampler.decode(z).add(1).div(2), stock["pictures"], atol=1e-4, rtol=1e-4)
     for scheduler in stock.keys() - {"latents", "pictures"}:
-        z = sampler(["picture 1"], [IDENTITY], [3, 4], num_inference_steps=5, guidance_scale=3.0, scheduler=scheduler)
+        z = sampler.latents(["picture 1"], [IDENTITY], [3, 4], num_inference_steps=5, guidance_scale=3.0, scheduler=scheduler)
         torch.testing.assert_close(z, stock[scheduler], atol=1e-4, rtol=1e-4)
 
 

@@ -177,7 +177,7 @@ def test_reading_shows_the_judge_each_view(tiny_model_folder):
     assert reading.right.shape == (2, 5)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     prompts = [f"the letter {letters[label]}" for label in wanted[:, 4].tolist()]
-    alone = sampler.decode(sampler(prompts, views, [7], num_inference_steps=2))
+    alone = sampler(prompts, views, [7], num_inference_steps=2)
     torch.testing.assert_close(reading.pictures[4:], alone, atol=1e-4, rtol=1e-4)
 
 

@@ -11,7 +11,7 @@ import yaml
 from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
-from eqldm.evaluation.judge import NO_LETTER, Judge, JudgeTraining, train_judge
+from eqldm.evaluation.judge import ANSWERS, READS_AS, UNCERTAIN, Judge, JudgeTraining, train_judge, turned_label
 from eqldm.training.run_folder import LAST
 from eqldm.views import D4
 
@@ -78,15 +78,33 @@ def test_it_learns(configured, shards):
     assert float((judge(batch["x"]) == batch["label"]).float().mean()) > 0.8
 
 
-def test_turned_letters_are_no_letters(configured, shards):
-    module = JudgeTraining(configured("turned", "turned_share=0.4", "noise=0", "rotation_degrees=0"), torch.nn.Identity())
+def test_turned_letters_are_what_they_read_as(configured):
+    module = JudgeTraining(configured("turned", "turned_share=0.5", "noise=0", "rotation_degrees=0"), torch.nn.Identity())
     x = torch.rand(3, 16, 16)
-    seen = [module._augment(x, 5, position) for position in range(400)]
-    turned = [picture for picture, label in seen if label == NO_LETTER]
-    assert {label for _, label in seen} == {5, NO_LETTER} and 0.3 < len(turned) / len(seen) < 0.5
-    assert all(torch.equal(picture, x) for picture, label in seen if label == 5)
-    found = {view.name for view in D4 for picture in turned if torch.equal(picture, view(x))}
-    assert found == {view.name for view in D4[1:]}
+    for letter, readings in {"R": {"R", "-"}, "M": {"M", "W", "-"}, "O": {"O"}, "J": {"J", "-"}}.items():
+        seen = [module._augment(x, ANSWERS.index(letter), position) for position in range(300)]
+        assert {ANSWERS[label] for _, label in seen} == readings
+        for picture, label in seen:  # by one symmetry, and labelled by it
+            (view,) = [view for view in D4 if torch.equal(picture, view(x))]
+            expected = letter if view.name == "identity" else ANSWERS[turned_label(ANSWERS.index(letter), view.name)]
+            assert ANSWERS[label] == expected
+        upright = sum(torch.equal(picture, x) for picture, _ in seen) / len(seen)
+        assert 0.4 < upright < 0.7
+
+
+def test_lookalikes_agree_with_the_group():
+    """A letter turned and turned back is itself; what a symmetry does to a letter, its inverse undoes."""
+    for view in D4[1:]:
+        for letter, reading in READS_AS[view.name].items():
+            assert READS_AS[view.inverse.name][reading] == letter
+        assert not set(READS_AS[view.name]) & set(UNCERTAIN.get(view.name, ""))
+    for a in D4[1:]:
+        for b in D4[1:]:
+            product = next(view for view in D4 if view.turns == (a @ b).turns).name
+            for letter, middle in READS_AS[b.name].items():
+                last = READS_AS[a.name].get(middle)
+                if last is not None and product != "identity" and letter not in UNCERTAIN.get(product, ""):
+                    assert READS_AS[product].get(letter) == last, (a.name, b.name, letter)
 
 
 def test_resumed_equals_uninterrupted(configured):

@@ -25,8 +25,8 @@ def sampler(tiny_model_folder) -> Sampler:
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
 def test_a_seeds_picture_does_not_depend_on_the_batch(sampler, scheduler):
     """Also with solvers that draw noise at each step: it is drawn from the seed's own generator."""
-    together = sampler(PROMPTS, VIEWS, range(16), scheduler=scheduler, **FAST)
-    alone = sampler(PROMPTS, VIEWS, [7], scheduler=scheduler, **FAST)
+    together = sampler.latents(PROMPTS, VIEWS, range(16), scheduler=scheduler, **FAST)
+    alone = sampler.latents(PROMPTS, VIEWS, [7], scheduler=scheduler, **FAST)
     assert together.shape == (16, 4, 8, 8) and bool(torch.isfinite(together).all())
     torch.testing.assert_close(together[7:8], alone, atol=1e-4, rtol=1e-4)
     assert (together[7] - together[8]).abs().mean() > 0.1
@@ -36,15 +36,15 @@ def test_a_seeds_picture_does_not_depend_on_the_batch(sampler, scheduler):
 
 def test_same_seed_same_bits(sampler):
     for scheduler in ("ddim", "euler_ancestral"):
-        a, b = (sampler(PROMPTS, VIEWS, [3, 4], scheduler=scheduler, **FAST) for _ in range(2))
+        a, b = (sampler.latents(PROMPTS, VIEWS, [3, 4], scheduler=scheduler, **FAST) for _ in range(2))
         assert torch.equal(a, b)
 
 
 def test_each_sample_may_have_its_own_prompt(sampler):
     lists = [["the letter a", "picture 1"], ["the letter v", "picture 2"]]
-    together = sampler(lists, VIEWS, [0, 1], **FAST)
+    together = sampler.latents(lists, VIEWS, [0, 1], **FAST)
     for k in range(2):
-        alone = sampler([prompts[k] for prompts in lists], VIEWS, [k], **FAST)
+        alone = sampler.latents([prompts[k] for prompts in lists], VIEWS, [k], **FAST)
         torch.testing.assert_close(together[k : k + 1], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -70,8 +70,8 @@ def test_swapping_views_and_prompts_by_a_symmetry(sampler, tiny_model_folder, re
 
 
 def test_order_of_views_does_not_matter_to_the_mean(sampler):
-    forth = sampler(PROMPTS, VIEWS, [0], **FAST)
-    back = sampler(PROMPTS[::-1], VIEWS[::-1], [0], **FAST)
+    forth = sampler.latents(PROMPTS, VIEWS, [0], **FAST)
+    back = sampler.latents(PROMPTS[::-1], VIEWS[::-1], [0], **FAST)
     torch.testing.assert_close(forth, back, atol=1e-4, rtol=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_one_unet_call_a_step(sampler):
     calls, steps = [], []
     handle = sampler.networks.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(output.sample)))
     try:
-        sampler(PROMPTS, VIEWS, range(3), on_step=lambda: steps.append(1), **FAST)
+        sampler.latents(PROMPTS, VIEWS, range(3), on_step=lambda: steps.append(1), **FAST)
     finally:
         handle.remove()
     assert calls == [2 * 2 * 3] * 4 and len(steps) == 4
@@ -87,15 +87,19 @@ def test_one_unet_call_a_step(sampler):
 
 def test_negative_prompt_and_guidance_matter(sampler):
     plain, negative, strong = (
-        sampler(PROMPTS, VIEWS, [0], num_inference_steps=2, **options)
+        sampler.latents(PROMPTS, VIEWS, [0], num_inference_steps=2, **options)
         for options in ({}, {"negative_prompt": "picture 5"}, {"guidance_scale": 9.0})
     )
     assert (plain - negative).abs().mean() > 1e-3 and (plain - strong).abs().mean() > 1e-3
 
 
 def test_other_sizes(sampler):
-    z = sampler(PROMPTS, VIEWS, [0], image_size=48, **FAST)
+    z = sampler.latents(PROMPTS, VIEWS, [0], image_size=48, **FAST)
     assert z.shape == (1, 4, 12, 12) and sampler.decode(z).shape == (1, 3, 48, 48)
+
+
+def test_pictures_are_the_decoded_latents(sampler):
+    assert torch.equal(sampler(PROMPTS, VIEWS, [3], **FAST), sampler.decode(sampler.latents(PROMPTS, VIEWS, [3], **FAST)))
 
 
 def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_folder, tmp_path):
@@ -103,7 +107,7 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
     euler = Sampler.open(make_model_folder(tmp_path / "euler", _class_name="EulerDiscreteScheduler"), "cpu")
     assert "clip_sample" not in euler.networks.scheduler.config
     clipping = Sampler.open(make_model_folder(tmp_path / "clip", clip_sample=True), "cpu")
-    runs = [s(PROMPTS, VIEWS, [0], scheduler="ddim", **FAST) for s in (Sampler.open(tiny_model_folder, "cpu"), euler, clipping)]
+    runs = [s.latents(PROMPTS, VIEWS, [0], scheduler="ddim", **FAST) for s in (Sampler.open(tiny_model_folder, "cpu"), euler, clipping)]
     assert torch.equal(runs[0], runs[2]) and float(runs[0].abs().max()) > 3
     assert float(runs[1].abs().max()) > 3
 
@@ -119,6 +123,10 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
         ({"image_size": 0}, "image size 0: wanted a multiple of f = 4"),
         ({"scheduler": "dppm"}, "unknown scheduler 'dppm': wanted one of ddim, ddpm, euler"),
         ({"reduction": "median"}, "unknown reduction 'median': wanted one of mean, alternate"),
+        ({"blend": "colours"}, "unknown blend 'colours': wanted one of latents, pixels"),
+        ({"blend": "pixels", "reduction": "alternate"}, "blend=pixels averages the views, got reduction=alternate"),
+        ({"blend": "pixels", "scheduler": "ddpm"}, "blend=pixels cannot use DDPMScheduler"),
+        ({"blend": "pixels", "scheduler": "euler"}, "blend=pixels cannot use EulerDiscreteScheduler"),
         ({"prompts": ["the letter a", "a " * 9]}, "is longer than the model's 8 tokens"),
         ({"negative_prompt": "a " * 9}, "is longer than the model's 8 tokens"),
     ],
@@ -126,7 +134,7 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
 def test_options_that_do_not_fit(sampler, changes, message):
     options = {"prompts": PROMPTS, "views": VIEWS, "seeds": [0, 1], **FAST, **changes}
     with pytest.raises(ValueError, match=message):
-        sampler(**options)
+        sampler.latents(**options)
 
 
 def test_unknown_view_names_the_nearest():
@@ -138,10 +146,10 @@ def test_flow_models_need_a_solver_of_flows(make_model_folder, tmp_path):
     flow = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     sampler = Sampler.open(make_model_folder(tmp_path / "flow", **flow), "cpu")
     for scheduler in (None, "dpm++", "unipc"):
-        z = sampler(PROMPTS, VIEWS, [0], scheduler=scheduler, **FAST)
+        z = sampler.latents(PROMPTS, VIEWS, [0], scheduler=scheduler, **FAST)
         assert bool(torch.isfinite(z).all())
     with pytest.raises(ValueError, match="scheduler 'ddim' cannot sample a flow model: use dpm\\+\\+ or unipc"):
-        sampler(PROMPTS, VIEWS, [0], scheduler="ddim", **FAST)
+        sampler.latents(PROMPTS, VIEWS, [0], scheduler="ddim", **FAST)
 
 
 def test_folders_that_are_no_models(tiny_model_folder, tmp_path):

@@ -50,6 +50,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "reduction": args.reduction,
+        "blend": args.blend,
         "scheduler": args.scheduler or type(sampler.networks.scheduler).__name__,
         "image_size": args.image_size,
         "device": str(sampler.device),
@@ -60,7 +61,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     with Progress(transient=True) as progress:
         task = progress.add_task("sampling", total=len(batches) * args.num_inference_steps)
         for batch in batches:
-            z = sampler(
+            made = sampler(
                 args.prompts,
                 views,
                 batch,
@@ -68,11 +69,12 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
                 guidance_scale=args.guidance_scale,
                 negative_prompt=args.negative_prompt,
                 reduction=args.reduction,
+                blend=args.blend,
                 scheduler=args.scheduler,
                 image_size=args.image_size,
                 on_step=lambda: progress.advance(task),
             )
-            for seed, picture in zip(batch, sampler.decode(z)):
+            for seed, picture in zip(batch, made):
                 with _writing(out / f"{seed}.png") as path:
                     tensor_to_picture(picture).save(path, "png")
                 with _writing(out / f"{seed}.json") as path:
@@ -98,6 +100,7 @@ def command(settings: dict, batch: Sequence[int]) -> str:
         "--num-inference-steps": [settings["num_inference_steps"]],
         "--guidance-scale": [settings["guidance_scale"]],
         "--reduction": [settings["reduction"]],
+        "--blend": [settings["blend"]],
         "--device": [settings["device"]],
     }
     if settings["negative_prompt"]:

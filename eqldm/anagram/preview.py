@@ -24,7 +24,7 @@ class SampleGrid(pl.Callback):
             return
         networks = Networks(module.unet, module.tokenizer, module.text_encoder or module.frozen[1], module.scheduler)
         sampler = Sampler(networks, module.vae, module.device)
-        rows = [sampler.decode(sampler([prompt], [IDENTITY], SEEDS)) for prompt in prompts]
+        rows = [sampler([prompt], [IDENTITY], SEEDS) for prompt in prompts]
         sheet = picture_sheet(rows, prompts, [f"seed {seed}" for seed in SEEDS])
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(exist_ok=True)

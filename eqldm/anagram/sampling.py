@@ -8,13 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 
+from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views
 from eqldm.diffusion.adaptation import Networks
 from eqldm.diffusion.conditioning import encode_prompts, too_long
-from eqldm.model_folder import check_model_folder, decode, downsampling, load_scheduler, load_text, load_unet, load_vae, make_scheduler
+from eqldm.diffusion.objective import Objective
+from eqldm.model_folder import (
+    Pixels,
+    check_model_folder,
+    decode,
+    downsampling,
+    load_autoencoder,
+    load_scheduler,
+    load_text,
+    load_unet,
+    make_scheduler,
+)
 from eqldm.views import View
 
 SCHEDULERS = {
@@ -26,6 +38,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 REDUCTIONS = ("mean", "alternate")
+BLENDS = ("latents", "pixels")
+STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
 
@@ -47,10 +61,10 @@ def sample(denoise: Denoiser, scheduler: SchedulerMixin, z: Tensor, generators: 
 
 @dataclass
 class Sampler:
-    """A model folder ready to sample. `sampler(prompts, views, seeds)` gives latents, `decode` pictures."""
+    """A model folder ready to sample: `sampler(prompts, views, seeds)` gives pictures."""
 
     networks: Networks
-    vae: torch.nn.Module
+    vae: AutoencoderKL | Pixels
     device: torch.device
 
     @classmethod
@@ -60,7 +74,7 @@ class Sampler:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer, text_encoder = load_text(folder)
         networks = Networks(load_unet(folder).to(device), tokenizer, text_encoder.to(device), load_scheduler(folder))
-        return cls(networks, load_vae(folder).to(device), device)
+        return cls(networks, load_autoencoder(folder).to(device), device)
 
     @property
     def latent_side(self) -> int:
@@ -89,8 +103,13 @@ class Sampler:
             limit = self.networks.tokenizer.model_max_length
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
 
+    def __call__(self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], **options) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one for each seed, that read as prompt i in view i; see `latents`."""
+        pictures = self.decode(self.latents(prompts, views, seeds, **options))
+        return blend_pictures(pictures, views) if options.get("blend") == "pixels" else pictures
+
     @torch.no_grad()
-    def __call__(
+    def latents(
         self,
         prompts: Sequence[Prompt],
         views: Sequence[View],
@@ -100,40 +119,56 @@ class Sampler:
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
         reduction: str = "mean",
+        blend: str = "latents",
         scheduler: str | None = None,
         image_size: int | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Latents [B, C, h, w], one for each seed, that read as prompt i in view i.
+        """Latents [B, C, h, w] of the pictures; with blend="pixels" those of all views, [N B, C, h, w], view by view.
 
         prompts: one for each view; a list in place of a prompt gives each seed its own.
+        blend: where the views meet, in the latents or (for latents that do not turn) in decoded pictures; see `blending`.
         scheduler: a name of `SCHEDULERS`; None is the model folder's own. Each seed has its own generator, so its picture
-        does not depend on the batch. Raises ValueError (see `check`), also for an unknown scheduler or reduction.
+        does not depend on the batch. Raises ValueError (see `check`), also for an unknown scheduler, reduction or blend.
         """
         side = self.check(prompts, views, image_size)
         self.check_length([negative_prompt])
-        embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
-        negative = self._embed(negative_prompt, 1)[0]
         solver = self._scheduler(scheduler)
+        self._check_blend(blend, reduction, solver)
+        embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
+        guided = Guidance(self.networks.unet, embeds, self._embed(negative_prompt, 1)[0], guidance_scale)
         solver.set_timesteps(num_inference_steps, device=self.device)
-        guided = Guidance(self.networks.unet, embeds, negative, guidance_scale)
-        if reduction == "mean":
-            denoise = mean_of_views(guided, views)
-        elif reduction == "alternate":
-            denoise = alternating_views(guided, views, solver.timesteps)
-        else:
-            raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
-        if on_step is not None:
-            denoise = _counting(denoise, on_step)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (self.networks.unet.config.in_channels, side, side)
-        z = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        return sample(denoise, solver, z.to(self.device), generators)
+        z = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        if blend == "pixels":
+            denoise = blended_in_pixels(guided, views, self.vae, Objective.of(solver))
+            z = torch.cat([view(z) for view in views])
+        elif reduction == "mean":
+            denoise = mean_of_views(guided, views)
+        else:
+            denoise = alternating_views(guided, views, solver.timesteps)
+        return sample(denoise if on_step is None else _counting(denoise, on_step), solver, z, generators)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU."""
         return decode(self.vae, z).float().clamp(-1, 1).cpu()
+
+    def _check_blend(self, blend: str, reduction: str, solver: SchedulerMixin) -> None:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
+        if blend not in BLENDS:
+            raise ValueError(f"unknown blend '{blend}': wanted one of {', '.join(BLENDS)}")
+        if blend == "latents":
+            return
+        name = type(solver).__name__
+        if isinstance(self.vae, Pixels):
+            raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
+        if reduction != "mean":
+            raise ValueError(f"blend=pixels averages the views, got reduction={reduction}: use mean")
+        if name in STOCHASTIC or name.startswith("Euler"):
+            raise ValueError(f"blend=pixels cannot use {name}, which adds or scales noise apart: use ddim, dpm++ or unipc")
 
     def _embed(self, prompt: Prompt, count: int) -> Tensor:
         """[count, L, D] of one prompt, or of `count` prompts."""

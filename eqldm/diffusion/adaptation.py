@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from eqldm.config import DiffusionConfig
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import downsampling, load_scheduler, load_text, load_unet, make_scheduler
+from eqldm.model_folder import Pixels, downsampling, load_scheduler, load_text, load_unet, make_scheduler
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Networks:
     scheduler: SchedulerMixin
 
 
-def build_networks(config: DiffusionConfig, vae: AutoencoderKL, image_size: int, captions: Iterable[str]) -> Networks:
+def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_size: int, captions: Iterable[str]) -> Networks:
     """The networks that training starts from.
 
     captions: of the training set, read only for init: scratch, to make the tokenizer.

@@ -17,7 +17,7 @@ from eqldm.data.samples import LatentSamples
 from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
+from eqldm.model_folder import Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -30,7 +30,7 @@ class LatentDiffusion(pl.LightningModule):
     `caption`, `position`, `key`, and `prompt_embeds` [B, L, D] where the shards hold them.
     """
 
-    def __init__(self, config: DiffusionConfig, vae: AutoencoderKL, networks: Networks):
+    def __init__(self, config: DiffusionConfig, vae: AutoencoderKL | Pixels, networks: Networks):
         super().__init__()
         self.config = config
         self.unet = networks.unet
@@ -45,7 +45,7 @@ class LatentDiffusion(pl.LightningModule):
             self.unet.compile()
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> AutoencoderKL | Pixels:
         return self.frozen[0]
 
     def on_fit_start(self) -> None:
@@ -129,7 +129,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     """
     if done := finished_model(config):
         return done
-    vae = load_vae(config.vae)
+    vae = Pixels() if config.vae == "pixels" else load_vae(config.vae)
     if vae.config.get("shift_factor"):
         raise ValueError(
             f"the VAE of '{config.vae}' has a shift_factor, which Stable Diffusion's pipeline does not undo: fold it in with "
@@ -156,7 +156,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     return folder
 
 
-def _image_size(samples, vae: AutoencoderKL) -> int:
+def _image_size(samples, vae: AutoencoderKL | Pixels) -> int:
     if isinstance(samples, LatentSamples):
         return samples[0]["moments"].shape[-1] * downsampling(vae)
     return samples.image_size[0]

@@ -87,6 +87,20 @@ class Objective:
         signal, noise = self._levels(t)
         return signal * eps - noise * z
 
+    def clean(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of z [B, C, h, w] that an output at z_t and timesteps t [B] states: the inverse of `output_of`."""
+        signal, noise = self._levels(t)
+        if self.prediction == "epsilon":
+            return (z_t - noise * output) / signal
+        return z_t - noise * output if self.is_flow else signal * z_t - noise * output
+
+    def output_of(self, clean: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The output [B, C, h, w] that states this estimate of z. Needs noise in z_t: t above 0."""
+        signal, noise = self._levels(t)
+        if self.prediction == "epsilon":
+            return (z_t - signal * clean) / noise
+        return (z_t - clean) / noise if self.is_flow else (signal * z_t - clean) / noise
+
     def weight(self, t: Tensor) -> Tensor:
         """[B] loss weights: ones, or min-SNR."""
         if self.min_snr_gamma is None or self.is_flow:

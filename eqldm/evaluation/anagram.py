@@ -53,7 +53,7 @@ def read_letters(
         rows = wanted[:, first : first + batch_size]
         prompts = [[f"the letter {LETTERS[label]}" for label in view_labels] for view_labels in rows.tolist()]
         seeds = range(seed + first, seed + first + rows.shape[1])
-        parts.append(sampler.decode(sampler(prompts, views, seeds, on_step=on_step, **options)))
+        parts.append(sampler(prompts, views, seeds, on_step=on_step, **options))
     pictures = torch.cat(parts)
     read = torch.stack([judge(view(pictures)) for view in views])
     return Reading(pictures, wanted, read)
