@@ -40,8 +40,10 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with the options' learning rate, betas and weight decay."""
-    # Not fused: Lightning refuses to clip the gradients of a fused optimizer under mixed precision
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay)
+    # Fused: on a CPU a step over a small UNet's weights otherwise takes a quarter of the time
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
+    )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
@@ -57,7 +59,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """The trainer of a stage, with logs, checkpoints, EMA and reports in the run folder.
 
-    automatic_accumulation: whether Lightning accumulates and clips gradients; False for manual optimization.
+    automatic_accumulation: whether Lightning accumulates gradients; False for manual optimization.
     unused_parameters: whether some backward passes leave parameters out, as a generator's and a discriminator's do.
     """
     run = config.run
@@ -66,7 +68,7 @@ def make_trainer(
     micro = accumulation(config)
     callbacks = [
         StepSeed(),
-        GradientGuard(),
+        GradientGuard(config.optimizer.clip_norm),
         SkippedReport(),
         Throughput(config),
         LearningRateMonitor("step"),
@@ -83,7 +85,6 @@ def make_trainer(
     strategy = "ddp" if run.strategy == "auto" and workers > 1 else run.strategy
     if strategy == "ddp" and unused_parameters:
         strategy = "ddp_find_unused_parameters_true"
-    automatic = {"accumulate_grad_batches": micro, "gradient_clip_val": config.optimizer.clip_norm}
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
@@ -102,7 +103,7 @@ def make_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        **(automatic if automatic_accumulation else {}),
+        **({"accumulate_grad_batches": micro} if automatic_accumulation else {}),
     )
 
 
