@@ -233,7 +233,8 @@ class DiffusionConfig:
     text_encoder_lr_factor: float = 0.1
     """The text encoder's learning rate over the UNet's, where it is trained."""
     min_snr_gamma: Optional[float] = None
-    """Min-SNR loss weighting's gamma (5 in the paper); None: unweighted. Not with flow_prediction."""
+    """Min-SNR's gamma (5 in the paper): timesteps are drawn in proportion to its weights. None: uniformly. Not with
+    flow_prediction."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     sample_prompts: list[str] = field(default_factory=list)

@@ -95,14 +95,33 @@ def test_picture_is_recovered_from_the_target(prediction):
 
 def test_min_snr_weights():
     """min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v; both are weight 1 on the picture's error where SNR <= gamma."""
-    t = torch.arange(0.0, 1000, 50)
-    a = make_scheduler(SCHEDULES["epsilon"]).alphas_cumprod[t.long()]
+    a = make_scheduler(SCHEDULES["epsilon"]).alphas_cumprod
     snr = a / (1 - a)
     assert bool((snr > 5).any()) and bool((snr < 5).any())
-    torch.testing.assert_close(objective("epsilon", 5.0).weight(t), snr.clamp(max=5) / snr)
-    torch.testing.assert_close(objective("v_prediction", 5.0).weight(t), snr.clamp(max=5) / (snr + 1))
-    for prediction in PREDICTIONS:
-        assert torch.equal(objective(prediction).weight(t), torch.ones(len(t)))
+    torch.testing.assert_close(objective("epsilon", 5.0).min_snr_weights, snr.clamp(max=5) / snr)
+    torch.testing.assert_close(objective("v_prediction", 5.0).min_snr_weights, snr.clamp(max=5) / (snr + 1))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_draws_timesteps_as_it_weighs_them(prediction):
+    """The expected loss is that of uniform timesteps with weights, and its variance is smaller."""
+    made, plain = objective(prediction, 5.0), objective(prediction)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([made.draw_time(generator) for _ in range(4000)])
+    assert torch.equal(drawn, drawn.round())
+    edges = torch.arange(0.0, 1001, 100)
+    share = torch.histogram(drawn, edges).hist / len(drawn)
+    expected = made.min_snr_weights.view(10, 100).sum(1) / made.min_snr_weights.sum()
+    assert torch.allclose(share, expected, atol=0.025)
+
+    error = torch.linspace(1, 3, 1000)  # of a network, by timestep
+    ones = torch.ones(1000, 4, 2, 2)
+    every = torch.arange(1000.0)
+    losses = [o.loss(error.sqrt()[:, None, None, None] * ones + o.target(ones, ones, every), ones, ones, every) for o in (plain, made)]
+    weighted = made.min_snr_weights * losses[0]
+    importance = losses[1][drawn.long()]
+    assert float(importance.mean()) == pytest.approx(float(weighted.mean()), rel=0.02)
+    assert importance.var() < weighted.var()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -113,19 +132,20 @@ def test_zero_terminal_snr(prediction):
     t = torch.full((6,), 999.0)
     assert float(made.alphas_cumprod[-1]) == 0
     assert torch.equal(made.add_noise(z, eps, t), eps)
-    assert float(made.weight(t)[0]) == (1 if prediction == "epsilon" else 0)
-    assert bool(torch.isfinite(made.weight(torch.arange(1000.0))).all())
+    assert float(made.min_snr_weights[-1]) == (1 if prediction == "epsilon" else 0)
+    assert bool(torch.isfinite(made.min_snr_weights).all())
     if prediction == "v_prediction":
         assert torch.equal(made.target(z, eps, t), -z)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_loss_is_the_weighted_mean_square(prediction):
+def test_loss_is_the_mean_square_scaled(prediction):
     z, eps = draw()
     gamma = None if prediction == "flow_prediction" else 5.0
     made, t = objective(prediction, gamma), torch.arange(6.0) * 150
     output = torch.zeros_like(z, dtype=torch.bfloat16)
-    expected = made.weight(t) * made.target(z, eps, t).square().mean((1, 2, 3))
+    scale = 1 if gamma is None else made.min_snr_weights.mean()
+    expected = scale * made.target(z, eps, t).square().mean((1, 2, 3))
     assert made.loss(output, z, eps, t).dtype == torch.float32
     torch.testing.assert_close(made.loss(output, z, eps, t), expected)
 

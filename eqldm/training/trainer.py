@@ -41,9 +41,7 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with the options' learning rate, betas and weight decay."""
     # Fused: on a CPU a step over a small UNet's weights otherwise takes a quarter of the time
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
