@@ -11,9 +11,11 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,16 +26,16 @@ from eqldm.evaluation.anagram import anagram_metrics, generation_metrics, letter
 from eqldm.evaluation.equivariance import equivariance_metrics
 from eqldm.evaluation.fit import fit_metrics
 from eqldm.evaluation.judge import SHIPPED, Judge
+from eqldm.evaluation.quality import RealPictures, quality_metrics
 from eqldm.evaluation.reconstruction import reconstruction_metrics
 from eqldm.evaluation.report import console_table, equivariance_sheet, reading_sheet, write_report
-from eqldm.model_folder import downsampling, load_vae, vae_hash
+from eqldm.model_folder import Pixels, downsampling, load_autoencoder, vae_hash
 from eqldm.training.run_folder import versions
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 
-def evaluate_vae(folder: Path, out: Path, pictures: torch.Tensor, views: list[View], batch_size: int) -> dict[str, float]:
+def evaluate_vae(vae: AutoencoderKL | Pixels, out: Path, pictures: torch.Tensor, views: list[View], batch_size: int) -> dict[str, float]:
     """Reconstruction, and equivariance under D4 and any further `views`; writes `equivariance.png`."""
-    vae = load_vae(folder).to(pictures.device)
     symmetries = [view for view in D4 if view != IDENTITY]
     more = [view for view in dict.fromkeys(views) if view not in D4]
     for view in more:  # before anything long
@@ -46,8 +48,9 @@ def evaluate_vae(folder: Path, out: Path, pictures: torch.Tensor, views: list[Vi
 
 
 def evaluate_unet(
-    folder: Path, out: Path, samples: PictureSamples, judge: Judge | None, views: list[View], args: argparse.Namespace
-) -> dict[str, float]:
+    folder: Path, out: Path, samples: PictureSamples, pictures: torch.Tensor, judge: Judge | None, views: list[View],
+    args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
     """Fit and, with a judge, generation and anagrams; writes `letters.png` and `anagrams_VIEW.png`."""
     sampler = Sampler.open(folder, args.device)
     metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)), args.batch_size)
@@ -55,6 +58,8 @@ def evaluate_unet(
         return metrics
     for view in views:  # before anything long
         sampler.check(["", ""], [IDENTITY, view])
+    real = RealPictures.of(pictures.cpu(), judge)
+    quality = partial(quality_metrics, judge=judge, vae=sampler.vae, real=real, batch_size=args.batch_size)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, "batch_size": args.batch_size}
     jobs = [([IDENTITY], plain_letters(args.num_letters), out / "letters.png")]
     jobs += [([IDENTITY, view], letter_pairs(args.num_pairs), out / f"anagrams_{_file_name(view)}.png") for view in views]
@@ -64,15 +69,16 @@ def evaluate_unet(
         for job_views, wanted, path in jobs:
             reading = read_letters(sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options)
             reading_sheet(reading, job_views).save(path)
-            metrics |= generation_metrics(reading) if len(job_views) == 1 else anagram_metrics(job_views[1], reading)
+            metrics |= generation_metrics(reading, quality) if len(job_views) == 1 else anagram_metrics(job_views[1], reading, quality)
     return metrics
 
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Evaluate every model; returns the path of the report."""
     for option in ("num_images", "num_letters", "num_pairs", "num_inference_steps", "batch_size"):
-        if getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')}: got {getattr(args, option)}, wanted at least 1")
+        least = 2 if option in ("num_images", "num_letters", "num_pairs") else 1  # a distribution takes two
+        if getattr(args, option) < least:
+            raise ValueError(f"--{option.replace('_', '-')}: got {getattr(args, option)}, wanted at least {least}")
     views = [parse_view(name) for name in args.views]
     out, notes = Path(args.out), []
     samples = PictureSamples(args.data)
@@ -93,16 +99,21 @@ def evaluate(args: argparse.Namespace) -> Path:
     results = {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
-        metrics = evaluate_vae(folder, out / name, pictures, views, args.batch_size)
+        vae = load_autoencoder(folder).to(pictures.device)
+        if isinstance(vae, Pixels):
+            metrics = {}
+            notes.append(f"Not computed for {name}: reconstruction, equivariance ('{folder}' is a pixel model, it has no VAE).")
+        else:
+            metrics = evaluate_vae(vae, out / name, pictures, views, args.batch_size)
         if (folder / "unet").is_dir():
-            metrics |= evaluate_unet(folder, out / name, samples, judge, views, args)
+            metrics |= evaluate_unet(folder, out / name, samples, pictures, judge, views, args)
         else:
             notes.append(f"Not computed for {name}: fit, generation, anagrams ('{folder}' holds a VAE alone).")
         if judge is not None and bool((labels >= 0).all()):
             metrics["judge/accuracy"] = float((judge(pictures.cpu(), args.batch_size) == labels).float().mean())
         results[name] = metrics
         write_json(out / name / "metrics.json", metrics)
-        about = {**vars(args), "vae_hash": vae_hash(load_vae(folder)), "num_images": count, "versions": versions()}
+        about = {**vars(args), "vae_hash": vae_hash(vae), "num_images": count, "versions": versions()}
         (out / name / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
     notes.append(f"{count} pictures of `{args.data}`; command: `{shlex.join(['python', '-m', 'eqldm.evaluate', *sys.argv[1:]])}`.")
     report = write_report(out, results, notes)

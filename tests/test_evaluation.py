@@ -154,13 +154,21 @@ def test_letter_pairs():
 def test_anagram_metrics_closed_form():
     wanted = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
     read = torch.tensor([[0, 1, 2, 9], [4, 5, 9, 9]])
-    reading = Reading(torch.zeros(4, 3, 8, 8), wanted, read)
-    assert anagram_metrics(parse_view("flip"), reading) == {
+    pictures = torch.zeros(4, 3, 8, 8)
+    pictures[..., 0, :] = 1
+    reading = Reading(pictures, wanted, read)
+
+    def top(x):
+        return {"kid": float(x[..., 0, :].mean())}
+
+    assert anagram_metrics(parse_view("flip"), reading, top) == {
         "anagram/flip/ambigramability": 0.5,
         "anagram/flip/upright": 0.75,
         "anagram/flip/turned": 0.5,
+        "anagram/flip/kid_upright": 1.0,
+        "anagram/flip/kid_turned": 0.0,
     }
-    assert generation_metrics(reading) == {"generation/read_right": 0.75}
+    assert generation_metrics(reading, top) == {"generation/read_right": 0.75, "generation/kid": 1.0}
 
 
 def test_reading_shows_the_judge_each_view(tiny_model_folder):
@@ -185,6 +193,8 @@ def test_table():
     table = markdown_table({"a": {"reconstruction/psnr": 28.512, "fit/val_loss": 0.123456}, "b": {"reconstruction/psnr": 7.0}})
     assert "| reconstruction/psnr ↑ | 28.51 | 7 |" in table and "| fit/val_loss ↓ | 0.123 | - |" in table
     assert number(0.0) == "0" and number(None) == "-"
+    rows = markdown_table({"a": {"generation/texture": 1.2, "anagram/flip/kid_turned": 0.1, "generation/round_trip_psnr": 20.0}})
+    assert "texture →1" in rows and "kid_turned ↓" in rows and "round_trip_psnr ↑" in rows
 
 
 # The whole command
@@ -225,9 +235,12 @@ def test_two_models_in_one_table(run, tiny_model_folder, vae_alone, tiny_judge, 
     views = [*(view.name for view in TURNED), "flip@patch_permute:2", "mean"]
     of_vae = {f"equivariance/{view}/{name}" for view in views for name in ("latent_error", "psnr", "decoder_psnr")}
     of_vae |= {"reconstruction/psnr", "reconstruction/ssim", "judge/accuracy"}
-    shares = ("ambigramability", "upright", "turned")
+    qualities = ("kid", "fid", "texture", "round_trip_psnr")
+    shares = ("ambigramability", "upright", "turned", *(f"{name}_{view}" for name in qualities for view in ("upright", "turned")))
     of_anagrams = {f"anagram/{view}/{name}" for view in ("rotate_180", "flip@patch_permute:2") for name in shares}
-    assert alone.keys() == of_vae and whole.keys() == of_vae | of_anagrams | {"fit/val_loss", "generation/read_right"}
+    assert alone.keys() == of_vae and whole.keys() == of_vae | of_anagrams | {"fit/val_loss", "generation/read_right"} | {
+        f"generation/{name}" for name in qualities
+    }
     assert all(isinstance(value, float) for value in whole.values())
     assert {name: whole[name] for name in of_vae} == alone  # the same VAE
     errors = [alone[f"equivariance/{view.name}/latent_error"] for view in TURNED]  # the mean is D4's, whatever --views
@@ -270,7 +283,7 @@ def test_the_batch_size_reaches_every_metric_and_the_sampler(run, tiny_model_fol
     monkeypatch.setattr(Sampler, "__call__", lambda self, p, v, seeds, **o: (sampled.append(len(seeds)), call(self, p, v, seeds, **o))[1])
     monkeypatch.setattr(command, "equivariance_sheet", lambda *a: Image.new("RGB", (8, 8)))
     run(tiny_model_folder, more=["--judge", tiny_judge, "--batch-size", 3])
-    assert set(encoded) == {3} and sampled == [3, 1, 3, 1]  # 6 pictures; 4 letters, 4 pairs
+    assert set(encoded) == {3, 1} and sampled == [3, 1, 3, 1]  # 6 pictures; 4 letters, 4 pairs
 
 
 def test_the_report_gives_a_command_that_a_shell_reads_and_names_unreadable_pictures(run, vae_alone, make_picture_shards, tmp_path):
@@ -296,7 +309,7 @@ def test_models_of_one_name_are_told_apart(run, vae_alone, tmp_path, monkeypatch
         (["--views", "rotat_180"], "unknown view 'rotat_180': did you mean rotate_180"),
         (["--views", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8"),
         (["--judge", "nowhere"], "'nowhere' holds no judge"),
-        (["--num-images", "0"], "--num-images: got 0, wanted at least 1"),
+        (["--num-images", "0"], "--num-images: got 0, wanted at least 2"),
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
     ],
 )

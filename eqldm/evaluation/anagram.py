@@ -59,19 +59,22 @@ def read_letters(
     return Reading(pictures, wanted, read)
 
 
-def generation_metrics(reading: Reading) -> dict[str, float]:
-    """`generation/read_right`: the share of plainly sampled letters that the judge reads right."""
-    return {"generation/read_right": float(reading.right[0].float().mean())}
+def generation_metrics(reading: Reading, quality: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
+    """`generation/read_right`: the share of plainly sampled letters that the judge reads right; and their quality.
+
+    quality: gives the metrics of pictures [N, 3, H, W]; see `quality_metrics`.
+    """
+    metrics = {"read_right": float(reading.right[0].float().mean()), **quality(reading.pictures)}
+    return {f"generation/{name}": value for name, value in metrics.items()}
 
 
-def anagram_metrics(view: View, reading: Reading) -> dict[str, float]:
-    """`ambigramability`, and the share read right in the `upright` picture and in the `turned` one."""
+def anagram_metrics(view: View, reading: Reading, quality: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
+    """`ambigramability`, and the share read right in the `upright` picture and in the `turned` one, and the quality of both."""
     upright, turned = reading.right.float()
-    return {
-        f"anagram/{view.name}/ambigramability": float((upright * turned).mean()),
-        f"anagram/{view.name}/upright": float(upright.mean()),
-        f"anagram/{view.name}/turned": float(turned.mean()),
-    }
+    metrics = {"ambigramability": float((upright * turned).mean()), "upright": float(upright.mean()), "turned": float(turned.mean())}
+    metrics |= {f"{name}_upright": value for name, value in quality(reading.pictures).items()}
+    metrics |= {f"{name}_turned": value for name, value in quality(view(reading.pictures)).items()}
+    return {f"anagram/{view.name}/{name}": value for name, value in metrics.items()}
 
 
 def plain_letters(count: int) -> Tensor:

@@ -7,13 +7,49 @@ where the features are the same).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eqldm.autoencoder.equivariance import psnr
-from eqldm.model_folder import decode, encode
+from eqldm.evaluation.judge import Judge
+from eqldm.model_folder import Pixels, decode, encode
+
+
+@dataclass(frozen=True)
+class RealPictures:
+    """What sampled pictures are held against: the features [M, D] of real ones, and their mean high-frequency energy."""
+
+    features: Tensor
+    energy: float
+
+    @classmethod
+    def of(cls, pictures: Tensor, judge: Judge) -> RealPictures:
+        """Measured on pictures [M, 3, H, W] in [-1, 1]."""
+        return cls(judge.features(pictures), float(high_frequency_energy(pictures).mean()))
+
+
+def quality_metrics(
+    pictures: Tensor, judge: Judge, vae: AutoencoderKL | Pixels, real: RealPictures, batch_size: int = 64
+) -> dict[str, float]:
+    """Of sampled pictures [N, 3, H, W] in [-1, 1], N > 1:
+
+    `kid`, `fid`        distances of the judge's features from those of real pictures
+    `texture`           high-frequency energy over that of real pictures: above 1 where they are rough, below where blurred
+    `round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
+    """
+    features = judge.features(pictures, batch_size)
+    metrics = {
+        "kid": float(kid(real.features, features)),
+        "fid": float(fid(real.features, features)),
+        "texture": float(high_frequency_energy(pictures).mean()) / real.energy,
+    }
+    if not isinstance(vae, Pixels):
+        metrics["round_trip_psnr"] = float(round_trip_psnr(vae, pictures, batch_size).mean())
+    return metrics
 
 
 def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -74,4 +110,6 @@ def high_frequency_energy(x: Tensor) -> Tensor:
 @torch.no_grad()
 def round_trip_psnr(vae: AutoencoderKL, x: Tensor, batch_size: int = 64) -> Tensor:
     """[B] dB of D(E(x)) against sampled pictures x [B, 3, H, W]: low where x is nothing that the autoencoder knows."""
-    return torch.cat([psnr(decode(vae, encode(vae, part)), part) for part in x.split(batch_size)])
+    device = next(vae.parameters()).device
+    parts = x.split(batch_size)
+    return torch.cat([psnr(decode(vae, encode(vae, part.to(device))).cpu(), part.cpu()) for part in parts])

@@ -18,6 +18,8 @@ from eqldm.model_folder import decode, encode
 from eqldm.views import View
 
 HIGHER_IS_BETTER = {"psnr", "ssim", "decoder_psnr", "read_right", "ambigramability", "upright", "turned", "accuracy"}
+HIGHER_IS_BETTER |= {"round_trip_psnr", "round_trip_psnr_upright", "round_trip_psnr_turned"}
+ONE_IS_BEST = {"texture", "texture_upright", "texture_turned"}  # the energy of real pictures
 
 
 def number(value: float | None) -> str:
@@ -26,11 +28,12 @@ def number(value: float | None) -> str:
 
 
 def metric_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
-    """One row a metric: its name with an arrow towards better, and each model's value."""
+    """One row a metric: its name with an arrow towards better, or the best value, and each model's value."""
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
     rows = []
     for name in names:
-        arrow = "↑" if name.rsplit("/", 1)[-1] in HIGHER_IS_BETTER else "↓"
+        last = name.rsplit("/", 1)[-1]
+        arrow = "→1" if last in ONE_IS_BEST else "↑" if last in HIGHER_IS_BETTER else "↓"
         rows.append([f"{name} {arrow}", *(number(metrics.get(name)) for metrics in results.values())])
     return rows
 

@@ -1,0 +1,42 @@
+"""The one-line swap: python -m eqldm.swap MODEL --vae FOLDER --out DIR
+
+Writes MODEL with the VAE of another folder in the place of its own, and its UNet as it was. This is what one would like to do with a
+better autoencoder, and what does not work: the UNet knows other latents. Evaluate it to see by how much; train.py adapts the UNet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from eqldm.model_folder import load_scheduler, load_text, load_unet, load_vae, save_model_folder
+
+
+def swap(model: Path, vae: Path, out: Path) -> Path:
+    """Write `model` with the VAE of `vae` to `out`. Raises ValueError where the UNet takes other latents; FileNotFoundError."""
+    new, unet = load_vae(vae), load_unet(model)
+    if unet.config.in_channels != new.config.latent_channels:
+        raise ValueError(
+            f"the UNet of '{model}' takes {unet.config.in_channels} latent channels, the VAE of '{vae}' gives "
+            f"{new.config.latent_channels}: nothing but another UNet helps"
+        )
+    tokenizer, text_encoder = load_text(model)
+    parts = {"unet": unet, "tokenizer": tokenizer, "text_encoder": text_encoder, "scheduler": load_scheduler(model)}
+    return save_model_folder(out, vae=new, **parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder to take all but the VAE from")
+    parser.add_argument("--vae", type=Path, required=True, help="model folder, or AutoencoderKL folder, to take the VAE from")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    args = parser.parse_args()
+    try:
+        print(swap(args.model, args.vae, args.out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
