@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from eqldm.anagram.render import picture_sheet
 from eqldm.evaluation.anagram import Reading
-from eqldm.evaluation.judge import ANSWERS
+from eqldm.evaluation.judge import ANSWERS, LETTERS
 from eqldm.model_folder import decode, encode
 from eqldm.views import View
 
@@ -86,6 +90,28 @@ def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[st
         whole.paste(sheet, (left, 0))
         left += sheet.width
     return whole
+
+
+def letter_matrix(rates: Tensor, title: str) -> Image.Image:
+    """A heat map of rates [26, 26] in [0, 1]: the first letter down, the second across.
+
+    Framed: A/V, which arXiv 2306.12049 calls easy (solid), and D/K, which it calls hard (dashed), for half a turn.
+    """
+    figure = Figure(figsize=(8, 7.5), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    shown = axes.imshow(rates, cmap="viridis", vmin=0, vmax=1)
+    axes.set_xticks(range(len(LETTERS)), list(LETTERS))
+    axes.set_yticks(range(len(LETTERS)), list(LETTERS))
+    axes.set_title(f"{title}: {float(rates.mean()):.1%}")
+    axes.set_ylabel("upright")
+    axes.set_xlabel("turned")
+    for pair, style in (("AV", "-"), ("DK", "--")):
+        i, j = map(LETTERS.index, pair)
+        for row, column in ((i, j), (j, i)):
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, linestyle=style))
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def write_report(out: Path, results: dict[str, dict[str, float]], notes: list[str]) -> Path:

@@ -1,0 +1,94 @@
+"""The benchmark scripts, on tiny random models: they run, resume, and compare on equal letters and seeds."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from eqldm.evaluation.judge import ANSWERS, save_judge
+from eqldm.evaluation.report import letter_matrix
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory) -> list[Path]:
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = timm.create_model("resnet18", num_classes=len(ANSWERS), channels=[8, 8, 8, 8])
+        folders.append(tmp_path_factory.mktemp("judges") / "model")
+        save_judge(folders[-1], network, {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32})
+    return folders
+
+
+@pytest.fixture
+def anagrams(monkeypatch, tmp_path, tiny_pictures, judges):
+    """`anagrams(method, ..., more=[...])`: the script; returns its `--out`."""
+
+    def call(*methods, more=()):
+        options = ["--real", tiny_pictures, "--judge", judges[0], "--chooser", judges[1], "--num-inference-steps", 2, "--device", "cpu"]
+        words = [*methods, *options, "--num-resamples", 50, "--out", tmp_path / "out", *more]
+        monkeypatch.setattr(sys, "argv", ["anagrams.py", *map(str, words)])
+        runpy.run_path(str(ROOT / "benchmarks" / "anagrams.py"), run_name="__main__")
+        return tmp_path / "out"
+
+    return call
+
+
+def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_folder):
+    few = ["--tuples", 6, "--num-seeds", 2, "--batch-size", 5]
+    methods = [f"a={tiny_model_folder}", f"b={tiny_model_folder}@pixels"]
+    out = anagrams(*methods, more=[*few, "--against", "a"])
+    results = json.loads((out / "metrics.json").read_text())
+    assert results["methods"].keys() == {"a", "b"} and results["comparisons"].keys() == {"b against a"}
+    metrics = results["methods"]["a"]
+    for name in ("ambigramability", "best_of_2", "identity/kid", "rotate_180/fid", "texture", "round_trip_psnr", "seconds_per_picture"):
+        assert isinstance(metrics[name], float), name
+    low, high = metrics["kid_95"]
+    assert low <= metrics["kid"] <= high or abs(metrics["kid"] - low) < 0.5 * abs(metrics["kid"])
+    assert "kid_ratio" in results["comparisons"]["b against a"]
+    parts = [load_file(path) for path in sorted((out / "a").glob("*.safetensors"))]
+    assert [len(part["pictures"]) for part in parts] == [5, 5, 2]
+    wanted = torch.cat([part["wanted"] for part in parts])
+    assert torch.equal(wanted[:6], wanted[6:])  # the second seed of the same letters
+    assert torch.equal(wanted, torch.cat([load_file(path)["wanted"] for path in sorted((out / "b").glob("*.safetensors"))]))
+    assert "| method |" in (out / "table.md").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "a").iterdir()}
+    sorted(before)[1].unlink()  # a stopped run: the file is made again, and equal; the others are left alone
+    again = json.loads((anagrams(*methods, more=[*few, "--against", "a"]) / "metrics.json").read_text())
+    assert again["methods"]["a"]["ambigramability"] == metrics["ambigramability"]
+    assert again["methods"]["a"]["kid"] == pytest.approx(metrics["kid"], rel=1e-6)
+    assert sum(path.stat().st_mtime_ns == time for path, time in before.items() if path.exists()) == 2
+
+    with pytest.raises(SystemExit, match="holds pictures of other letters, views or batches"):
+        anagrams(*methods, more=["--tuples", 6, "--num-seeds", 2, "--batch-size", 5, "--views", "rotate_90", "identity", "flip"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "message"),
+    [
+        (["a"], [], "methods: got a, wanted NAME=MODEL"),
+        (["a=nowhere"], ["--tuples", 2], "nowhere' does not exist"),
+        (["a=nowhere"], ["--views", "identity", "flip", "mirror"], "--tuples all: for two views, got 3"),
+    ],
+)
+def test_what_cannot_work_is_an_error(anagrams, methods, more, message):
+    with pytest.raises(SystemExit, match=message):
+        anagrams(*methods, more=more)
+
+
+def test_the_letter_matrix_shows_each_pair():
+    rates = torch.zeros(26, 26)
+    rates[3, 7] = 1
+    picture = letter_matrix(rates, "a")
+    assert picture.size == (800, 750)
+    assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
