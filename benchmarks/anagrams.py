@@ -12,7 +12,6 @@ pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over tuples, paired be
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -200,10 +199,8 @@ def run(args: argparse.Namespace) -> Path:
         f"{a} against {b}": compare(summaries[a], summaries[b]) for a in summaries for b in summaries if args.against == b and a != b
     }
     results = {name: {k: v for k, v in s.items() if k != "_resampled"} for name, s in summaries.items()}
-    write_json(
-        args.out / "metrics.json",
-        {"methods": results, "comparisons": comparisons, "options": json.loads(json.dumps(vars(args), default=str))},
-    )
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_json(args.out / "metrics.json", {"methods": results, "comparisons": comparisons, "options": options})
     text = table(results) + ("\n" + table(comparisons) if comparisons else "")
     (args.out / "table.md").write_text(text)
     print(text)

@@ -16,9 +16,8 @@ def bootstrap_weights(clusters: Tensor, num_resamples: int = 2000, seed: int = 0
     """
     count = int(clusters.max()) + 1
     drawn = torch.randint(count, (num_resamples, count), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(num_resamples, count, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(1, dtype=torch.float64).expand_as(drawn)
-    )
+    ones = torch.ones_like(drawn, dtype=torch.float64)
+    counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
     return counts[:, clusters]
 
 

@@ -1,0 +1,50 @@
+"""Exported folders: smaller, the same model to float16's precision, and open as before."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.export import export, main
+from eqldm.model_folder import load_vae, save_model_folder, vae_hash
+from eqldm.views import IDENTITY
+
+
+def test_half_the_bytes_and_the_same_pictures(tiny_model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", str(tiny_model_folder), "--out", str(tmp_path / "half")])
+    main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "half")
+    files = {path.relative_to(tiny_model_folder) for path in tiny_model_folder.rglob("*.safetensors")}
+    assert len(files) == 3
+    for file in files:
+        stored = load_file(tmp_path / "half" / file)
+        assert {w.dtype for w in stored.values() if w.is_floating_point()} == {torch.float16}
+    samplers = [Sampler.open(folder, "cpu") for folder in (tiny_model_folder, tmp_path / "half")]
+    a, b = (sampler(["the letter a"], [IDENTITY], [0], num_inference_steps=3) for sampler in samplers)
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+    assert load_vae(tmp_path / "half").dtype == torch.float32
+    again = export(tmp_path / "half", tmp_path / "again", torch.float16)
+    assert vae_hash(load_vae(again)) == vae_hash(load_vae(tmp_path / "half")) != vae_hash(load_vae(tiny_model_folder))
+
+
+def test_a_vae_alone(make_tiny_vae, tmp_path):
+    vae = make_tiny_vae()
+    folder = export(save_model_folder(tmp_path / "vae", vae=vae), tmp_path / "out", torch.float32)
+    assert vae_hash(load_vae(folder)) == vae_hash(vae) and [path.name for path in folder.iterdir()] == ["vae"]
+
+
+def test_weights_that_overflow_and_folders_that_are_none(make_tiny_vae, tmp_path, monkeypatch):
+    vae = make_tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.weight.fill_(1e6)
+    folder = save_model_folder(tmp_path / "vae", vae=vae)
+    with pytest.raises(ValueError, match="weights of vae/ of .* are too large for torch.float16: use bfloat16 or float32"):
+        export(folder, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: .*none' does not exist"):
+        main()
