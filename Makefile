@@ -1,10 +1,11 @@
-# make setup | demo | test | test-all | lint
+# make setup | demo | demo-scratch | test | test-all | lint
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
+SCRATCH ?= runs/scratch
 
-.PHONY: setup demo test test-all lint clean-demo
+.PHONY: setup demo demo-scratch test test-all lint clean-demo
 
 setup: $(VENV)/.installed
 
@@ -18,8 +19,11 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo.sh
 
+demo-scratch: setup
+	PY='$(PY)' RUN='$(SCRATCH)' bash configs/glyphs/demo_scratch.sh
+
 clean-demo:
-	rm -rf '$(RUN)'
+	rm -rf '$(RUN)' '$(SCRATCH)'
 
 test: setup
 	$(PY) -m pytest -q

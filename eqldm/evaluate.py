@@ -1,7 +1,7 @@
 """Evaluate model folders: python -m eqldm.evaluate MODEL [MODEL ...] --data SHARDS --out DIR
 
 Each MODEL is a diffusers folder, whole or with a VAE alone (what needs a UNet is then listed as not computed). Writes
-DIR/NAME/metrics.json and picture sheets for each, and DIR/report.md with all of them side by side.
+DIR/NAME/metrics.json and picture sheets for each, and DIR/report.md and DIR/models.png with all of them side by side.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rich.progress import Progress
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import write_json
-from eqldm.evaluation.anagram import anagram_metrics, generation_metrics, letter_pairs, plain_letters, read_letters
+from eqldm.evaluation.anagram import Reading, anagram_metrics, generation_metrics, letter_pairs, plain_letters, read_letters
 from eqldm.evaluation.equivariance import equivariance_metrics
 from eqldm.evaluation.fit import fit_metrics
 from eqldm.evaluation.judge import SHIPPED, Judge
 from eqldm.evaluation.quality import RealPictures, quality_metrics
 from eqldm.evaluation.reconstruction import reconstruction_metrics
-from eqldm.evaluation.report import console_table, equivariance_sheet, reading_sheet, write_report
+from eqldm.evaluation.report import console_table, equivariance_sheet, models_sheet, reading_sheet, write_report
 from eqldm.model_folder import Pixels, downsampling, load_autoencoder, vae_hash
 from eqldm.training.run_folder import versions
 from eqldm.views import D4, IDENTITY, View, parse_view
@@ -50,12 +50,13 @@ def evaluate_vae(vae: AutoencoderKL | Pixels, out: Path, pictures: torch.Tensor,
 def evaluate_unet(
     folder: Path, out: Path, samples: PictureSamples, pictures: torch.Tensor, judge: Judge | None, views: list[View],
     args: argparse.Namespace,
-) -> dict[str, float]:  # fmt: skip
-    """Fit and, with a judge, generation and anagrams; writes `letters.png` and `anagrams_VIEW.png`."""
+) -> tuple[dict[str, float], list[tuple[list[View], Reading]]]:  # fmt: skip
+    """Fit and, with a judge, generation and anagrams, and the pictures behind them; writes `letters.png`, `anagrams_VIEW.png`."""
     sampler = Sampler.open(folder, args.device)
     metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)), args.batch_size)
+    readings: list[tuple[list[View], Reading]] = []
     if judge is None:
-        return metrics
+        return metrics, readings
     for view in views:  # before anything long
         sampler.check(["", ""], [IDENTITY, view])
     real = RealPictures.of(pictures.cpu(), judge)
@@ -69,8 +70,9 @@ def evaluate_unet(
         for job_views, wanted, path in jobs:
             reading = read_letters(sampler, judge, job_views, wanted, on_step=lambda: progress.advance(task), **options)
             reading_sheet(reading, job_views).save(path)
+            readings.append((job_views, reading))
             metrics |= generation_metrics(reading, quality) if len(job_views) == 1 else anagram_metrics(job_views[1], reading, quality)
-    return metrics
+    return metrics, readings
 
 
 def evaluate(args: argparse.Namespace) -> Path:
@@ -96,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         judge = Judge.open(args.judge)
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
-    results = {}
+    results, readings = {}, {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
         vae = load_autoencoder(folder).to(pictures.device)
@@ -106,7 +108,8 @@ def evaluate(args: argparse.Namespace) -> Path:
         else:
             metrics = evaluate_vae(vae, out / name, pictures, views, args.batch_size)
         if (folder / "unet").is_dir():
-            metrics |= evaluate_unet(folder, out / name, samples, pictures, judge, views, args)
+            of_unet, readings[name] = evaluate_unet(folder, out / name, samples, pictures, judge, views, args)
+            metrics |= of_unet
         else:
             notes.append(f"Not computed for {name}: fit, generation, anagrams ('{folder}' holds a VAE alone).")
         if judge is not None and bool((labels >= 0).all()):
@@ -115,6 +118,8 @@ def evaluate(args: argparse.Namespace) -> Path:
         write_json(out / name / "metrics.json", metrics)
         about = {**vars(args), "vae_hash": vae_hash(vae), "num_images": count, "versions": versions()}
         (out / name / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+    if judge is not None and readings:
+        models_sheet(readings).save(out / "models.png")
     notes.append(f"{count} pictures of `{args.data}`; command: `{shlex.join(['python', '-m', 'eqldm.evaluate', *sys.argv[1:]])}`.")
     report = write_report(out, results, notes)
     Console().print(console_table(results, f"{count} pictures of {args.data}"))

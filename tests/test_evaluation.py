@@ -245,6 +245,8 @@ def test_two_models_in_one_table(run, tiny_model_folder, vae_alone, tiny_judge, 
     assert {name: whole[name] for name in of_vae} == alone  # the same VAE
     errors = [alone[f"equivariance/{view.name}/latent_error"] for view in TURNED]  # the mean is D4's, whatever --views
     assert alone["equivariance/mean/latent_error"] == pytest.approx(sum(errors) / 7)
+    sheet = Image.open(out / "models.png")
+    assert sheet.width > 3 * 96 and sheet.height > 7 * 96  # 4 letters, and 2 kinds of 4 anagrams in 2 views: 20 rows in 3 columns
     report = (out / "report.md").read_text()
     assert "| metric | tiny | vae-eq |" in report and "Not computed for vae-eq: fit, generation, anagrams" in report
     for name in ("equivariance.png", "letters.png", "anagrams_rotate_180.png", "anagrams_flip+patch_permute-2.png"):

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline on the glyph world, from nothing to anagrams: what `make demo` runs. A second call resumes.
+# The whole method in small, from the shipped glyphs-base to anagrams: what `make demo` runs. A second call resumes.
 #   PY   the Python to use          RUN  the folder to write (default runs/demo); both as seen from the repository
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PY:-python}
 RUN=${RUN:-runs/demo}
+BASE=eqldm/pretrained/glyphs-base
 export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
 times=()
 
@@ -17,24 +18,22 @@ stage() { # stage NAME COMMAND...
 }
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
-  --num-train 8000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 --colours blue yellow white \
-  --train-faces DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Bold STIXGeneral cmb10
-stage "2 plain autoencoder" "$PY" train.py configs/glyphs/demo_vae_plain.yaml run.dir="$RUN/vae-plain" \
+  --num-train 8000 --num-val 512 --num-test 512 --shard-size 1000
+stage "2 equivariant autoencoder" "$PY" train.py configs/glyphs/demo_vae.yaml run.dir="$RUN/vae" model="$BASE" \
   data.train="$RUN/glyphs/train" data.val="$RUN/glyphs/val"
-stage "3 equivariant autoencoder" "$PY" train.py configs/glyphs/demo_vae_eq.yaml run.dir="$RUN/vae-eq" \
-  model="$RUN/vae-plain/model" data.train="$RUN/glyphs/train" data.val="$RUN/glyphs/val"
+stage "3 swap, nothing trained" "$PY" -m eqldm.swap "$BASE" --vae "$RUN/vae/model" --out "$RUN/swap/model"
 for split in train val; do
-  stage "4 latents ($split)" "$PY" data/encode_latents.py --data "$RUN/glyphs/$split" --model "$RUN/vae-eq/model" \
+  stage "4 latents ($split)" "$PY" data/encode_latents.py --data "$RUN/glyphs/$split" --model "$RUN/vae/model" \
     --out "$RUN/latents/$split"
 done
-stage "5 UNet" "$PY" train.py configs/glyphs/demo_unet.yaml run.dir="$RUN/ldm-eq" vae="$RUN/vae-eq/model" \
+stage "5 adapted UNet" "$PY" train.py configs/glyphs/demo_unet.yaml run.dir="$RUN/adapted" model="$BASE" vae="$RUN/vae/model" \
   data.train="$RUN/latents/train" data.val="$RUN/latents/val"
-stage "6 anagrams" "$PY" sample.py --model "$RUN/ldm-eq/model" --prompts "the letter A" "the letter V" \
+stage "6 anagrams" "$PY" sample.py --model "$RUN/adapted/model" --prompts "the letter A" "the letter V" \
   --views identity rotate_180 --num-samples 8 --out "$RUN/anagrams"
-stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/vae-plain/model" "$RUN/ldm-eq/model" --data "$RUN/glyphs/test" \
-  --num-images 128 --num-pairs 96 --out "$RUN/evaluation"
+stage "7 evaluation" "$PY" -m eqldm.evaluate "$BASE" "$RUN/swap/model" "$RUN/adapted/model" --data "$RUN/glyphs/test" \
+  --num-images 256 --num-pairs 96 --out "$RUN/evaluation"
 
 printf '\n== times of this call ==\n'
 printf '%s\n' "${times[@]}"
-printf 'all: %d s\n\nLook at the anagrams: %s and %s\n' "$SECONDS" "$RUN/anagrams/sheet.png" \
-  "$RUN/evaluation/ldm-eq/anagrams_rotate_180.png"
+printf 'all: %d s\n\nLook at the anagrams: %s, and at the models side by side: %s\n' "$SECONDS" "$RUN/anagrams/sheet.png" \
+  "$RUN/evaluation/models.png"

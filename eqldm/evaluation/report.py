@@ -77,6 +77,22 @@ def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Im
     return _side_by_side(rows, labels, [view.name for view in views])
 
 
+def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most: int = 6) -> Image.Image:
+    """The same letters and seeds by each model (a column): the first pictures of each kind, a row for each view of each.
+
+    readings: by model, of each kind (plain letters, anagrams in these views), in one order.
+    """
+    rows, labels = [], []
+    kinds = list(zip(*readings.values()))
+    for kind in kinds:
+        views, first = kind[0]
+        for k in range(min(most, len(first.pictures))):
+            for i, view in enumerate(views):
+                rows.append([view(reading.pictures[k]) for _, reading in kind])
+                labels.append(f"{ANSWERS[first.wanted[i, k]]}  {view.name}")
+    return _side_by_side(rows, labels, list(readings), columns=len(kinds))
+
+
 def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
     """The rows in several columns of sheets, so that a long list fits on a screen."""
     per = -(-len(rows) // columns)
