@@ -55,8 +55,9 @@ def _train(config):
     if config.stage == "diffusion":
         from eqldm.anagram.preview import SampleGrid
         from eqldm.diffusion.module import train_diffusion
+        from eqldm.evaluation.monitor import LetterMonitor
 
-        return train_diffusion(config, callbacks=[SampleGrid()])
+        return train_diffusion(config, callbacks=[SampleGrid(), *([LetterMonitor(config)] if config.val_letters else [])])
     from eqldm.evaluation.judge import train_judge
 
     return train_judge(config)

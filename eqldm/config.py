@@ -239,6 +239,8 @@ class DiffusionConfig:
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grid logged at each validation."""
+    val_letters: int = 0
+    """Letters sampled at each validation and read by the shipped judge (val/generation/...), for the glyph world; 0: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -255,6 +257,8 @@ class DiffusionConfig:
             raise ValueError("init=scratch starts from a random text encoder: set train_text_encoder=true")
         if self.init == "scratch" and self.adapt == "lora":
             raise ValueError("adapt=lora updates a pretrained UNet: set init=pretrained model=FOLDER, or adapt=full")
+        if self.val_letters < 0 or self.val_letters == 1:
+            raise ValueError(f"val_letters: got {self.val_letters}, wanted 0 (none) or at least 2 (KID compares distributions)")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: got {self.caption_dropout}, wanted 0 <= share < 1")
         if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":

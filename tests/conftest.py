@@ -111,9 +111,10 @@ TINY_SCHEDULER = {
 }
 
 
-def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = None, **scheduler) -> Path:
-    """A whole random model folder for 32 px (latents of 8 x 8); `scheduler` replaces the scheduler's arguments."""
-    captions = ["the letter a", "the letter v", *(f"picture {number}" for number in range(10))]
+def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = None, captions=(), **scheduler) -> Path:
+    """A whole random model folder for 32 px (latents of 8 x 8) that knows the words of some captions and of `captions`;
+    `scheduler` replaces the scheduler's arguments."""
+    captions = ["the letter a", "the letter v", *(f"picture {number}" for number in range(10)), *captions]
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(captions, max_length=8)
     text_encoder = make_text_encoder(tokenizer, hidden_size=16, intermediate_size=32)
@@ -130,7 +131,7 @@ def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = N
 
 @pytest.fixture(name="make_model_folder", scope="session")
 def _make_model_folder() -> Callable[..., Path]:
-    """The function above: `make_model_folder(folder, seed=0, vae=None, **scheduler)`."""
+    """The function above: `make_model_folder(folder, seed=0, vae=None, captions=(), **scheduler)`."""
     return make_model_folder
 
 

@@ -29,6 +29,8 @@ from eqldm.evaluation.anagram import Reading, anagram_metrics, generation_metric
 from eqldm.evaluation.equivariance import equivariance_metrics
 from eqldm.evaluation.fit import fit_metrics
 from eqldm.evaluation.judge import Judge, save_judge
+from eqldm.evaluation.monitor import LetterMonitor
+from eqldm.evaluation.quality import RealPictures, quality_metrics
 from eqldm.evaluation.reconstruction import reconstruction_metrics
 from eqldm.evaluation.report import markdown_table, number
 from eqldm.model_folder import decode, encode
@@ -124,21 +126,33 @@ def test_latent_error_does_not_depend_on_scale_and_offset(tiny_vae, pictures):
     assert after["equivariance/rotate_90/latent_error"] == pytest.approx(before["equivariance/rotate_90/latent_error"], rel=1e-3)
 
 
-def test_fit_equals_trainings_validation_loss(tmp_path, tiny_model_folder, tiny_pictures):
-    """The exported model's fit is the last validation loss that its training logged, on the same pictures."""
+def test_what_training_logs_at_validation_is_what_the_evaluation_gives(tmp_path, make_model_folder, tiny_pictures):
+    """The fit, and what letters read as, of the exported model are the last that its training logged, on the same pictures."""
+    letters = [f"the letter {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    model = make_model_folder(tmp_path / "model", captions=letters)
     file = {
-        "stage": "diffusion", "init": "pretrained", "model": str(tiny_model_folder), "vae": str(tiny_model_folder),
+        "stage": "diffusion", "init": "pretrained", "model": str(model), "vae": str(model), "val_letters": 4,
         "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 10},
         "run": {"dir": str(tmp_path / "run"), "num_steps": 2, "precision": "32-true", "accelerator": "cpu", "val_every": 2},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.5},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(file))
-    sampler = Sampler.open(train_diffusion(load_config(tmp_path / "config.yaml")), "cpu")
+    config = load_config(tmp_path / "config.yaml")
+    sampler = Sampler.open(train_diffusion(config, callbacks=[LetterMonitor(config)]), "cpu")
     with open(tmp_path / "run" / "logs" / "metrics.csv", newline="") as rows:
-        logged = [float(row["val/loss"]) for row in csv.DictReader(rows) if row.get("val/loss")]
+        logged = [row for row in csv.DictReader(rows) if row.get("val/loss")][-1]
     samples = PictureSamples(tiny_pictures)
-    assert fit_metrics(sampler, samples, 10, batch_size=4)["fit/val_loss"] == pytest.approx(logged[-1], rel=1e-5)
-    assert fit_metrics(sampler, samples, 10)["fit/val_loss"] == pytest.approx(logged[-1], rel=1e-5)
+    loss = float(logged["val/loss"])
+    assert fit_metrics(sampler, samples, 10, batch_size=4)["fit/val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert fit_metrics(sampler, samples, 10)["fit/val_loss"] == pytest.approx(loss, rel=1e-5)
+
+    judge = Judge.open()
+    real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(10)]), judge)
+    reading = read_letters(sampler, judge, [IDENTITY], plain_letters(4), num_inference_steps=20, guidance_scale=5.0)
+    metrics = generation_metrics(reading, lambda x: quality_metrics(x, judge, sampler.vae, real))
+    assert metrics.keys() == {f"generation/{name}" for name in ("read_right", "kid", "fid", "texture", "round_trip_psnr")}
+    for name, value in metrics.items():
+        assert float(logged[f"val/{name}"]) == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 def test_letter_pairs():

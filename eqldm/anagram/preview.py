@@ -15,6 +15,12 @@ from eqldm.views import IDENTITY
 SEEDS = (0, 1, 2, 3)
 
 
+def validation_sampler(module: pl.LightningModule) -> Sampler:
+    """A sampler of what is trained, as it stands: at a validation's end, the averaged weights."""
+    networks = Networks(module.unet, module.tokenizer, module.text_encoder or module.frozen[1], module.scheduler)
+    return Sampler(networks, module.vae, module.device)
+
+
 class SampleGrid(pl.Callback):
     """Writes `RUN/samples/STEP.png`, a row for each prompt, and logs it to TensorBoard. Rank 0 only."""
 
@@ -22,8 +28,7 @@ class SampleGrid(pl.Callback):
         prompts = module.config.sample_prompts
         if not prompts or not trainer.is_global_zero:
             return
-        networks = Networks(module.unet, module.tokenizer, module.text_encoder or module.frozen[1], module.scheduler)
-        sampler = Sampler(networks, module.vae, module.device)
+        sampler = validation_sampler(module)
         rows = [sampler([prompt], [IDENTITY], SEEDS) for prompt in prompts]
         sheet = picture_sheet(rows, prompts, [f"seed {seed}" for seed in SEEDS])
         folder = Path(trainer.default_root_dir) / "samples"

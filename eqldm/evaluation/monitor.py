@@ -1,0 +1,48 @@
+"""Letters sampled and read during training, at each validation: how quality grows with steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from eqldm.anagram.preview import validation_sampler
+from eqldm.config import DiffusionConfig
+from eqldm.data.samples import PictureSamples
+from eqldm.data.shards import read_manifest
+from eqldm.evaluation.anagram import generation_metrics, plain_letters, read_letters
+from eqldm.evaluation.judge import Judge
+from eqldm.evaluation.quality import RealPictures, quality_metrics
+from eqldm.views import IDENTITY
+
+SAMPLING = {"num_inference_steps": 20, "guidance_scale": 5.0}  # as python -m eqldm.evaluate samples by default
+
+
+class LetterMonitor(pl.Callback):
+    """Logs `val/generation/...` of the EMA weights, the same code, letters and seeds as the evaluation's. Rank 0 only.
+
+    Raises ValueError where the validation set's pictures, which samples are held against, cannot be found.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        self.config, self.judge = config, Judge.open()
+        manifest, folder = read_manifest(config.data.val), Path(config.data.val)
+        if manifest.get("kind") == "latents":
+            folder = Path(manifest.get("pictures", ""))
+            if not folder.is_dir():
+                raise ValueError(
+                    f"val_letters={config.val_letters} needs the pictures of data.val, but '{folder}', which its latents were made of, "
+                    "is not there: bring it back, or set val_letters=0"
+                )
+        samples = PictureSamples(folder)
+        count = min(len(samples), config.data.val_samples)
+        self.real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(count)]), self.judge)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        sampler = validation_sampler(module)
+        reading = read_letters(sampler, self.judge, [IDENTITY], plain_letters(self.config.val_letters), **SAMPLING)
+        metrics = generation_metrics(reading, lambda x: quality_metrics(x, self.judge, sampler.vae, self.real))
+        module.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
