@@ -373,3 +373,17 @@ def test_the_text_encoder_has_its_own_learning_rate(configure):
     )
     ((optimizer,), _) = module_of(config).configure_optimizers()
     assert [group["lr"] for group in optimizer.param_groups] == [0.004, 0.001]
+
+
+def test_a_pixel_model_trains_on_pictures_resumes_and_samples(configure, tiny_pictures, tmp_path):
+    """`vae=pixels`: the UNet learns the pictures themselves."""
+    pixels = {"vae": "pixels", "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0,
+              "val_samples": 4}, "min_snr_gamma": 5.0, **SCRATCH, "scheduler": SCHEDULERS["v_prediction"]}  # fmt: skip
+    whole = train_diffusion(configure("run.num_steps=2", f"run.dir={tmp_path / 'whole'}", **pixels))
+    train_diffusion(configure("run.num_steps=1", f"run.dir={tmp_path / 'parts'}", **pixels))
+    parts = train_diffusion(configure("run.num_steps=2", f"run.dir={tmp_path / 'parts'}", **pixels))
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    sampler = Sampler.open(whole, "cpu")
+    assert sampler.latent_side == 32 and sampler.networks.unet.config.in_channels == 3
+    assert sampler(["picture 1"], [IDENTITY], [0], num_inference_steps=2).shape == (1, 3, 32, 32)

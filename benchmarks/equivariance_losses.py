@@ -1,0 +1,82 @@
+"""Which equivariance loss? The same autoencoder fine-tuned by each, at equal steps: python benchmarks/equivariance_losses.py --out DIR
+
+Each variant is configs/glyphs/eq_vae.yaml with the options below, cut to --num-steps steps on crops, by --seeds seeds. With --anagrams,
+glyphs-base's UNet is then adapted to each (first seed), and its letters and anagrams are measured. Every part runs once: a second
+call goes on. Writes DIR/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from steps import ROOT, encode, evaluate, spread, table, train
+
+BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
+NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
+VARIANTS = {
+    "plain (no equivariance)": NONE,
+    "EQ-VAE's scheme": ["equivariance.preset=eqvae_paper", *NONE],
+    "rotations": ["equivariance.group=rotations"],
+    "D4": [],
+    "D4, implicit term alone": ["equivariance.consistency_weight=0"],
+    "D4, consistency term alone": ["equivariance.implicit_weight=0"],
+    "D4 + rescaling": ["equivariance.rescale_prob=0.5"],
+    "D4 + permutations": ["equivariance.permute_prob=0.3"],
+    "D4 + negation": ["equivariance.negate_prob=0.3"],
+}
+COLUMNS = {
+    "PSNR, dB": "reconstruction/psnr",
+    "latent error": "equivariance/mean/latent_error",
+    "PSNR of D(T z), dB": "equivariance/mean/psnr",
+    "patch_permute:4 error": "equivariance/patch_permute:4/latent_error",
+    "negate error": "equivariance/negate/latent_error",
+}
+ANAGRAMS = {
+    "letters read right": "generation/read_right",
+    "KID": "generation/kid",
+    "ambigramability": "anagram/rotate_180/ambigramability",
+    "KID upright": "anagram/rotate_180/kid_upright",
+    "KID turned": "anagram/rotate_180/kid_turned",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=BASE, help="model folder to start from: glyphs-base")
+    parser.add_argument("--data", type=Path, default=Path("runs/glyphs/pictures"), help="glyph shards: train, val, test")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-steps", type=int, default=1500, help="of the autoencoder")
+    parser.add_argument("--anagrams", action="store_true", help="also adapt a UNet to each variant of the first seed (hours)")
+    parser.add_argument("--unet-steps", type=int, default=2000)
+    parser.add_argument("--num-images", type=int, default=512)
+    parser.add_argument("--num-pairs", type=int, default=200)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    shards = [f"data.train={args.data / 'train'}", f"data.val={args.data / 'val'}"]
+    test = args.data / "test"
+    rows, columns = {}, [*COLUMNS, *(ANAGRAMS if args.anagrams else {})]
+    for name, options in VARIANTS.items():
+        folder = args.out / name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("'", "")
+        steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"model={args.base}", *shards]
+        found = []
+        for seed in range(args.seeds):
+            model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options)
+            views = ["--views", "patch_permute:4", "negate", "--judge", "none", "--num-images", args.num_images]
+            found.append(evaluate(folder / f"vae{seed}" / "evaluation", [model], test, *views)[f"vae{seed}"])
+        rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
+        if args.anagrams:
+            vae = folder / "vae0" / "model"
+            latents = encode(args.data, vae, folder / "latents")
+            adapted = [f"vae={vae}", f"model={args.base}", f"data.train={latents / 'train'}", f"data.val={latents / 'val'}"]
+            model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}")
+            sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
+            metrics = evaluate(folder / "unet" / "evaluation", [model], test, *sizes)["unet"]
+            rows[name] += [spread([metrics[metric]]) for metric in ANAGRAMS.values()]
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "table.md").write_text(table("loss", columns, rows))  # grows as results come
+    print((args.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
