@@ -12,6 +12,7 @@ from torch import Tensor
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.autoencoder.equivariance import (
     IDENTITY_TRANSFORM,
+    LatentStatistics,
     TransformGroup,
     consistency_loss,
     draw_groups,
@@ -37,7 +38,7 @@ from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
 
-VARIANCE_MOMENTUM = 0.9  # of the running latent variance that the consistency term divides by
+STATISTICS_MOMENTUM = 0.9  # of the running latent statistics, which the consistency term uses
 
 
 class Autoencoder(pl.LightningModule):
@@ -56,7 +57,9 @@ class Autoencoder(pl.LightningModule):
             self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
         self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
         channels = vae.config.latent_channels
+        self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_variance", torch.zeros(channels))  # 0: not measured yet
+        self.register_buffer("latent_error", torch.zeros(channels))  # of the encoder's equivariance, relative to the variance
         self.moments: Tensor | float = 0.0  # of this process and step: no buffer, which DDP may share and the EMA average
         if config.run.channels_last:
             self.vae.to(memory_format=torch.channels_last)
@@ -135,7 +138,7 @@ class Autoencoder(pl.LightningModule):
             optimizers[i].zero_grad(set_to_none=True)
         for schedule in schedules:
             schedule.step()
-        self._update_latent_variance()
+        self._update_latent_statistics()
 
     def _generator_terms(
         self, x: Tensor, batch: dict, purpose: str, adversarial: bool
@@ -149,8 +152,6 @@ class Autoencoder(pl.LightningModule):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         noise = torch.stack([torch.randn(mean.shape[1:], generator=position_generator(seed, p, "vae")) for p in positions])
         z = mean + (0.5 * logvar).exp() * noise.to(mean)
-        self._observe(mean.detach())
-
         groups = draw_groups(config.equivariance, seed, self.step, positions, mean.shape[-1], purpose)
         if config.equivariance.implicit_weight > 0:
             regularised = any(t != IDENTITY_TRANSFORM for g in groups for t in g.transforms)
@@ -160,14 +161,16 @@ class Autoencoder(pl.LightningModule):
         else:
             pairs, shares = [(self.vae.decode(z).sample.float(), x)], [1.0]
 
+        difference = None
         terms = self._reconstruction_terms(pairs, shares)
         terms["kl"] = kl_loss(mean, logvar)
         terms["loss"] = terms["reconstruction"] + config.loss.kl_weight * area * terms["kl"]
         if config.equivariance.consistency_weight > 0:
-            terms["consistency"] = self._consistency(x, mean, groups)
+            terms["consistency"], difference = self._consistency(x, mean, groups)
             terms["loss"] = terms["loss"] + config.equivariance.consistency_weight * terms["consistency"]
         if adversarial:
             self._add_adversarial(terms, pairs, shares)
+        self._observe(mean.detach(), difference)
         return pairs, terms
 
     def _add_adversarial(self, terms: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], shares: list[float]) -> None:
@@ -197,34 +200,43 @@ class Autoencoder(pl.LightningModule):
         terms["reconstruction"] = sum(measures[name][0] * value for name, value in terms.items())
         return terms
 
-    def _consistency(self, x: Tensor, mean: Tensor, groups: list[TransformGroup]) -> Tensor:
-        if not bool(self.latent_variance.any()):  # the first step measures the variance
-            return mean.new_zeros(())
-        total = mean.new_zeros(())
+    def _consistency(self, x: Tensor, mean: Tensor, groups: list[TransformGroup]) -> tuple[Tensor, Tensor]:
+        """The consistency term, 0 at the first step, which measures the statistics; and [C] the mean of (E(T x) - T E(x))^2."""
+        statistics = LatentStatistics(self.latent_mean, self.latent_variance, self.latent_error)
+        known = bool(self.latent_variance.any())
+        total, difference = mean.new_zeros(()), mean.new_zeros(mean.shape[1])
         for group in groups:
-            encoded = self.vae.encode(transform_group(group, x)).latent_dist.mean
-            part = consistency_loss(encoded, transform_group(group, mean), self.latent_variance)
-            total = total + part * len(group.rows) / len(x)
-        return total
+            encoded = self.vae.encode(transform_group(group, x)).latent_dist.mean.float()
+            transformed = transform_group(group, mean)
+            share = len(group.rows) / len(x)
+            difference = difference + share * (encoded - transformed).detach().square().mean((0, 2, 3))
+            if known:
+                total = total + share * consistency_loss(encoded, transformed, statistics)
+        return total, difference
 
     def _discriminator_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         count = sum(len(y) for y, _ in pairs)
         return sum(len(y) / count * hinge_discriminator_loss(self.discriminator(x), self.discriminator(y.detach())) for y, x in pairs)
 
     @torch.no_grad()
-    def _observe(self, mean: Tensor) -> None:
-        """Adds a micro-batch's latents to the moments of this step: count, sum and sum of squares per channel."""
+    def _observe(self, mean: Tensor, difference: Tensor | None) -> None:
+        """Adds a micro-batch to the moments of this step: per channel count, sum, sum of squares, and of squared differences."""
         values = mean.double().transpose(0, 1).flatten(1)
         count = torch.full_like(values[:, 0], values.shape[1])
-        self.moments = self.moments + torch.stack([count, values.sum(1), values.square().sum(1)])
+        differences = torch.zeros_like(count) if difference is None else difference.double() * count
+        self.moments = self.moments + torch.stack([count, values.sum(1), values.square().sum(1), differences])
 
     @torch.no_grad()
-    def _update_latent_variance(self) -> None:
-        """Moves the running variance towards this step's, over the whole global batch."""
-        count, total, squares = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
-        variance = (squares / count - (total / count).square()).float().clamp_min(1e-8)
+    def _update_latent_statistics(self) -> None:
+        """Moves the running statistics towards this step's, over the whole global batch."""
+        count, total, squares, differences = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp_min(1e-8)
         fresh = not bool(self.latent_variance.any())
-        self.latent_variance.copy_(variance if fresh else self.latent_variance.lerp(variance, 1 - VARIANCE_MOMENTUM))
+        found = {"latent_mean": mean, "latent_variance": variance, "latent_error": differences / count / variance}
+        for name, value in found.items():
+            running = getattr(self, name)
+            running.copy_(value.float() if fresh else running.lerp(value.float(), 1 - STATISTICS_MOMENTUM))
         self.moments = 0.0
         self.log("train/latent_std", self.latent_variance.sqrt().mean())
 
