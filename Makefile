@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-RUN ?= runs/demo
-SCRATCH ?= runs/scratch
+RUN ?= runs/scratch
 
 .PHONY: setup demo demo-scratch test test-all lint clean-demo
 
@@ -16,14 +15,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: setup
-	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo.sh
+# From nothing, until glyphs-base is shipped; then configs/glyphs/demo.sh, which starts from it
+demo: demo-scratch
 
 demo-scratch: setup
-	PY='$(PY)' RUN='$(SCRATCH)' bash configs/glyphs/demo_scratch.sh
+	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo_scratch.sh
 
 clean-demo:
-	rm -rf '$(RUN)' '$(SCRATCH)'
+	rm -rf '$(RUN)'
 
 test: setup
 	$(PY) -m pytest -q

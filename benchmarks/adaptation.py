@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--val-every", type=int, default=500)
     parser.add_argument("--num-letters", type=int, default=208)
+    parser.add_argument("--num-images", type=int, default=1024, help="validation pictures that samples and losses are held against")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def main() -> None:
         folder = args.out / name.replace(", ", "-")
         if not folder.exists():
             call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
-        sizes = ["--num-letters", args.num_letters, "--num-pairs", 2]
+        sizes = ["--num-letters", args.num_letters, "--num-pairs", 2, "--num-images", args.num_images]
         metrics = evaluate(args.out / f"evaluation-{folder.name}", [folder], args.data / "val", *sizes)[folder.name]
         rows[name] = ["0", *(spread([metrics[metric]]) for metric in SWAP.values())]
     curves: dict[str, list] = {}
@@ -84,18 +86,10 @@ def main() -> None:
             run = args.out / f"{name.replace(', ', '-')}{seed}"
             shards = [f"data.{split}={latents[is_aligned] / split}" for split in ("train", "val")]
             start = [] if name == "scratch" else [f"model={args.base}"]
-            length = [f"run.num_steps={args.num_steps}", f"run.val_every={args.val_every}", f"val_letters={args.num_letters}"]
-            train(
-                config,
-                run,
-                *shards,
-                *length,
-                f"run.seed={seed}",
-                f"vae={vaes[is_aligned]}",
-                "optimizer.schedule=constant",
-                *options,
-                *start,
-            )
+            length = [f"run.num_steps={args.num_steps}", f"run.val_every={args.val_every}", f"val_letters={args.num_letters}",
+                      f"data.val_samples={args.num_images}"]  # fmt: skip
+            more = [f"run.seed={seed}", f"vae={vaes[is_aligned]}", "optimizer.schedule=constant", *options, *start, *args.set]
+            train(config, run, *shards, *length, *more)
             curves.setdefault(name, []).append(curve(run))
         for name, runs in curves.items():
             for step in sorted(set.intersection(*(set(found) for found in runs))):

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=2000)
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--num-pairs", type=int, default=200)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     shards = [f"data.train={args.data / 'train'}", f"data.val={args.data / 'val'}"]
@@ -61,7 +62,7 @@ def main() -> None:
         steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"model={args.base}", *shards]
         found = []
         for seed in range(args.seeds):
-            model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options)
+            model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options, *args.set)
             views = ["--views", "patch_permute:4", "negate", "--judge", "none", "--num-images", args.num_images]
             found.append(evaluate(folder / f"vae{seed}" / "evaluation", [model], test, *views)[f"vae{seed}"])
         rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
@@ -69,7 +70,7 @@ def main() -> None:
             vae = folder / "vae0" / "model"
             latents = encode(args.data, vae, folder / "latents")
             adapted = [f"vae={vae}", f"model={args.base}", f"data.train={latents / 'train'}", f"data.val={latents / 'val'}"]
-            model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}")
+            model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}", *args.set)
             sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
             metrics = evaluate(folder / "unet" / "evaluation", [model], test, *sizes)["unet"]
             rows[name] += [spread([metrics[metric]]) for metric in ANAGRAMS.values()]

@@ -38,9 +38,10 @@ def picture_bytes(seed: int, size: int = 32) -> bytes:
 
 
 def make_picture_shards(
-    folder: Path, count: int = 24, size: int = 32, shard_size: int = 8, seed: int = 0, corrupt: Collection[int] = ()
-) -> Path:
-    """A shard folder of random pictures with captions and labels; the numbers in `corrupt` hold half a PNG."""
+    folder: Path, count: int = 24, size: int = 32, shard_size: int = 8, seed: int = 0, corrupt: Collection[int] = (),
+    caption: str = "picture {}",
+) -> Path:  # fmt: skip
+    """A shard folder of random pictures with captions (of their number) and labels; the numbers in `corrupt` hold half a PNG."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -52,7 +53,7 @@ def make_picture_shards(
                 {
                     "__key__": f"{number:09d}",
                     "png": png[: len(png) // 2] if number in corrupt else png,
-                    "txt": f"picture {number}",
+                    "txt": caption.format(number),
                     "json": {"label": number % 3},
                 }
             )
@@ -63,7 +64,7 @@ def make_picture_shards(
 
 @pytest.fixture(name="make_picture_shards", scope="session")
 def _make_picture_shards() -> Callable[..., Path]:
-    """The function above: `make_picture_shards(folder, count=24, size=32, shard_size=8, seed=0, corrupt=())`."""
+    """The function above: `make_picture_shards(folder, count=24, size=32, shard_size=8, seed=0, corrupt=(), caption="picture {}")`."""
     return make_picture_shards
 
 
@@ -111,12 +112,12 @@ TINY_SCHEDULER = {
 }
 
 
-def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = None, captions=(), **scheduler) -> Path:
+def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = None, captions=(), max_length=8, **scheduler) -> Path:
     """A whole random model folder for 32 px (latents of 8 x 8) that knows the words of some captions and of `captions`;
     `scheduler` replaces the scheduler's arguments."""
     captions = ["the letter a", "the letter v", *(f"picture {number}" for number in range(10)), *captions]
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(captions, max_length=8)
+    tokenizer = make_tokenizer(captions, max_length)
     text_encoder = make_text_encoder(tokenizer, hidden_size=16, intermediate_size=32)
     unet = UNet2DConditionModel(**TINY_UNET, sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=16)
     return save_model_folder(
@@ -131,7 +132,7 @@ def make_model_folder(folder: Path, seed: int = 0, vae: AutoencoderKL | None = N
 
 @pytest.fixture(name="make_model_folder", scope="session")
 def _make_model_folder() -> Callable[..., Path]:
-    """The function above: `make_model_folder(folder, seed=0, vae=None, captions=(), **scheduler)`."""
+    """The function above: `make_model_folder(folder, seed=0, vae=None, captions=(), max_length=8, **scheduler)`."""
     return make_model_folder
 
 

@@ -164,7 +164,7 @@ def test_pictures_and_latents_give_the_same_losses(configure, tiny_pictures, tin
     assert batches[0]["caption"] == batches[1]["caption"]
     with torch.no_grad():
         z = [module.latents(batch, seed=7) for batch in batches]
-        losses = [module.denoising_loss(batch, seed=7, caption_dropout=0.5) for batch in batches]
+        losses = [module.denoising_loss(batch, 7, module.unweighted, 0.5) for batch in batches]
     torch.testing.assert_close(*z, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(*losses, atol=2e-3, rtol=2e-3)
 
@@ -172,9 +172,9 @@ def test_pictures_and_latents_give_the_same_losses(configure, tiny_pictures, tin
 def test_draws_depend_on_the_position_alone(configure, tiny_latents):
     module, samples = module_of(configure()), LatentSamples(tiny_latents, seed=3)
     with torch.no_grad():
-        together = module.denoising_loss(collate([samples[p] for p in (4, 9, 2)]), seed=7, caption_dropout=0.5)
-        alone = torch.cat([module.denoising_loss(collate([samples[p]]), seed=7, caption_dropout=0.5) for p in (4, 9, 2)])
-        other = module.denoising_loss(collate([samples[p] for p in (4, 9, 2)]), seed=8, caption_dropout=0.5)
+        together = module.denoising_loss(collate([samples[p] for p in (4, 9, 2)]), 7, module.unweighted, 0.5)
+        alone = torch.cat([module.denoising_loss(collate([samples[p]]), 7, module.unweighted, 0.5) for p in (4, 9, 2)])
+        other = module.denoising_loss(collate([samples[p] for p in (4, 9, 2)]), 8, module.unweighted, 0.5)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together, other)
 
@@ -206,7 +206,7 @@ def test_stored_prompt_embeddings_are_used(configure, tmp_path, tiny_pictures, t
     computed, read = (collate([LatentSamples(f)[p] for p in range(6)]) for f in (tiny_latents, stored))
     with torch.no_grad():
         for dropout in (0.0, 0.5):
-            losses = [module.denoising_loss(batch, seed=1, caption_dropout=dropout) for batch in (computed, read)]
+            losses = [module.denoising_loss(batch, 1, module.unweighted, dropout) for batch in (computed, read)]
             torch.testing.assert_close(*losses, atol=2e-3, rtol=2e-3)
         changed = {**read, "prompt_embeds": read["prompt_embeds"] + 1}
         dropped = ["" if n % 2 else caption for n, caption in enumerate(read["caption"])]

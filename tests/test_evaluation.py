@@ -131,7 +131,7 @@ def test_what_training_logs_at_validation_is_what_the_evaluation_gives(tmp_path,
     letters = [f"the letter {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
     model = make_model_folder(tmp_path / "model", captions=letters)
     file = {
-        "stage": "diffusion", "init": "pretrained", "model": str(model), "vae": str(model), "val_letters": 4,
+        "stage": "diffusion", "init": "pretrained", "model": str(model), "vae": str(model), "val_letters": 4, "min_snr_gamma": 5.0,
         "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 10},
         "run": {"dir": str(tmp_path / "run"), "num_steps": 2, "precision": "32-true", "accelerator": "cpu", "val_every": 2},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.5},

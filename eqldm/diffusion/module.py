@@ -39,6 +39,7 @@ class LatentDiffusion(pl.LightningModule):
         self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
         self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
+        self.unweighted = Objective.of(networks.scheduler)  # of the validation: it compares, whatever the training's weights
         if config.run.channels_last:
             self.unet.to(memory_format=torch.channels_last)
         if config.run.compile:
@@ -84,28 +85,28 @@ class LatentDiffusion(pl.LightningModule):
         with torch.set_grad_enabled(self.text_encoder is not None and torch.is_grad_enabled()):
             return encode_prompts(self.tokenizer, self.text_encoder or self.frozen[1], captions)
 
-    def denoising_loss(self, batch: dict, seed: int, caption_dropout: float = 0.0) -> Tensor:
+    def denoising_loss(self, batch: dict, seed: int, objective: Objective, caption_dropout: float = 0.0) -> Tensor:
         """[B] the objective's loss at one (t, noise) per sample, drawn from (seed, position)."""
         z = self.latents(batch, seed)
         noises, times, captions = [], [], []
         for position, caption in zip(batch["position"].tolist(), batch["caption"]):
             generator = position_generator(seed, position, "denoise")
-            times.append(self.objective.draw_time(generator))
+            times.append(objective.draw_time(generator))
             noises.append(torch.randn(z.shape[1:], generator=generator))
             dropped = float(torch.rand((), generator=generator)) < caption_dropout
             captions.append("" if dropped else caption)
         t, eps = torch.stack(times).to(z.device), torch.stack(noises).to(z)
-        output = self.unet(self.objective.add_noise(z, eps, t), t, self.prompt_embeds(batch, captions)).sample
-        return self.objective.loss(output, z, eps, t)
+        output = self.unet(objective.add_noise(z, eps, t), t, self.prompt_embeds(batch, captions)).sample
+        return objective.loss(output, z, eps, t)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        loss = self.denoising_loss(batch, self.config.run.seed, self.config.caption_dropout).mean()
+        loss = self.denoising_loss(batch, self.config.run.seed, self.objective, self.config.caption_dropout).mean()
         check_finite({"loss": loss.detach()}, self.trainer.global_step, batch["key"])
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        loss = self.denoising_loss(batch, seed=0)
+        loss = self.denoising_loss(batch, 0, self.unweighted)
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
 
     def export(self, folder: Path) -> Path:

@@ -1,0 +1,65 @@
+"""The studies of benchmarks/, with tiny models and two steps each: they run, resume, and write their tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LETTERS = " ".join(["the letter", *"abcdefghijklmnopqrstuvwxyz"])
+SMALL = [
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "run.accelerator=cpu",
+    "run.precision=32-true",
+    "optimizer.warmup_steps=1",
+    "sample_prompts=[]",
+]
+
+pytestmark = pytest.mark.slow
+
+
+def study(name: str, *words) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / f"{name}.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def base(make_model_folder, tmp_path_factory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("base") / "model", captions=[LETTERS], max_length=12)
+
+
+@pytest.fixture(scope="module")
+def data(make_picture_shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in {"train": 16, "val": 8, "test": 8}.items():
+        make_picture_shards(folder / split, count=count, size=32, caption="{} a blue letter on a yellow background " + LETTERS)
+    return folder
+
+
+def test_adaptation(base, data, tmp_path, make_tiny_vae):
+    vae = make_tiny_vae(seed=3)
+    vae.save_pretrained(tmp_path / "vae" / "vae")
+    words = ["--vae", tmp_path / "vae", "--base", base, "--data", data, "--seeds", 2, "--num-steps", 2, "--val-every", 1,
+             "--num-letters", 2, "--num-images", 4, "--out", tmp_path / "out", "--set", *SMALL]  # fmt: skip
+    study("adaptation", *words)
+    table = (tmp_path / "out" / "table.md").read_text()
+    for row in ("swap", "swap, aligned", "scratch, 1", "full, 2", "full, aligned, 2", "LoRA, aligned, 1"):
+        assert f"| {row} | " in table
+    curves = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert {name: len(runs) for name, runs in curves.items()} == dict.fromkeys(("scratch", "full", "full, aligned", "LoRA, aligned"), 2)
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    again = study("adaptation", *words).stdout
+    assert "nothing to do" in again and (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_equivariance_losses(base, data, tmp_path):
+    words = ["--base", base, "--data", data, "--seeds", 1, "--num-steps", 1, "--num-images", 4, "--num-pairs", 2, "--unet-steps", 1]
+    study("equivariance_losses", *words, "--anagrams", "--out", tmp_path / "out", "--set", *SMALL, "data.val_samples=4")
+    rows = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(rows) == 2 + 9 and all(row.count("|") == rows[0].count("|") and " - " not in row for row in rows)
