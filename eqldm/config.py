@@ -261,6 +261,8 @@ class DiffusionConfig:
             raise ValueError(f"val_letters: got {self.val_letters}, wanted 0 (none) or at least 2 (KID compares distributions)")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: got {self.caption_dropout}, wanted 0 <= share < 1")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma: got {self.min_snr_gamma}, wanted above 0, or null for uniform timesteps")
         if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":
             raise ValueError("min_snr_gamma has no meaning with flow_prediction: leave it unset")
 

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import torch
 
-from eqldm.model_folder import load_autoencoder, load_scheduler, load_text, load_unet, save_model_folder
+from eqldm.model_folder import check_replaceable, load_autoencoder, load_scheduler, load_text, load_unet, save_model_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
-    """Write the folder, whole or VAE alone as it is, with weights of `dtype`. Raises ValueError where they overflow; as the loaders."""
+    """Write the folder, whole or VAE alone as it is, with weights of `dtype`. A model that stands at `out` is replaced.
+
+    Raises: ValueError where weights overflow, or where `out` is `model` or holds something else; as the loaders.
+    """
+    check_replaceable(out, model)
     parts = {"vae": load_autoencoder(model)}
     if (model / "unet").is_dir():
         tokenizer, text_encoder = load_text(model)

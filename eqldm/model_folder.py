@@ -69,7 +69,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     """
     vae = load_autoencoder(folder)
     if isinstance(vae, Pixels):
-        raise ValueError(f"'{folder}' is a pixel model, wanted one with a VAE")
+        raise ValueError(f"'{folder}' is a pixel model, wanted one with a VAE (to train its UNet further: vae=pixels)")
     return vae
 
 
@@ -158,6 +158,15 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
         raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
     replace_folder(folder, partial)
     return folder
+
+
+def check_replaceable(folder: Path, *inputs: Path) -> None:
+    """Raises ValueError unless a model may be written to `folder`: it is free, empty or a model, and none of the inputs."""
+    for source in inputs:
+        if folder.resolve() == source.resolve():
+            raise ValueError(f"--out '{folder}' is the model to read: give another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "vae" / "config.json").is_file():
+        raise ValueError(f"--out '{folder}' exists and is no model folder: it would be deleted. Give another, or empty it first")
 
 
 def replace_folder(folder: Path, partial: Path) -> None:

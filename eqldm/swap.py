@@ -10,16 +10,28 @@ import argparse
 import sys
 from pathlib import Path
 
-from eqldm.model_folder import load_scheduler, load_text, load_unet, load_vae, save_model_folder
+from eqldm.model_folder import check_replaceable, downsampling, load_scheduler, load_text, load_unet, load_vae, save_model_folder
 
 
 def swap(model: Path, vae: Path, out: Path) -> Path:
-    """Write `model` with the VAE of `vae` to `out`. Raises ValueError where the UNet takes other latents; FileNotFoundError."""
-    new, unet = load_vae(vae), load_unet(model)
+    """Write `model` with the VAE of `vae` to `out`, where a model that stands there is replaced.
+
+    Raises: ValueError where the UNet takes other latents, where the new VAE has another f or a shift (fold it in first), or
+    where `out` is one of the two or holds something else; as the loaders.
+    """
+    check_replaceable(out, model, vae)
+    old, new, unet = load_vae(model), load_vae(vae), load_unet(model)
     if unet.config.in_channels != new.config.latent_channels:
         raise ValueError(
             f"the UNet of '{model}' takes {unet.config.in_channels} latent channels, the VAE of '{vae}' gives "
             f"{new.config.latent_channels}: nothing but another UNet helps"
+        )
+    if downsampling(new) != downsampling(old):
+        raise ValueError(f"the VAE of '{vae}' has f = {downsampling(new)}, that of '{model}' f = {downsampling(old)}: wanted the same")
+    if new.config.get("shift_factor"):
+        raise ValueError(
+            f"the VAE of '{vae}' has a shift_factor, which Stable Diffusion's pipeline does not undo: fold it in with "
+            "python -m eqldm.autoencoder.fold"
         )
     tokenizer, text_encoder = load_text(model)
     parts = {"unet": unet, "tokenizer": tokenizer, "text_encoder": text_encoder, "scheduler": load_scheduler(model)}

@@ -134,6 +134,7 @@ OWN = {
         (["train_text_encoder=false"], "set train_text_encoder=true"),
         (["adapt=lora"], "adapt=lora updates a pretrained UNet"),
         (["caption_dropout=1"], "caption_dropout: got 1"),
+        (["min_snr_gamma=0"], "min_snr_gamma: got 0"),
         (["val_letters=1"], "val_letters: got 1"),
         (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
     ],

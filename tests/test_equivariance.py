@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from eqldm.autoencoder.equivariance import LatentStatistics, consistency_loss, draw_groups, draw_resize, latent_error, psnr
+from eqldm.autoencoder.equivariance import consistency_loss, draw_groups, draw_resize, latent_error, psnr, spread_loss
 from eqldm.autoencoder.module import transform_group
 from eqldm.config import EquivarianceConfig
 from eqldm.views import D4, GROUPS, NEGATE, Rescale
@@ -122,49 +122,64 @@ def test_eqvae_paper():
     assert any(draw_groups(config, 0, s, POSITIONS, SIDE) != other for s in range(8))  # its two steps draw apart
 
 
-def statistics_of(a: torch.Tensor, b: torch.Tensor) -> LatentStatistics:
-    """What the running statistics converge to where every batch is this one."""
-    both = torch.cat([a, b]).detach()
-    variance = both.var((0, 2, 3), unbiased=False)
-    return LatentStatistics(both.mean((0, 2, 3)), variance, (a - b).detach().square().mean((0, 2, 3)) / variance)
+def test_consistency_loss():
+    a, b, variance = normal(3, 4, 5, 5).requires_grad_(), normal(3, 4, 5, 5, seed=1).requires_grad_(), torch.rand(4).add(0.5)
+    variance.requires_grad_()
+    loss = consistency_loss(a, b, variance)
+    per_channel = ((a - b) ** 2).mean((0, 2, 3)) / variance
+    assert torch.allclose(loss, per_channel.mean())
+    loss.backward()
+    expected = 2 * (a - b).detach() / variance.detach()[:, None, None] / a.numel()
+    assert torch.allclose(a.grad, expected) and torch.allclose(b.grad, -expected)
+    assert variance.grad is None
 
 
-def test_consistency_loss_is_the_error_over_the_variance_with_the_gradient_of_the_ratio():
-    """In each channel, as if the variance had been measured of this very batch."""
-    a, b = normal(3, 4, 5, 5).requires_grad_(), (normal(3, 4, 5, 5) + 0.3 * normal(3, 4, 5, 5, seed=1)).requires_grad_()
-    loss = consistency_loss(a, b, statistics_of(a, b))
-    ratio = ((a - b) ** 2).mean((0, 2, 3)) / torch.cat([a, b]).var((0, 2, 3), unbiased=False)
-    assert torch.allclose(loss, ratio.mean())
-    found, expected = torch.autograd.grad(loss, [a, b]), torch.autograd.grad(ratio.mean(), [a, b])
-    for x, y in zip(found, expected):
+def with_statistics(z: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The whole term of one group of latents, with the statistics that every batch being this one would give."""
+    mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
+    error = sum((a - b).square().mean((0, 2, 3)) for a, b in pairs) / len(pairs)
+    consistency = sum(consistency_loss(a, b, variance) for a, b in pairs) / len(pairs)
+    return consistency + spread_loss(z, mean, variance, error)
+
+
+def ratio(z: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    error = sum((a - b).square().mean((0, 2, 3)) for a, b in pairs) / len(pairs)
+    return (error / z.var((0, 2, 3), unbiased=False)).mean()
+
+
+GROUPS_OF_PAIRS = {
+    "turned": lambda z, noise: [(z.rot90(1, (-2, -1)) + 0.3 * noise, z.rot90(1, (-2, -1)))],
+    "negated, far from the origin": lambda z, noise: [(-(z + 3) + 0.3 * noise, -(z + 3))],
+    "two sizes": lambda z, noise: [(z + 0.3 * noise, z), (0.2 * noise[..., :3, :3], z[..., :3, :3] / 4)],
+}
+
+
+@pytest.mark.parametrize("pairs", GROUPS_OF_PAIRS.values(), ids=GROUPS_OF_PAIRS)
+def test_consistency_has_the_gradient_of_the_error_over_the_variance(pairs):
+    """As if the variance had been measured of this very batch: so shrinking a channel gains nothing."""
+    z = (normal(3, 4, 6, 6) + 2).requires_grad_()
+    found = with_statistics(z, pairs(z, normal(3, 4, 6, 6, seed=1)))
+    expected = ratio(z, pairs(z, normal(3, 4, 6, 6, seed=1)))
+    assert torch.allclose(found, expected)
+    for x, y in zip(torch.autograd.grad(found, z), torch.autograd.grad(expected, z)):
         assert torch.allclose(x, y, atol=1e-6)
 
 
-def test_shrinking_a_channel_does_not_lower_the_consistency_loss():
-    """Its gradient along the scale of each channel is zero: with a constant variance it would not be."""
+def test_shrinking_a_channel_does_not_lower_the_consistency():
     scale = torch.ones(4, 1, 1, requires_grad=True)
-    a, b = normal(3, 4, 5, 5), normal(3, 4, 5, 5) + 0.3 * normal(3, 4, 5, 5, seed=1)
-    mean = torch.cat([a, b]).mean((0, 2, 3))[:, None, None]
-    scaled = [(x - mean) * scale + mean for x in (a, b)]
-    (gradient,) = torch.autograd.grad(consistency_loss(*scaled, statistics_of(a, b)), scale, retain_graph=True)
-    assert float(gradient.abs().max()) < 1e-6
-    constant = ((scaled[0] - scaled[1]) ** 2).mean((0, 2, 3)) / statistics_of(a, b).variance
-    (gradient,) = torch.autograd.grad(constant.mean(), scale)
-    assert float(gradient.min()) > 1e-3
+    a, b = normal(3, 4, 5, 5) * scale, (normal(3, 4, 5, 5) + 0.3 * normal(3, 4, 5, 5, seed=1)) * scale
+    (whole,) = torch.autograd.grad(with_statistics(b, [(a, b)]), scale, retain_graph=True)
+    (constant,) = torch.autograd.grad(consistency_loss(a, b, b.var((0, 2, 3))), scale)
+    assert float(whole.abs().max()) < 1e-6 < 1e-3 < float(constant.min())
 
 
-def test_consistency_loss_of_parts_is_their_mean():
-    a, b = normal(4, 4, 5, 5), normal(4, 4, 5, 5, seed=1)
-    statistics = statistics_of(a, b)
-    whole = consistency_loss(a, b, statistics)
-    assert torch.allclose(whole, (consistency_loss(a[:1], b[:1], statistics) + 3 * consistency_loss(a[1:], b[1:], statistics)) / 4)
-
-
-def test_consistency_loss_is_free_of_the_latents_scale():
-    a, b = normal(3, 4, 5, 5), normal(3, 4, 5, 5, seed=1)
-    scale = torch.tensor([2.0, 0.1, 5.0, 1.0])[:, None, None]
-    rescaled = consistency_loss(a * scale, b * scale, statistics_of(a * scale, b * scale))
-    assert torch.allclose(rescaled, consistency_loss(a, b, statistics_of(a, b)))
+def test_the_spread_of_parts_is_their_mean_and_its_value_zero():
+    z, mean, variance, error = normal(4, 4, 5, 5).requires_grad_(), *(torch.rand(3, 4) + 0.5)
+    whole = spread_loss(z, mean, variance, error)
+    parts = (spread_loss(z[:1], mean, variance, error) + 3 * spread_loss(z[1:], mean, variance, error)) / 4
+    assert float(whole) == float(parts) == 0
+    for x, y in zip(torch.autograd.grad(whole, z), torch.autograd.grad(parts, z)):
+        assert torch.allclose(x, y)
 
 
 def test_latent_error():

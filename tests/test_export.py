@@ -45,6 +45,11 @@ def test_weights_that_overflow_and_folders_that_are_none(make_tiny_vae, tmp_path
     with pytest.raises(ValueError, match="weights of vae/ of .* are too large for torch.float16: use bfloat16 or float32"):
         export(folder, tmp_path / "out", torch.float16)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is the model to read"):
+        export(folder, folder, torch.float16)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no model folder: it would be deleted"):
+        export(folder, tmp_path / "runs", torch.float32)
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="error: .*none' does not exist"):
         main()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
 from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
-from eqldm.evaluation.judge import ANSWERS, READS_AS, UNCERTAIN, Judge, JudgeTraining, train_judge, turned_label
+from eqldm.evaluation.judge import ANSWERS, READS_AS, UNCERTAIN, Judge, JudgeTraining, save_judge, train_judge, turned_label
 from eqldm.training.run_folder import LAST
 from eqldm.views import D4
 
@@ -152,3 +153,10 @@ def test_data_without_labels_is_an_error(configured, shards, tmp_path):
 def test_missing_judge_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no judge: train one with python train.py configs/glyphs/judge.yaml"):
         Judge.open(tmp_path)
+
+
+def test_a_judge_without_the_answer_none_is_refused(tmp_path):
+    about = {"architecture": "resnet18", "args": {"channels": [4, 4, 8, 8]}, "image_size": 16}
+    save_judge(tmp_path / "old", timm.create_model("resnet18", num_classes=26, channels=[4, 4, 8, 8]), about)
+    with pytest.raises(ValueError, match="knows 26 answers, wanted 27"):
+        Judge.open(tmp_path / "old")

@@ -11,14 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LETTERS = " ".join(["the letter", *"abcdefghijklmnopqrstuvwxyz"])
-SMALL = [
-    "data.batch_size=4",
-    "data.num_workers=0",
-    "run.accelerator=cpu",
-    "run.precision=32-true",
-    "optimizer.warmup_steps=1",
-    "sample_prompts=[]",
-]
+SMALL = ["data.batch_size=4", "data.num_workers=0", "run.accelerator=cpu", "run.precision=32-true", "optimizer.warmup_steps=1"]
 
 pytestmark = pytest.mark.slow
 

@@ -39,7 +39,7 @@ SCHEDULERS = {
 }
 REDUCTIONS = ("mean", "alternate")
 BLENDS = ("latents", "pixels")
-STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+BLENDING = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # deterministic, at the levels of training
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
 
@@ -167,8 +167,9 @@ class Sampler:
             raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
         if reduction != "mean":
             raise ValueError(f"blend=pixels averages the views, got reduction={reduction}: use mean")
-        if name in STOCHASTIC or name.startswith("Euler"):
-            raise ValueError(f"blend=pixels cannot use {name}, which adds or scales noise apart: use ddim, dpm++ or unipc")
+        sigmas = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if solver.config.get(key)]
+        if name not in BLENDING or sigmas or "sde" in str(solver.config.get("algorithm_type")):
+            raise ValueError(f"blend=pixels cannot use {name}{' with ' + sigmas[0] if sigmas else ''}: use ddim, dpm++ or unipc")
 
     def _embed(self, prompt: Prompt, count: int) -> Tensor:
         """[count, L, D] of one prompt, or of `count` prompts."""

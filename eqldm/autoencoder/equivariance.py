@@ -105,27 +105,28 @@ def draw_resize(config: EquivarianceConfig, seed: int, step: int, side: int, pur
     return replace(draw_rescale(generator, side, smallest=0.25), mode="bilinear")
 
 
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Running statistics of the latents' channels, each [C]: mean, variance, and error, the mean of (E(T x) - T E(x))^2 / variance."""
+def consistency_loss(encoded_transformed: Tensor, transformed_encoded: Tensor, variance: Tensor) -> Tensor:
+    """Mean over samples, channels and cells of (E(T x) - T E(x))^2 / var(z). Gradients flow into both encodings.
 
-    mean: Tensor
-    variance: Tensor
-    error: Tensor
-
-
-def consistency_loss(encoded_transformed: Tensor, transformed_encoded: Tensor, statistics: LatentStatistics) -> Tensor:
-    """Mean over samples, channels and cells of (E(T x) - T E(x))^2 / var(z), with the gradient of that ratio.
-
-    encoded_transformed, transformed_encoded: [B, C, h, w]; gradients flow into both, and into the variance that they have: with a
-    constant in the denominator, shrinking a channel would lower the loss, and channels that are hard to make equivariant die. By
-    the quotient rule d(e / v) = de / v - (e / v) dv / v, which with running e / v and v stays a mean over samples, whatever
-    the micro-batches. The second term's value is taken out, so that the loss is the error.
+    encoded_transformed, transformed_encoded: [B, C, h, w].  variance: [C], of the latents over the data; no gradient, which
+    `spread_loss` gives it.
     """
-    mean, variance, error = (x.detach()[:, None, None] for x in (statistics.mean, statistics.variance, statistics.error))
-    a, b = encoded_transformed.float(), transformed_encoded.float()
-    spread = ((a - mean).square() + (b - mean).square()) / (2 * variance)
-    return ((a - b).square() / variance - error * (spread - spread.detach())).mean()
+    difference = encoded_transformed.float() - transformed_encoded.float()
+    return (difference.square() / variance.detach()[:, None, None]).mean()
+
+
+def spread_loss(latents: Tensor, mean: Tensor, variance: Tensor, error: Tensor) -> Tensor:
+    """Zero, with the gradient through var(z) that `consistency_loss` lacks: a mean over latents E(x) [B, C, h, w].
+
+    With a constant in the denominator, shrinking a channel would lower the consistency loss, and channels that are hard to make
+    equivariant would die. By the quotient rule d(e / v) = de / v - (e / v) dv / v; with running e and v it stays a mean over
+    samples, whatever the micro-batches.
+
+    mean, variance, error: [C], of the latents' channels over the data, the last the mean of (E(T x) - T E(x))^2.
+    """
+    mean, variance, error = (x.detach()[:, None, None] for x in (mean, variance, error))
+    spread = (latents.float() - mean).square() / variance
+    return -(error / variance * (spread - spread.detach())).mean()
 
 
 def latent_error(encoded_transformed: Tensor, transformed_encoded: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.autoencoder.equivariance import (
     IDENTITY_TRANSFORM,
-    LatentStatistics,
     TransformGroup,
     consistency_loss,
     draw_groups,
     draw_resize,
     latent_error,
     psnr,
+    spread_loss,
 )
 from eqldm.autoencoder.fold import fold_channels
 from eqldm.autoencoder.losses import (
@@ -57,9 +57,8 @@ class Autoencoder(pl.LightningModule):
             self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
         self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
         channels = vae.config.latent_channels
-        self.register_buffer("latent_mean", torch.zeros(channels))
-        self.register_buffer("latent_variance", torch.zeros(channels))  # 0: not measured yet
-        self.register_buffer("latent_error", torch.zeros(channels))  # of the encoder's equivariance, relative to the variance
+        # Running means per channel of z, of z^2 and of (E(T x) - T E(x))^2; all zero until they are measured
+        self.register_buffer("latent_moments", torch.zeros(3, channels))
         self.moments: Tensor | float = 0.0  # of this process and step: no buffer, which DDP may share and the EMA average
         if config.run.channels_last:
             self.vae.to(memory_format=torch.channels_last)
@@ -200,10 +199,16 @@ class Autoencoder(pl.LightningModule):
         terms["reconstruction"] = sum(measures[name][0] * value for name, value in terms.items())
         return terms
 
+    @property
+    def latent_variance(self) -> Tensor:
+        """[C] running variance of the latents' channels; 0 until it is measured."""
+        mean, square, _ = self.latent_moments
+        return (square - mean.square()).clamp_min(1e-8) * bool(square.any())
+
     def _consistency(self, x: Tensor, mean: Tensor, groups: list[TransformGroup]) -> tuple[Tensor, Tensor]:
-        """The consistency term, 0 at the first step, which measures the statistics; and [C] the mean of (E(T x) - T E(x))^2."""
-        statistics = LatentStatistics(self.latent_mean, self.latent_variance, self.latent_error)
-        known = bool(self.latent_variance.any())
+        """The consistency term, 0 at the first step, which measures the variance; and [C] the mean of (E(T x) - T E(x))^2."""
+        variance = self.latent_variance
+        known = bool(variance.any())
         total, difference = mean.new_zeros(()), mean.new_zeros(mean.shape[1])
         for group in groups:
             encoded = self.vae.encode(transform_group(group, x)).latent_dist.mean.float()
@@ -211,7 +216,9 @@ class Autoencoder(pl.LightningModule):
             share = len(group.rows) / len(x)
             difference = difference + share * (encoded - transformed).detach().square().mean((0, 2, 3))
             if known:
-                total = total + share * consistency_loss(encoded, transformed, statistics)
+                total = total + share * consistency_loss(encoded, transformed, variance)
+        if known:
+            total = total + spread_loss(mean, self.latent_moments[0], variance, self.latent_moments[2])
         return total, difference
 
     def _discriminator_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -229,14 +236,10 @@ class Autoencoder(pl.LightningModule):
     @torch.no_grad()
     def _update_latent_statistics(self) -> None:
         """Moves the running statistics towards this step's, over the whole global batch."""
-        count, total, squares, differences = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp_min(1e-8)
-        fresh = not bool(self.latent_variance.any())
-        found = {"latent_mean": mean, "latent_variance": variance, "latent_error": differences / count / variance}
-        for name, value in found.items():
-            running = getattr(self, name)
-            running.copy_(value.float() if fresh else running.lerp(value.float(), 1 - STATISTICS_MOMENTUM))
+        count, *sums = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
+        found = torch.stack([total / count for total in sums]).float()
+        fresh = not bool(self.latent_moments.any())
+        self.latent_moments.copy_(found if fresh else self.latent_moments.lerp(found, 1 - STATISTICS_MOMENTUM))
         self.moments = 0.0
         self.log("train/latent_std", self.latent_variance.sqrt().mean())
 

@@ -154,6 +154,9 @@ class Judge:
         about = json.loads((folder / "config.json").read_text())
         network = timm.create_model(about["architecture"], num_classes=len(ANSWERS), **about["args"])
         weights = load_file(folder / "model.safetensors")
+        answers = len(weights[network.default_cfg["classifier"] + ".weight"])
+        if answers != len(ANSWERS):
+            raise ValueError(f"the judge in '{folder}' knows {answers} answers, wanted {len(ANSWERS)} (A-Z and none): train it anew")
         network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, strict=True)
         return cls(network, about["image_size"])
 

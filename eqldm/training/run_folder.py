@@ -117,7 +117,7 @@ def input_digests(config: StageConfig) -> dict[str, str]:
     Raises FileNotFoundError where one is missing.
     """
     flat = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-    return {name: _digest(Path(flat[name])) for name in INPUTS if flat.get(name) not in (None, "pixels")}
+    return {name: _digest(Path(flat[name])) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
 
 
 def _digest(folder: Path) -> str:
