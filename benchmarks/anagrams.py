@@ -6,14 +6,16 @@
 A method is NAME=MODEL, or NAME=MODEL@pixels to blend its views in picture space. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
 stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md and, for each method and all
-pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over tuples, paired between methods.
+pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over sets of letters (real pictures are not), paired between methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mea
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
 from eqldm.evaluation.report import letter_matrix
-from eqldm.model_folder import Pixels
+from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.training.trainer import native_precision
 from eqldm.views import View, parse_view
 
@@ -48,32 +50,65 @@ def letter_tuples(which: str, num_views: int) -> Tensor:
     return torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(int(which))])
 
 
-def make_pictures(name: str, model: str, views: list[View], wanted: Tensor, args: argparse.Namespace, progress: Progress) -> Sampler:
-    """Samples the pictures of a method that DIR/NAME lacks, a file for each batch. Picture i has seed i."""
+def unordered(tuples: Tensor) -> Tensor:
+    """[T] cluster numbers: tuples of the same letters in any order are one, for under a symmetric view they are one task."""
+    return torch.unique(tuples.sort(1).values, dim=0, return_inverse=True)[1]
+
+
+def open_method(name: str, model: str, views: list[View], args: argparse.Namespace) -> tuple[Sampler, str]:
+    """The sampler of a method and where it blends the views. Raises ValueError, before anything is sampled, where they do not fit
+    each other, or where DIR/NAME holds pictures that were made otherwise."""
     folder, _, blend = model.partition("@")
+    blend = blend or "latents"
     sampler = Sampler.open(folder, args.device)
-    sampler.check([""] * len(views), views)
-    out = args.out / name
-    out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(wanted), args.batch_size)
-    task = progress.add_task(name, total=len(starts))
-    for first in starts:
-        path = out / f"{first:06d}.safetensors"
+    sampler.check([""] * len(views), views, blend=blend)
+    networks = sampler.networks
+    about = {
+        "unet_hash": weights_hash(networks.unet),
+        "vae_hash": vae_hash(sampler.vae),
+        "text_hash": text_hash(networks.tokenizer, networks.text_encoder),
+        "scheduler": {key: value for key, value in networks.scheduler.config.items() if not key.startswith("_diffusers")},
+        "blend": blend,
+        "views": args.views,
+        "tuples": args.tuples,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "batch_size": args.batch_size,
+    }
+    path = args.out / name / "about.json"
+    about = json.loads(json.dumps(about, default=str))
+    if path.exists() and (before := json.loads(path.read_text())) != about:
+        changed = [key for key in about if before.get(key) != about[key]]
+        raise ValueError(f"'{path.parent}' holds pictures made with another {', '.join(changed)}: give another NAME or --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, about)
+    return sampler, blend
+
+
+def batches(tuples: Tensor, args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(seed round, first tuple) of each file: a round is every tuple once, so that later seeds leave earlier files as they are."""
+    return [(k, first) for k in range(args.num_seeds) for first in range(0, len(tuples), args.batch_size)]
+
+
+def make_pictures(
+    folder: Path, sampler: Sampler, blend: str, views: list[View], tuples: Tensor, args: argparse.Namespace, advance: Callable[[], None]
+) -> None:
+    """Samples what DIR/NAME lacks, a file for each batch. Tuple j of round k has seed k * tuples + j."""
+    for k, first in batches(tuples, args):
+        path = folder / f"{k:03d}-{first:06d}.safetensors"
         if not path.exists():
-            rows = wanted[first : first + args.batch_size]
+            rows = tuples[first : first + args.batch_size]
             prompts = [[f"the letter {LETTERS[label]}" for label in column] for column in rows.T.tolist()]
-            seeds = range(first, first + len(rows))
+            seeds = range(k * len(tuples) + first, k * len(tuples) + first + len(rows))
             options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
             start = time.perf_counter()
             with _autocast(sampler.device):
-                pictures = sampler(prompts, views, seeds, blend=blend or "latents", **options)
+                pictures = sampler(prompts, views, seeds, blend=blend, **options)
             seconds = time.perf_counter() - start
             pixels = pictures.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            tensors = {"pictures": pixels, "wanted": rows.contiguous(), "seconds": torch.tensor(seconds)}
-            save_file(tensors, path.with_suffix(".partial"))
+            save_file({"pictures": pixels, "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
-        progress.advance(task)
-    return sampler
+        advance()
 
 
 def _autocast(device: torch.device):
@@ -82,12 +117,10 @@ def _autocast(device: torch.device):
     return torch.autocast("cpu", torch.bfloat16) if native else nullcontext()
 
 
-def load_pictures(folder: Path, wanted: Tensor, batch_size: int) -> tuple[Tensor, float]:
-    """Pictures [N, 3, H, W] in [-1, 1], and the median seconds a picture. Raises ValueError where they are of other letters."""
-    parts = [load_file(folder / f"{first:06d}.safetensors") for first in range(0, len(wanted), batch_size)]
-    if not torch.equal(torch.cat([part["wanted"] for part in parts]), wanted):
-        raise ValueError(f"'{folder}' holds pictures of other letters, views or batches: give another --out")
-    seconds = torch.stack([part["seconds"] / len(part["wanted"]) for part in parts]).median()
+def load_pictures(folder: Path, tuples: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
+    """Pictures [rounds x tuples, 3, H, W] in [-1, 1], and the median seconds a picture."""
+    parts = [load_file(folder / f"{k:03d}-{first:06d}.safetensors") for k, first in batches(tuples, args)]
+    seconds = torch.stack([part["seconds"] for part in parts]).median()
     return torch.cat([part["pictures"] for part in parts]).float().div(127.5).sub(1), float(seconds)
 
 
@@ -105,8 +138,7 @@ class Measured:
         self.chosen = torch.stack([chooser.probabilities(x).gather(1, k[:, None])[:, 0] for x, k in zip(seen, wanted.T)]).amin(0)
         self.features = torch.stack([judge.features(x) for x in seen])
         self.energy = torch.stack([torch.cat([high_frequency_energy(part) for part in x.split(256)]) for x in seen])
-        with _autocast(torch.device("cpu")):
-            self.round_trip = None if isinstance(vae, Pixels) else round_trip_psnr(vae, pictures)
+        self.round_trip = None if isinstance(vae, Pixels) else round_trip_psnr(vae, pictures)
 
     def both(self) -> Tensor:
         """[N] 1 where every view reads right."""
@@ -118,13 +150,12 @@ class Measured:
         return self.both().view(-1, num_tuples)[choice, torch.arange(num_tuples)]
 
 
-def summarise(method: Measured, real: RealPictures, views: list[View], clusters: Tensor, weights: Tensor) -> dict:
+def summarise(method: Measured, real: RealPictures, views: list[View], num_tuples: int, weights: Tensor) -> dict:
     """Flat metrics, and the resampled values behind them under `_resampled` for comparisons."""
-    num_tuples = int(clusters.max()) + 1
     tuple_weights = weights[:, :num_tuples]  # the first num_tuples pictures are one of each tuple
     drawn = {"ambigramability": weighted_mean(method.both(), weights)}
     metrics: dict = {"ambigramability": float(method.both().mean())}
-    count = len(clusters) // num_tuples
+    count = weights.shape[1] // num_tuples
     if count > 1:
         metrics[f"best_of_{count}"] = float(method.best(num_tuples).mean())
         drawn[f"best_of_{count}"] = weighted_mean(method.best(num_tuples), tuple_weights)
@@ -147,14 +178,11 @@ def summarise(method: Measured, real: RealPictures, views: list[View], clusters:
 
 
 def compare(a: dict, b: dict) -> dict:
-    """Of two summaries on the same letters and seeds: a's ambigramability minus b's, and a's KID over b's, with intervals."""
+    """Of two summaries on the same letters and seeds: what a has more than b, with intervals."""
     result = {}
-    for name in a["_resampled"]:
-        x, y = a["_resampled"][name], b["_resampled"][name]
-        ratio = name in ("kid", "texture")
-        value = a[name] / b[name] if ratio else a[name] - b[name]
-        result[f"{name}_{'ratio' if ratio else 'difference'}"] = value
-        result[f"{name}_{'ratio' if ratio else 'difference'}_95"] = interval(x / y if ratio else x - y)
+    for name, values in a["_resampled"].items():
+        result[f"{name}_difference"] = a[name] - b[name]
+        result[f"{name}_difference_95"] = interval(values - b["_resampled"][name])
     return result
 
 
@@ -179,22 +207,28 @@ def run(args: argparse.Namespace) -> Path:
     if len(methods) != len(args.methods):
         raise ValueError(f"methods: got {' '.join(args.methods)}, wanted NAME=MODEL each, with different names")
     tuples = letter_tuples(args.tuples, len(views))
+    if args.num_seeds < 1 or args.batch_size < 1 or len(tuples) < 20:
+        raise ValueError(f"wanted --num-seeds and --batch-size of at least 1, and 20 tuples to resample: got {args.num_seeds}, "
+                         f"{args.batch_size} and {len(tuples)}")  # fmt: skip
     wanted = tuples.repeat(args.num_seeds, 1)
-    clusters = torch.arange(len(tuples)).repeat(args.num_seeds)
     judge, chooser = Judge.open(args.judge), Judge.open(args.chooser)
     samples = PictureSamples(args.real)
+    opened = {name: open_method(name, model, views, args) for name, model in methods.items()}
     real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(len(samples))]), judge)
+    clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
     summaries = {}
     with Progress() as progress:
-        for name, model in methods.items():
-            sampler = make_pictures(name, model, views, wanted, args, progress)
-            pictures, seconds = load_pictures(args.out / name, wanted, args.batch_size)
+        for name, (sampler, blend) in opened.items():
+            task = progress.add_task(name, total=len(batches(tuples, args)))
+            make_pictures(args.out / name, sampler, blend, views, tuples, args, lambda task=task: progress.advance(task))
+            pictures, seconds = load_pictures(args.out / name, tuples, args)
             measured = Measured(pictures, seconds, views, wanted, judge, chooser, sampler.vae)
-            summaries[name] = summarise(measured, real, views, clusters, weights)
+            summaries[name] = summarise(measured, real, views, len(tuples), weights)
             if args.tuples == "all":
                 rates = measured.both().view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
-                letter_matrix(rates, f"{name}: read right in {' and '.join(args.views)}").save(args.out / f"matrix_{name}.png")
+                matrix = letter_matrix(rates, f"{name}: read right in both views", args.views)
+                matrix.save(args.out / f"matrix_{name}.png")
     comparisons = {
         f"{a} against {b}": compare(summaries[a], summaries[b]) for a in summaries for b in summaries if args.against == b and a != b
     }

@@ -82,8 +82,10 @@ class Sampler:
         side = self.networks.unet.config.sample_size
         return side if isinstance(side, int) else side[0]
 
-    def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None) -> int:
-        """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
+    def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None, blend: str = "latents") -> int:
+        """The latent side to sample at. Raises ValueError where prompts, views, size and (with the model's own scheduler and the
+        mean of views) blend do not fit each other."""
+        self._check_blend(blend, "mean", self.networks.scheduler)
         if len(prompts) != len(views) or not views:
             raise ValueError(
                 f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)})"

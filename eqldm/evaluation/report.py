@@ -108,10 +108,10 @@ def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[st
     return whole
 
 
-def letter_matrix(rates: Tensor, title: str) -> Image.Image:
-    """A heat map of rates [26, 26] in [0, 1]: the first letter down, the second across.
+def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Image:
+    """A heat map of rates [26, 26] in [0, 1]: the letter of the first of two views down, of the second across.
 
-    Framed: A/V, which arXiv 2306.12049 calls easy (solid), and D/K, which it calls hard (dashed), for half a turn.
+    Framed for half a turn: A/V, which arXiv 2306.12049 calls easy (solid), and D/K, which it calls hard (dashed).
     """
     figure = Figure(figsize=(8, 7.5), dpi=100, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
@@ -119,9 +119,9 @@ def letter_matrix(rates: Tensor, title: str) -> Image.Image:
     axes.set_xticks(range(len(LETTERS)), list(LETTERS))
     axes.set_yticks(range(len(LETTERS)), list(LETTERS))
     axes.set_title(f"{title}: {float(rates.mean()):.1%}")
-    axes.set_ylabel("upright")
-    axes.set_xlabel("turned")
-    for pair, style in (("AV", "-"), ("DK", "--")):
+    axes.set_ylabel(views[0])
+    axes.set_xlabel(views[1])
+    for pair, style in (("AV", "-"), ("DK", "--")) if list(views) == ["identity", "rotate_180"] else ():
         i, j = map(LETTERS.index, pair)
         for row, column in ((i, j), (j, i)):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, linestyle=style))
