@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from steps import ROOT, call, encode, evaluate, spread, table, train
+from steps import ROOT, call, encode, evaluate, path, spread, table, train
 
 BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 METHODS = {  # name: (config, whether the VAE is aligned, options)
@@ -54,31 +54,29 @@ def plot(curves: dict[str, list[dict[int, dict[str, float]]]], path: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="model folder of the equivariant VAE, normalised, not aligned")
-    parser.add_argument("--base", type=Path, default=BASE, help="model folder to start from: glyphs-base")
-    parser.add_argument("--data", type=Path, default=Path("runs/glyphs/pictures"), help="glyph shards: train, val, test")
+    parser.add_argument("--vae", type=path, required=True, help="model folder of the equivariant VAE, normalised, not aligned")
+    parser.add_argument("--base", type=path, default=BASE, help="model folder to start from: glyphs-base")
+    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--val-every", type=int, default=500)
     parser.add_argument("--num-letters", type=int, default=208)
     parser.add_argument("--num-images", type=int, default=1024, help="validation pictures that samples and losses are held against")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     aligned = args.out / "vae-aligned"
-    if not aligned.exists():
-        call("-m", "eqldm.autoencoder.fold", args.vae, "--data", args.data / "train", "--out", aligned, "--align-to", args.base)
+    call("-m", "eqldm.autoencoder.fold", args.vae, "--data", args.data / "train", "--out", aligned, "--align-to", args.base)
     vaes = {False: args.vae, True: aligned}
     latents = {key: encode(args.data, vae, args.out / f"latents-{'aligned' if key else 'plain'}") for key, vae in vaes.items()}
     rows = {}
     for key, vae in vaes.items():
         name = "swap, aligned" if key else "swap"
         folder = args.out / name.replace(", ", "-")
-        if not folder.exists():
-            call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
+        call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
         sizes = ["--num-letters", args.num_letters, "--num-pairs", 2, "--num-images", args.num_images]
-        metrics = evaluate(args.out / f"evaluation-{folder.name}", [folder], args.data / "val", *sizes)[folder.name]
+        metrics = evaluate(args.out / f"evaluation-{folder.name}", folder, args.data / "val", *sizes)
         rows[name] = ["0", *(spread([metrics[metric]]) for metric in SWAP.values())]
     curves: dict[str, list] = {}
     for seed in range(args.seeds):

@@ -8,9 +8,8 @@ call goes on. Writes DIR/table.md.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from steps import ROOT, encode, evaluate, spread, table, train
+from steps import ROOT, encode, evaluate, path, spread, table, train
 
 BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
@@ -43,8 +42,8 @@ ANAGRAMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=BASE, help="model folder to start from: glyphs-base")
-    parser.add_argument("--data", type=Path, default=Path("runs/glyphs/pictures"), help="glyph shards: train, val, test")
+    parser.add_argument("--base", type=path, default=BASE, help="model folder to start from: glyphs-base")
+    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=1500, help="of the autoencoder")
     parser.add_argument("--anagrams", action="store_true", help="also adapt a UNet to each variant of the first seed (hours)")
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--num-pairs", type=int, default=200)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
     shards = [f"data.train={args.data / 'train'}", f"data.val={args.data / 'val'}"]
     test = args.data / "test"
@@ -64,7 +63,7 @@ def main() -> None:
         for seed in range(args.seeds):
             model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options, *args.set)
             views = ["--views", "patch_permute:4", "negate", "--judge", "none", "--num-images", args.num_images]
-            found.append(evaluate(folder / f"vae{seed}" / "evaluation", [model], test, *views)[f"vae{seed}"])
+            found.append(evaluate(folder / f"vae{seed}" / "evaluation", model, test, *views))
         rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
         if args.anagrams:
             vae = folder / "vae0" / "model"
@@ -72,7 +71,7 @@ def main() -> None:
             adapted = [f"vae={vae}", f"model={args.base}", f"data.train={latents / 'train'}", f"data.val={latents / 'val'}"]
             model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}", *args.set)
             sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
-            metrics = evaluate(folder / "unet" / "evaluation", [model], test, *sizes)["unet"]
+            metrics = evaluate(folder / "unet" / "evaluation", model, test, *sizes)
             rows[name] += [spread([metrics[metric]]) for metric in ANAGRAMS.values()]
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "table.md").write_text(table("loss", columns, rows))  # grows as results come

@@ -10,7 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def path(text: str) -> Path:
+    """A path option, made absolute: the commands run in the repository, the user may not."""
+    return Path(text).resolve()
 
 
 def call(*words) -> None:
@@ -34,15 +39,17 @@ def encode(data: Path, vae: Path, out: Path) -> Path:
     return out
 
 
-def evaluate(out: Path, models: Sequence[Path], data: Path, *options) -> dict[str, dict[str, float]]:
-    """The metrics of each model, in order, by its path; evaluated now unless the report is there."""
-    if not (out / "report.md").exists():
-        call("-m", "eqldm.evaluate", *models, "--data", data, "--out", out, *options)
-    found = {}
-    for path in sorted(out.glob("*/about.json")):
-        about = json.loads(path.read_text())
-        found[path.parent.name] = {"metrics": json.loads((path.parent / "metrics.json").read_text()), "about": about}
-    return {name: item["metrics"] for name, item in found.items()}
+def evaluate(out: Path, model: Path, data: Path, *options) -> dict[str, float]:
+    """The metrics of a model; evaluated now unless `out` holds them. Raises SystemExit where it holds those of other options."""
+    arguments = [str(word) for word in (model, "--data", data, "--out", out, *options)]
+    stamp = out / "arguments.json"
+    if not stamp.exists():
+        call("-m", "eqldm.evaluate", *arguments)
+        stamp.write_text(json.dumps(arguments) + "\n")
+    elif (before := json.loads(stamp.read_text())) != arguments:
+        sys.exit(f"error: '{out}' holds an evaluation with other options ({shlex.join(before)}): remove it, or give another --out")
+    (metrics,) = out.glob("*/metrics.json")
+    return json.loads(metrics.read_text())
 
 
 def spread(values: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.model_folder import load_vae
 from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
-from eqldm.training.run_folder import LAST, prepare_run
+from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, prepare_run
 from eqldm.training.trainer import learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +126,17 @@ def test_changed_options_are_refused_and_listed(configured):
     assert "data.batch_size was 4, is 6; optimizer.learning_rate was 0.001, is 0.5. Use another run.dir" in str(
         pytest.raises(ValueError, prepare_run, configured("optimizer.learning_rate=0.5", "data.batch_size=6")).value
     )
+
+
+def test_a_run_of_another_version_is_refused(configured, tmp_path):
+    """A change of losses or draws raises FORMAT; a run begun before it must not go on as if nothing were."""
+    train_autoencoder(configured())
+    path = tmp_path / "run" / INPUTS_FILE
+    inputs = json.loads(path.read_text())
+    assert inputs.pop("format") == FORMAT
+    path.write_text(json.dumps(inputs))
+    with pytest.raises(ValueError, match=r"begun by another version of eqldm \(format 1, now \d\): go on with the commit in its git.txt"):
+        train_autoencoder(configured("run.num_steps=3"))
 
 
 def test_what_may_change_may_change(configured, tmp_path):

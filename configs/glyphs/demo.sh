@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method in small, from the shipped glyphs-base to anagrams: what `make demo` runs. A second call resumes.
+# The whole method in small, from the shipped glyphs-base to anagrams: what `make demo` will run when it is shipped. A second call resumes.
 #   PY   the Python to use          RUN  the folder to write (default runs/demo); both as seen from the repository
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -20,24 +20,31 @@ SAMPLING = {"num_inference_steps": 20, "guidance_scale": 5.0}  # as python -m eq
 
 
 class LetterMonitor(pl.Callback):
-    """Logs `val/generation/...` of the EMA weights, the same code, letters and seeds as the evaluation's. Rank 0 only.
+    """Logs `val/generation/...` of the EMA weights, the same code, letters and seeds as the evaluation's.
 
+    Rank 0 samples while the others wait, at most for the process group's timeout: keep val_letters to some seconds' work there.
     Raises ValueError where the validation set's pictures, which samples are held against, cannot be found.
     """
 
     def __init__(self, config: DiffusionConfig):
-        self.config, self.judge = config, Judge.open()
-        manifest, folder = read_manifest(config.data.val), Path(config.data.val)
+        self.config, self.folder = config, Path(config.data.val)
+        manifest = read_manifest(self.folder)
         if manifest.get("kind") == "latents":
-            folder = Path(manifest.get("pictures", ""))
-            if not folder.is_dir():
+            pictures = manifest.get("pictures")
+            if not pictures or not Path(pictures).is_dir():
                 raise ValueError(
-                    f"val_letters={config.val_letters} needs the pictures of data.val, but '{folder}', which its latents were made of, "
-                    "is not there: bring it back, or set val_letters=0"
+                    f"val_letters={config.val_letters} needs the pictures of data.val, but '{pictures}', which its latents were "
+                    "made of, is not there: bring it back, or set val_letters=0"
                 )
-        samples = PictureSamples(folder)
-        count = min(len(samples), config.data.val_samples)
+            self.folder = Path(pictures)
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.judge, samples = Judge.open(), PictureSamples(self.folder)
+        count = min(len(samples), self.config.data.val_samples)
         self.real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(count)]), self.judge)
+        validation_sampler(module).check_length(["the letter A"])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

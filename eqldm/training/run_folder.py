@@ -33,6 +33,7 @@ RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every",
 LAST = Path("checkpoints") / "last.ckpt"
 DONE = "done.json"
 INPUTS_FILE = "inputs.json"
+FORMAT = 2  # to be raised by a change after which a run begun before must not go on: other buffers, losses or draws
 
 
 def prepare_run(config: StageConfig) -> Path | None:
@@ -83,7 +84,7 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
     partial.write_text(to_yaml(config))
     os.replace(partial, folder / "config.yaml")  # other processes may be reading it
     if fresh:  # a resumed run has just been found to have the same inputs: large models take a while to read
-        write_json(folder / INPUTS_FILE, input_digests(config))
+        write_json(folder / INPUTS_FILE, {**input_digests(config), "format": FORMAT})
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
@@ -103,6 +104,12 @@ def _check_same_run(config: StageConfig) -> None:
             "remove the folder to start anew"
         )
     before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
+    version = before.pop("format", 1)
+    if version != FORMAT:
+        raise ValueError(
+            f"run folder '{folder}' was begun by another version of eqldm (format {version}, now {FORMAT}): go on with the commit in "
+            "its git.txt, or use another run.dir"
+        )
     other = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if other:
         raise ValueError(
