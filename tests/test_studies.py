@@ -24,7 +24,9 @@ def study(name: str, *words) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def base(make_model_folder, tmp_path_factory) -> Path:
-    return make_model_folder(tmp_path_factory.mktemp("base") / "model", captions=[LETTERS], max_length=12)
+    return make_model_folder(
+        tmp_path_factory.mktemp("base") / "model", captions=[LETTERS, "a blue letter on a yellow background"], max_length=12
+    )
 
 
 @pytest.fixture(scope="module")
