@@ -1,21 +1,9 @@
 #!/usr/bin/env bash
 # The whole method in small, from the shipped glyphs-base to anagrams: what `make demo` will run when it is shipped. A second call resumes.
 #   PY   the Python to use          RUN  the folder to write (default runs/demo); both as seen from the repository
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PY=${PY:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 RUN=${RUN:-runs/demo}
 BASE=eqldm/pretrained/glyphs-base
-export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
-times=()
-
-stage() { # stage NAME COMMAND...
-  local name=$1 start=$SECONDS
-  shift
-  printf '\n== %s ==\n%s\n' "$name" "$*"
-  "$@"
-  times+=("$(printf '%-28s %4d s' "$name" $((SECONDS - start)))")
-}
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
   --num-train 8000 --num-val 512 --num-test 512 --shard-size 1000
@@ -33,7 +21,6 @@ stage "6 anagrams" "$PY" sample.py --model "$RUN/adapted/model" --prompts "the l
 stage "7 evaluation" "$PY" -m eqldm.evaluate "$BASE" "$RUN/swap/model" "$RUN/adapted/model" --data "$RUN/glyphs/test" \
   --num-images 256 --num-pairs 96 --out "$RUN/evaluation"
 
-printf '\n== times of this call ==\n'
-printf '%s\n' "${times[@]}"
-printf 'all: %d s\n\nLook at the anagrams: %s, and at the models side by side: %s\n' "$SECONDS" "$RUN/anagrams/sheet.png" \
+print_times
+printf '\nLook at the anagrams: %s, and at the models side by side: %s\n' "$RUN/anagrams/sheet.png" \
   "$RUN/evaluation/models.png"

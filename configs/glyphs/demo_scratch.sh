@@ -1,20 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline on the glyph world, from nothing to anagrams: what `make demo-scratch` runs. A second call resumes.
 #   PY   the Python to use          RUN  the folder to write (default runs/scratch); both as seen from the repository
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PY=${PY:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 RUN=${RUN:-runs/scratch}
-export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
-times=()
-
-stage() { # stage NAME COMMAND...
-  local name=$1 start=$SECONDS
-  shift
-  printf '\n== %s ==\n%s\n' "$name" "$*"
-  "$@"
-  times+=("$(printf '%-28s %4d s' "$name" $((SECONDS - start)))")
-}
 
 stage "1 glyphs" "$PY" data/glyphs.py --out "$RUN/glyphs" --split train val test \
   --num-train 8000 --num-val 512 --num-test 512 --shard-size 1000 --variation 0.3 --colours blue yellow white \
@@ -34,7 +22,6 @@ stage "6 anagrams" "$PY" sample.py --model "$RUN/ldm-eq/model" --prompts "the le
 stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/vae-plain/model" "$RUN/ldm-eq/model" --data "$RUN/glyphs/test" \
   --num-images 128 --num-pairs 96 --out "$RUN/evaluation"
 
-printf '\n== times of this call ==\n'
-printf '%s\n' "${times[@]}"
-printf 'all: %d s\n\nLook at the anagrams: %s and %s\n' "$SECONDS" "$RUN/anagrams/sheet.png" \
+print_times
+printf '\nLook at the anagrams: %s and %s\n' "$RUN/anagrams/sheet.png" \
   "$RUN/evaluation/ldm-eq/anagrams_rotate_180.png"
