@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from eqldm.model_folder import check_replaceable, load_autoencoder, load_scheduler, load_text, load_unet, save_model_folder
+from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, save_model_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,8 +25,7 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
     check_replaceable(out, model)
     parts = {"vae": load_autoencoder(model)}
     if (model / "unet").is_dir():
-        tokenizer, text_encoder = load_text(model)
-        parts |= {"unet": load_unet(model), "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": load_scheduler(model)}
+        parts |= vars(Networks.open(model))
     for name in ("vae", "unet", "text_encoder"):
         if name in parts:
             network = parts[name].to(dtype)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,21 @@ class Pixels(nn.Module):
         """Write the name, which is all there is."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "Pixels"}) + "\n")
+
+
+@dataclass
+class Networks:
+    """What a model folder holds beside its VAE: what stage 2 trains, and what a sampler denoises with."""
+
+    unet: UNet2DConditionModel
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    scheduler: SchedulerMixin
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Networks:
+        """Those of a model folder, in float32 and eval mode. Raises as the loaders."""
+        return cls(load_unet(folder), *load_text(folder), load_scheduler(folder))
 
 
 def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Path:

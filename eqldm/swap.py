@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eqldm.model_folder import check_replaceable, downsampling, load_scheduler, load_text, load_unet, load_vae, save_model_folder
+from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
 
 
 def swap(model: Path, vae: Path, out: Path) -> Path:
@@ -20,10 +20,10 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
     where `out` is one of the two or holds something else; as the loaders.
     """
     check_replaceable(out, model, vae)
-    old, new, unet = load_vae(model), load_vae(vae), load_unet(model)
-    if unet.config.in_channels != new.config.latent_channels:
+    old, new, networks = load_vae(model), load_vae(vae), Networks.open(model)
+    if networks.unet.config.in_channels != new.config.latent_channels:
         raise ValueError(
-            f"the UNet of '{model}' takes {unet.config.in_channels} latent channels, the VAE of '{vae}' gives "
+            f"the UNet of '{model}' takes {networks.unet.config.in_channels} latent channels, the VAE of '{vae}' gives "
             f"{new.config.latent_channels}: nothing but another UNet helps"
         )
     if downsampling(new) != downsampling(old):
@@ -33,9 +33,7 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
             f"the VAE of '{vae}' has a shift_factor, which Stable Diffusion's pipeline does not undo: fold it in with "
             "python -m eqldm.autoencoder.fold"
         )
-    tokenizer, text_encoder = load_text(model)
-    parts = {"unet": unet, "tokenizer": tokenizer, "text_encoder": text_encoder, "scheduler": load_scheduler(model)}
-    return save_model_folder(out, vae=new, **parts)
+    return save_model_folder(out, vae=new, **vars(networks))
 
 
 def main() -> None:

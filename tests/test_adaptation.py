@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from eqldm.config import DiffusionConfig, LoRAConfig
-from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
+from eqldm.diffusion.adaptation import build_networks, merge_lora
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import load_vae
+from eqldm.model_folder import Networks, load_vae
 
 SMALL_UNET = {
     "down_block_types": ["CrossAttnDownBlock2D"],

@@ -9,7 +9,7 @@ import torch
 
 from eqldm.anagram.render import picture_sheet
 from eqldm.anagram.sampling import Sampler
-from eqldm.diffusion.adaptation import Networks
+from eqldm.model_folder import Networks
 from eqldm.views import IDENTITY
 
 SEEDS = (0, 1, 2, 3)

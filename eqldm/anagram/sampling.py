@@ -13,20 +13,9 @@ from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views
-from eqldm.diffusion.adaptation import Networks
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import (
-    Pixels,
-    check_model_folder,
-    decode,
-    downsampling,
-    load_autoencoder,
-    load_scheduler,
-    load_text,
-    load_unet,
-    make_scheduler,
-)
+from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, load_autoencoder, make_scheduler
 from eqldm.views import View
 
 SCHEDULERS = {
@@ -72,8 +61,9 @@ class Sampler:
         """Raises FileNotFoundError where the folder is no whole model folder."""
         check_model_folder(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        tokenizer, text_encoder = load_text(folder)
-        networks = Networks(load_unet(folder).to(device), tokenizer, text_encoder.to(device), load_scheduler(folder))
+        networks = Networks.open(folder)
+        networks.unet.to(device)
+        networks.text_encoder.to(device)
         return cls(networks, load_autoencoder(folder).to(device), device)
 
     @property

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from eqldm.config import DiffusionConfig
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import Pixels, downsampling, load_scheduler, load_text, load_unet, make_scheduler
-
-
-@dataclass
-class Networks:
-    """What stage 2 trains with and exports, beside the VAE."""
-
-    unet: UNet2DConditionModel
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    scheduler: SchedulerMixin
+from eqldm.model_folder import Networks, Pixels, downsampling, make_scheduler
 
 
 def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_size: int, captions: Iterable[str]) -> Networks:
@@ -34,7 +22,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
     """
     channels = vae.config.latent_channels
     if config.init == "pretrained":
-        networks = Networks(load_unet(config.model), *load_text(config.model), load_scheduler(config.model))
+        networks = Networks.open(config.model)
         if networks.unet.config.in_channels != channels:
             raise ValueError(
                 f"the UNet of '{config.model}' takes {networks.unet.config.in_channels} latent channels, the VAE of "

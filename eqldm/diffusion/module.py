@@ -14,10 +14,10 @@ from eqldm.config import DiffusionConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.data.samples import LatentSamples
-from eqldm.diffusion.adaptation import Networks, build_networks, merge_lora
+from eqldm.diffusion.adaptation import build_networks, merge_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
+from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
