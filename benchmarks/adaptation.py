@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from steps import ROOT, call, encode, evaluate, path, spread, table, train
+from steps import ROOT, call, encode, evaluate, path, shards, slug, spread, table, train
 
 BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 METHODS = {  # name: (config, whether the VAE is aligned, options)
@@ -73,7 +73,7 @@ def main() -> None:
     rows = {}
     for key, vae in vaes.items():
         name = "swap, aligned" if key else "swap"
-        folder = args.out / name.replace(", ", "-")
+        folder = args.out / slug(name)
         call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
         sizes = ["--num-letters", args.num_letters, "--num-pairs", 2, "--num-images", args.num_images]
         metrics = evaluate(args.out / f"evaluation-{folder.name}", folder, args.data / "val", *sizes)
@@ -81,13 +81,12 @@ def main() -> None:
     curves: dict[str, list] = {}
     for seed in range(args.seeds):
         for name, (config, is_aligned, options) in METHODS.items():
-            run = args.out / f"{name.replace(', ', '-')}{seed}"
-            shards = [f"data.{split}={latents[is_aligned] / split}" for split in ("train", "val")]
+            run = args.out / f"{slug(name)}{seed}"
             start = [] if name == "scratch" else [f"model={args.base}"]
             length = [f"run.num_steps={args.num_steps}", f"run.val_every={args.val_every}", f"val_letters={args.num_letters}",
                       f"data.val_samples={args.num_images}"]  # fmt: skip
             more = [f"run.seed={seed}", f"vae={vaes[is_aligned]}", "optimizer.schedule=constant", *options, *start, *args.set]
-            train(config, run, *shards, *length, *more)
+            train(config, run, *shards(latents[is_aligned]), *length, *more)
             curves.setdefault(name, []).append(curve(run))
         for name, runs in curves.items():
             for step in sorted(set.intersection(*(set(found) for found in runs))):

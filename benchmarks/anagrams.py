@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples
+from eqldm.data.samples import PictureSamples, from_bytes, to_bytes
 from eqldm.data.shards import write_json
-from eqldm.evaluation.anagram import letter_pairs
+from eqldm.evaluation.anagram import every_pair, letter_pairs, letter_prompts
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.report import letter_matrix
+from eqldm.evaluation.report import letter_matrix, markdown
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.training.trainer import native_precision
 from eqldm.views import View, parse_view
@@ -42,8 +42,7 @@ def letter_tuples(which: str, num_views: int) -> Tensor:
     if which == "all":
         if num_views != 2:
             raise ValueError(f"--tuples all: for two views, got {num_views}: give a number of tuples")
-        n = len(LETTERS)
-        return torch.cartesian_prod(torch.arange(n), torch.arange(n))
+        return every_pair()
     if num_views == 2:
         return letter_pairs(int(which)).T
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +60,8 @@ def open_method(name: str, model: str, views: list[View], args: argparse.Namespa
     folder, _, blend = model.partition("@")
     blend = blend or "latents"
     sampler = Sampler.open(folder, args.device)
-    sampler.check([""] * len(views), views, blend=blend)
+    sampler.check([""] * len(views), views)
+    sampler.check_blend(blend)
     networks = sampler.networks
     about = {
         "unet_hash": weights_hash(networks.unet),
@@ -98,15 +98,13 @@ def make_pictures(
         path = folder / f"{k:03d}-{first:06d}.safetensors"
         if not path.exists():
             rows = tuples[first : first + args.batch_size]
-            prompts = [[f"the letter {LETTERS[label]}" for label in column] for column in rows.T.tolist()]
             seeds = range(k * len(tuples) + first, k * len(tuples) + first + len(rows))
             options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
             start = time.perf_counter()
             with _autocast(sampler.device):
-                pictures = sampler(prompts, views, seeds, blend=blend, **options)
+                pictures = sampler(letter_prompts(rows.T), views, seeds, blend=blend, **options)
             seconds = time.perf_counter() - start
-            pixels = pictures.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            save_file({"pictures": pixels, "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
+            save_file({"pictures": to_bytes(pictures), "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         advance()
 
@@ -121,7 +119,7 @@ def load_pictures(folder: Path, tuples: Tensor, args: argparse.Namespace) -> tup
     """Pictures [rounds x tuples, 3, H, W] in [-1, 1], and the median seconds a picture."""
     parts = [load_file(folder / f"{k:03d}-{first:06d}.safetensors") for k, first in batches(tuples, args)]
     seconds = torch.stack([part["seconds"] for part in parts]).median()
-    return torch.cat([part["pictures"] for part in parts]).float().div(127.5).sub(1), float(seconds)
+    return from_bytes(torch.cat([part["pictures"] for part in parts])), float(seconds)
 
 
 class Measured:
@@ -137,7 +135,7 @@ class Measured:
         self.right = torch.stack([judge(x) == labels for x, labels in zip(seen, wanted.T)])
         self.chosen = torch.stack([chooser.probabilities(x).gather(1, k[:, None])[:, 0] for x, k in zip(seen, wanted.T)]).amin(0)
         self.features = torch.stack([judge.features(x) for x in seen])
-        self.energy = torch.stack([torch.cat([high_frequency_energy(part) for part in x.split(256)]) for x in seen])
+        self.energy = torch.stack([high_frequency_energy(x) for x in seen])
         self.round_trip = None if isinstance(vae, Pixels) else round_trip_psnr(vae, pictures)
 
     def both(self) -> Tensor:
@@ -188,17 +186,16 @@ def compare(a: dict, b: dict) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     """The methods as a Markdown table."""
-    names = [name for name in next(iter(results.values())) if not name.endswith("_95")]
-    names = list(dict.fromkeys([*names, *(n for r in results.values() for n in r if not n.endswith("_95"))]))
-    lines = [["method", *names], ["---"] * (len(names) + 1)]
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics if not name.endswith("_95")))
+    rows = []
     for method, metrics in results.items():
         cells = []
         for name in names:
             value, bounds = metrics.get(name), metrics.get(f"{name}_95")
             text = "-" if value is None else f"{value:.3g}"
             cells.append(text + (f" ({bounds[0]:.3g} to {bounds[1]:.3g})" if bounds else ""))
-        lines.append([method, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        rows.append([method, *cells])
+    return markdown(["method", *names], rows)
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from steps import ROOT, encode, evaluate, path, spread, table, train
+from steps import ROOT, encode, evaluate, path, shards, slug, spread, table, train
 
 BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=1500, help="of the autoencoder")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="default: all")
     parser.add_argument("--anagrams", action="store_true", help="also adapt a UNet to each variant of the first seed (hours)")
     parser.add_argument("--unet-steps", type=int, default=2000)
     parser.add_argument("--num-images", type=int, default=512)
@@ -53,12 +54,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
     parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
-    shards = [f"data.train={args.data / 'train'}", f"data.val={args.data / 'val'}"]
     test = args.data / "test"
     rows, columns = {}, [*COLUMNS, *(ANAGRAMS if args.anagrams else {})]
-    for name, options in VARIANTS.items():
-        folder = args.out / name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", "").replace("'", "")
-        steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"model={args.base}", *shards]
+    for name in args.variants:
+        options = VARIANTS[name]
+        folder = args.out / slug(name)
+        steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"model={args.base}", *shards(args.data)]
         found = []
         for seed in range(args.seeds):
             model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options, *args.set)
@@ -68,7 +69,7 @@ def main() -> None:
         if args.anagrams:
             vae = folder / "vae0" / "model"
             latents = encode(args.data, vae, folder / "latents")
-            adapted = [f"vae={vae}", f"model={args.base}", f"data.train={latents / 'train'}", f"data.val={latents / 'val'}"]
+            adapted = [f"vae={vae}", f"model={args.base}", *shards(latents)]
             model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}", *args.set)
             sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
             metrics = evaluate(folder / "unet" / "evaluation", model, test, *sizes)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from eqldm.evaluation.report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,6 +27,16 @@ def call(*words) -> None:
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(f"error: the command above failed ({done.returncode}); the same call goes on from there")
+
+
+def shards(folder: Path) -> list[str]:
+    """The options that read a folder's `train` and `val`."""
+    return [f"data.{split}={folder / split}" for split in ("train", "val")]
+
+
+def slug(name: str) -> str:
+    """A folder's name for a table's row: words joined by dashes."""
+    return "-".join(re.findall(r"[\w+]+", name))
 
 
 def train(config: str, folder: Path, *overrides: str) -> Path:
@@ -60,5 +73,4 @@ def spread(values: Sequence[float]) -> str:
 
 def table(heading: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> str:
     """A Markdown table, a row for each name."""
-    lines = [[heading, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown([heading, *columns], [[name, *cells] for name, cells in rows.items()])

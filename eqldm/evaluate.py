@@ -48,18 +48,18 @@ def evaluate_vae(vae: AutoencoderKL | Pixels, out: Path, pictures: torch.Tensor,
 
 
 def evaluate_unet(
-    folder: Path, out: Path, samples: PictureSamples, pictures: torch.Tensor, judge: Judge | None, views: list[View],
+    folder: Path, out: Path, samples: PictureSamples, judge: Judge | None, real: RealPictures | None, views: list[View],
     args: argparse.Namespace,
 ) -> tuple[dict[str, float], list[tuple[list[View], Reading]]]:  # fmt: skip
-    """Fit and, with a judge, generation and anagrams, and the pictures behind them; writes `letters.png`, `anagrams_VIEW.png`."""
+    """Fit and, with a judge and what it saw of real pictures, generation and anagrams, and the pictures behind them; writes
+    `letters.png`, `anagrams_VIEW.png`."""
     sampler = Sampler.open(folder, args.device)
     metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)), args.batch_size)
     readings: list[tuple[list[View], Reading]] = []
-    if judge is None:
+    if judge is None or real is None:
         return metrics, readings
     for view in views:  # before anything long
         sampler.check(["", ""], [IDENTITY, view])
-    real = RealPictures.of(pictures.cpu(), judge)
     quality = partial(quality_metrics, judge=judge, vae=sampler.vae, real=real, batch_size=args.batch_size)
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, "batch_size": args.batch_size}
     jobs = [([IDENTITY], plain_letters(args.num_letters), out / "letters.png")]
@@ -98,6 +98,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         judge = Judge.open(args.judge)
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
+    real = None if judge is None else RealPictures.of(pictures.cpu(), judge)
     results, readings = {}, {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         else:
             metrics = evaluate_vae(vae, out / name, pictures, views, args.batch_size)
         if (folder / "unet").is_dir():
-            of_unet, readings[name] = evaluate_unet(folder, out / name, samples, pictures, judge, views, args)
+            of_unet, readings[name] = evaluate_unet(folder, out / name, samples, judge, real, views, args)
             metrics |= of_unet
         else:
             notes.append(f"Not computed for {name}: fit, generation, anagrams ('{folder}' holds a VAE alone).")

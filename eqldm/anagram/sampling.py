@@ -72,10 +72,8 @@ class Sampler:
         side = self.networks.unet.config.sample_size
         return side if isinstance(side, int) else side[0]
 
-    def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None, blend: str = "latents") -> int:
-        """The latent side to sample at. Raises ValueError where prompts, views, size and (with the model's own scheduler and the
-        mean of views) blend do not fit each other."""
-        self._check_blend(blend, "mean", self.networks.scheduler)
+    def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None) -> int:
+        """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
         if len(prompts) != len(views) or not views:
             raise ValueError(
                 f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)})"
@@ -126,7 +124,7 @@ class Sampler:
         side = self.check(prompts, views, image_size)
         self.check_length([negative_prompt])
         solver = self._scheduler(scheduler)
-        self._check_blend(blend, reduction, solver)
+        self.check_blend(blend, reduction, solver)
         embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
         guided = Guidance(self.networks.unet, embeds, self._embed(negative_prompt, 1)[0], guidance_scale)
         solver.set_timesteps(num_inference_steps, device=self.device)
@@ -147,7 +145,9 @@ class Sampler:
         """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU."""
         return decode(self.vae, z).float().clamp(-1, 1).cpu()
 
-    def _check_blend(self, blend: str, reduction: str, solver: SchedulerMixin) -> None:
+    def check_blend(self, blend: str, reduction: str = "mean", solver: SchedulerMixin | None = None) -> None:
+        """Raises ValueError where blend, reduction and solver (None: the model's own) do not fit each other or the model."""
+        solver = solver or self.networks.scheduler
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
         if blend not in BLENDS:

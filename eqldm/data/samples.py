@@ -29,13 +29,22 @@ def decode_picture(content: bytes) -> Tensor:
 
 def picture_to_tensor(image: Image.Image) -> Tensor:
     """A PIL picture as [3, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return from_bytes(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
 
 
 def tensor_to_picture(x: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1] (clamped) as a PIL picture: the inverse of `picture_to_tensor`."""
-    pixels = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_bytes(x).permute(1, 2, 0).cpu().numpy())
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Values in [-1, 1] (clamped), of any shape, as uint8."""
+    return x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """uint8 of any shape as float32 in [-1, 1]: the inverse of `to_bytes`."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 class ShardSamples(Dataset):

@@ -67,7 +67,7 @@ class Objective:
         if not self.is_flow and self.min_snr_gamma is None:
             return torch.randint(len(self.alphas_cumprod), (), generator=generator).float()
         if not self.is_flow:
-            total = self.min_snr_weights.double().cumsum(0)
+            total = self._min_snr_sums
             return torch.searchsorted(total, torch.rand((), generator=generator) * total[-1], right=True).float()
         s = torch.rand((), generator=generator)
         return 1000 * self.flow_shift * s / (1 + (self.flow_shift - 1) * s)
@@ -116,6 +116,10 @@ class Objective:
             return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
         # min(1, gamma / SNR), the same, is 1 at zero terminal SNR too, where min(SNR, gamma) / SNR would be 0 / 0.
         return (self.min_snr_gamma / snr).clamp(max=1)
+
+    @cached_property
+    def _min_snr_sums(self) -> Tensor:
+        return self.min_snr_weights.double().cumsum(0)
 
     def loss(self, output: Tensor, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """[B] squared error of the network's output, a mean over channels and cells, for timesteps that `draw_time` gave.

@@ -30,14 +30,23 @@ class Reading:
         return self.wanted == self.read
 
 
+def every_pair() -> Tensor:
+    """[676, 2] label numbers: every ordered pair of letters, of equal ones too."""
+    return torch.cartesian_prod(torch.arange(len(LETTERS)), torch.arange(len(LETTERS)))
+
+
 def letter_pairs(count: int, seed: int = 0) -> Tensor:
     """[2, count] label numbers: a seeded draw from all ordered pairs of different letters, without repeats while they last."""
-    n = len(LETTERS)
-    every = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+    every = every_pair()
     every = every[every[:, 0] != every[:, 1]]
     generator = torch.Generator().manual_seed(seed)
     rounds = [every[torch.randperm(len(every), generator=generator)] for _ in range(-(-count // len(every)))]
     return torch.cat(rounds)[:count].T
+
+
+def letter_prompts(wanted: Tensor) -> list[list[str]]:
+    """For each view, each picture's prompt: "the letter A" of label numbers [views, N]."""
+    return [[f"the letter {LETTERS[label]}" for label in labels] for labels in wanted.tolist()]
 
 
 def read_letters(
@@ -51,9 +60,8 @@ def read_letters(
     parts = []
     for first in range(0, wanted.shape[1], batch_size):
         rows = wanted[:, first : first + batch_size]
-        prompts = [[f"the letter {LETTERS[label]}" for label in view_labels] for view_labels in rows.tolist()]
         seeds = range(seed + first, seed + first + rows.shape[1])
-        parts.append(sampler(prompts, views, seeds, on_step=on_step, **options))
+        parts.append(sampler(letter_prompts(rows), views, seeds, on_step=on_step, **options))
     pictures = torch.cat(parts)
     read = torch.stack([judge(view(pictures)) for view in views])
     return Reading(pictures, wanted, read)

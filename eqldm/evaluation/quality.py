@@ -29,7 +29,7 @@ class RealPictures:
     @classmethod
     def of(cls, pictures: Tensor, judge: Judge) -> RealPictures:
         """Measured on pictures [M, 3, H, W] in [-1, 1]."""
-        return cls(judge.features(pictures), float(_energies(pictures).mean()))
+        return cls(judge.features(pictures), float(high_frequency_energy(pictures).mean()))
 
 
 def quality_metrics(
@@ -45,7 +45,7 @@ def quality_metrics(
     metrics = {
         "kid": float(kid(real.features, features)),
         "fid": float(fid(real.features, features)),
-        "texture": float(_energies(pictures).mean()) / real.energy,
+        "texture": float(high_frequency_energy(pictures).mean()) / real.energy,
     }
     if not isinstance(vae, Pixels):
         metrics["round_trip_psnr"] = float(round_trip_psnr(vae, pictures, batch_size).mean())
@@ -94,21 +94,20 @@ class _AsFeatures(nn.Module):
         return x
 
 
-def _energies(pictures: Tensor) -> Tensor:
-    return torch.cat([high_frequency_energy(part) for part in pictures.split(64)])
-
-
-def high_frequency_energy(x: Tensor) -> Tensor:
-    """[B] mean energy per pixel of pictures [B, 3, H, W] at frequencies above half of Nyquist's (radially).
+def high_frequency_energy(pictures: Tensor, batch_size: int = 64) -> Tensor:
+    """[N] mean energy per pixel of pictures [N, 3, H, W] at frequencies above half of Nyquist's (radially).
 
     Pictures are mirrored at their edges first (as a cosine transform does), so that opposite edges make no step.
     """
-    x = x.float()
-    x = torch.cat([x, x.flip(-1)], -1)
-    x = torch.cat([x, x.flip(-2)], -2)
-    spectrum = torch.fft.fft2(x, norm="ortho").abs().square()
-    frequency = (torch.fft.fftfreq(x.shape[-2])[:, None].square() + torch.fft.fftfreq(x.shape[-1]).square()).sqrt()
-    return (spectrum * (frequency > 0.25).to(x)).mean((1, 2, 3))
+    height, width = (2 * side for side in pictures.shape[-2:])
+    high = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt() > 0.25
+    energies = []
+    for x in pictures.float().split(batch_size):
+        x = torch.cat([x, x.flip(-1)], -1)
+        x = torch.cat([x, x.flip(-2)], -2)
+        spectrum = torch.fft.fft2(x, norm="ortho").abs().square()
+        energies.append((spectrum * high.to(x)).mean((1, 2, 3)))
+    return torch.cat(energies)
 
 
 @torch.no_grad()

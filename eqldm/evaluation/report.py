@@ -44,8 +44,12 @@ def metric_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
 
 def markdown_table(results: dict[str, dict[str, float]]) -> str:
     """The metrics of all models as a Markdown table."""
-    lines = [["metric", *results], ["---"] * (len(results) + 1), *metric_rows(results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown(["metric", *results], metric_rows(results))
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "".join("| " + " | ".join(line) + " |\n" for line in (heading, ["---"] * len(heading), *rows))
 
 
 def console_table(results: dict[str, dict[str, float]], title: str) -> Table:
