@@ -1,7 +1,8 @@
 """Evaluate model folders: python -m eqldm.evaluate MODEL [MODEL ...] --data SHARDS --out DIR
 
 Each MODEL is a diffusers folder, whole or with a VAE alone (what needs a UNet is then listed as not computed). Writes
-DIR/NAME/metrics.json and picture sheets for each, and DIR/report.md and DIR/models.png with all of them side by side.
+DIR/NAME/metrics.json and picture sheets for each; with all of them side by side DIR/report.md, DIR/equivariance.png (what turned
+latents decode to, turned back) and DIR/models.png (the same letters and anagrams).
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from eqldm.evaluation.fit import fit_metrics
 from eqldm.evaluation.judge import SHIPPED, Judge
 from eqldm.evaluation.quality import RealPictures, quality_metrics
 from eqldm.evaluation.reconstruction import reconstruction_metrics
-from eqldm.evaluation.report import console_table, equivariance_sheet, models_sheet, reading_sheet, write_report
+from eqldm.evaluation.report import console_table, equivariance_sheet, models_sheet, reading_sheet, turned_decodings, write_report
 from eqldm.model_folder import Pixels, downsampling, load_autoencoder, vae_hash
 from eqldm.training.run_folder import versions
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 
-def evaluate_vae(vae: AutoencoderKL | Pixels, out: Path, pictures: torch.Tensor, views: list[View], batch_size: int) -> dict[str, float]:
-    """Reconstruction, and equivariance under D4 and any further `views`; writes `equivariance.png`."""
+def evaluate_vae(
+    vae: AutoencoderKL, pictures: torch.Tensor, views: list[View], batch_size: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Reconstruction, and equivariance under D4 and any further `views`, and the `turned_decodings` of some pictures."""
     symmetries = [view for view in D4 if view != IDENTITY]
     more = [view for view in dict.fromkeys(views) if view not in D4]
     for view in more:  # before anything long
@@ -43,8 +46,7 @@ def evaluate_vae(vae: AutoencoderKL | Pixels, out: Path, pictures: torch.Tensor,
     metrics = reconstruction_metrics(vae, pictures, batch_size) | equivariance_metrics(vae, pictures, symmetries, batch_size)
     if more:  # the means stay those of D4, so that they compare whatever views are asked for
         metrics = metrics | equivariance_metrics(vae, pictures, more, batch_size) | metrics
-    equivariance_sheet(vae, pictures[:8], [*symmetries, *more]).save(out / "equivariance.png")
-    return metrics
+    return metrics, turned_decodings(vae, pictures[:4], [*symmetries, *more])
 
 
 def evaluate_unet(
@@ -99,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
     real = None if judge is None else RealPictures.of(pictures.cpu(), judge)
-    results, readings = {}, {}
+    results, decodings, readings = {}, {}, {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)
         vae = load_autoencoder(folder).to(pictures.device)
@@ -107,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> Path:
             metrics = {}
             notes.append(f"Not computed for {name}: reconstruction, equivariance ('{folder}' is a pixel model, it has no VAE).")
         else:
-            metrics = evaluate_vae(vae, out / name, pictures, views, args.batch_size)
+            metrics, decodings[name] = evaluate_vae(vae, pictures, views, args.batch_size)
         if (folder / "unet").is_dir():
             of_unet, readings[name] = evaluate_unet(folder, out / name, samples, judge, real, views, args)
             metrics |= of_unet
@@ -119,6 +121,8 @@ def evaluate(args: argparse.Namespace) -> Path:
         write_json(out / name / "metrics.json", metrics)
         about = {**vars(args), "vae_hash": vae_hash(vae), "num_images": count, "versions": versions()}
         (out / name / "about.json").write_text(json.dumps(about, indent=2, default=str) + "\n")
+    if decodings:
+        equivariance_sheet(decodings).save(out / "equivariance.png")
     if judge is not None and readings:
         models_sheet(readings).save(out / "models.png")
     notes.append(f"{count} pictures of `{args.data}`; command: `{shlex.join(['python', '-m', 'eqldm.evaluate', *sys.argv[1:]])}`.")

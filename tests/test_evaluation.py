@@ -263,7 +263,9 @@ def test_two_models_in_one_table(run, tiny_model_folder, vae_alone, tiny_judge, 
     assert sheet.width > 3 * 96 and sheet.height > 7 * 96  # 4 letters, and 2 kinds of 4 anagrams in 2 views: 20 rows in 3 columns
     report = (out / "report.md").read_text()
     assert "| metric | tiny | vae-eq |" in report and "Not computed for vae-eq: fit, generation, anagrams" in report
-    for name in ("equivariance.png", "letters.png", "anagrams_rotate_180.png", "anagrams_flip+patch_permute-2.png"):
+    sheet = Image.open(out / "equivariance.png")
+    assert sheet.height > 2 * 4 * 96 and sheet.width > (2 + len(views) - 1) * 96  # 4 pictures by 2 models; x, D(z) and each view
+    for name in ("letters.png", "anagrams_rotate_180.png", "anagrams_flip+patch_permute-2.png"):
         assert Image.open(out / "tiny" / name).width > 32
     about = json.loads((out / "tiny" / "about.json").read_text())
     assert about["num_images"] == 6 and len(about["vae_hash"]) == 16 and "torch" in about["versions"]
@@ -297,7 +299,7 @@ def test_the_batch_size_reaches_every_metric_and_the_sampler(run, tiny_model_fol
     encode_one, call = AutoencoderKL.encode, Sampler.__call__
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, *a, **o: (encoded.append(len(x)), encode_one(self, x, *a, **o))[1])
     monkeypatch.setattr(Sampler, "__call__", lambda self, p, v, seeds, **o: (sampled.append(len(seeds)), call(self, p, v, seeds, **o))[1])
-    monkeypatch.setattr(command, "equivariance_sheet", lambda *a: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(command, "turned_decodings", lambda vae, x, views: {"x": x})
     run(tiny_model_folder, more=["--judge", tiny_judge, "--batch-size", 3])
     assert set(encoded) == {3, 1} and sampled == [3, 1, 3, 1]  # 6 pictures; 4 letters, 4 pairs
 

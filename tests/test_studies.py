@@ -55,6 +55,8 @@ def test_adaptation(base, data, tmp_path, make_tiny_vae):
 
 def test_equivariance_losses(base, data, tmp_path):
     words = ["--base", base, "--data", data, "--seeds", 1, "--num-steps", 1, "--num-images", 4, "--num-pairs", 2, "--unet-steps", 1]
-    study("equivariance_losses", *words, "--anagrams", "--out", tmp_path / "out", "--set", *SMALL, "data.val_samples=4")
+    variants = ["EQ-VAE's scheme", "D4 + negation"]
+    words += ["--variants", *variants, "--anagrams", "--out", tmp_path / "out", "--set", *SMALL, "data.val_samples=4"]
+    study("equivariance_losses", *words)
     rows = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert len(rows) == 2 + 9 and all(row.count("|") == rows[0].count("|") and " - " not in row for row in rows)
+    assert len(rows) == 2 + len(variants) and all(row.count("|") == rows[0].count("|") and " - " not in row for row in rows)

@@ -61,13 +61,19 @@ def console_table(results: dict[str, dict[str, float]], title: str) -> Table:
 
 
 @torch.no_grad()
-def equivariance_sheet(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]) -> Image.Image:
-    """For each picture: x, D(z), and for each view T of it D(T z), turned back so that errors are easy to see."""
+def turned_decodings(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]) -> dict[str, Tensor]:
+    """Of pictures [N, 3, H, W], by heading: x, D(z), and for each view T of them D(T z), turned back so that errors show."""
     z = encode(vae, pictures)
-    columns = [pictures, decode(vae, z), *(view.inverse(decode(vae, view(z))) for view in views)]
-    labels = ["x", "D(z)", *(f"T⁻¹ D(T z): {view.name}" for view in views)]
-    rows = [[column[i] for column in columns] for i in range(len(pictures))]
-    return picture_sheet(rows, [""] * len(pictures), labels, scale=max(1, 96 // pictures.shape[-1]))
+    columns = {"x": pictures, "D(z)": decode(vae, z)} | {f"T = {view.name}": view.inverse(decode(vae, view(z))) for view in views}
+    return {heading: column.float().cpu() for heading, column in columns.items()}
+
+
+def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
+    """The `turned_decodings` of several models, of the same pictures: a row for each model of each picture."""
+    headings = list(next(iter(decodings.values())))
+    count, _, _, width = decodings[next(iter(decodings))]["x"].shape
+    rows = [[columns[heading][i] for heading in headings] for i in range(count) for columns in decodings.values()]
+    return picture_sheet(rows, list(decodings) * count, headings, scale=max(1, 96 // width))
 
 
 def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
