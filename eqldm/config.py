@@ -143,7 +143,7 @@ class FoldConfig:
     num_images: int = 2048
     """Training pictures whose latents give the channel statistics folded in at export; 0 exports unfolded."""
     align_to: Optional[str] = None
-    """Model folder to whose (normalised) latents the channels are aligned by a folded linear map."""
+    """Model folder to whose (normalised) latents the channels are turned, by a folded map; see `eqldm.autoencoder.fold.alignment`."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A channel map `z -> A z + b`, the same at each cell, commutes with every spatial view (and with `negate` if b = 0), so folding
 it into `quant_conv` (and its inverse into `post_quant_conv`) changes neither a reconstruction nor the equivariance. Two maps are
-folded: normalisation (zero mean and unit variance per channel) and alignment (least squares to another VAE's latents). The
+folded: normalisation (zero mean and unit variance per channel) and alignment (a turn towards another VAE's latents). The
 exported VAE has `scaling_factor = 1` and no shift: stock diffusers pipelines need to know nothing.
 
     python -m eqldm.autoencoder.fold MODEL --data SHARDS --out FOLDER [--align-to MODEL]
@@ -48,20 +48,24 @@ def normalisation(latents: Tensor, keep_origin: bool = False) -> tuple[Tensor, T
 
 
 def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tuple[Tensor, Tensor]:
-    """(A [C, C], b [C]), the least-squares channel map from latents [N, C] to `wanted` [N, C] of the same cells.
+    """(A [C, C], b [C]): normalisation of latents [N, C], then the turn of the channels that brings them nearest to `wanted`
+    [N, C], latents of the same cells by another VAE, then its scale and mean.
 
-    keep_origin: b = 0. Raises ValueError where the two do not match, or the map cannot be undone.
+    A turn, and not least squares, which come nearer but shrink what the other VAE's latents do not show: a UNet's errors are
+    about equal in all directions, and the decoder would magnify them there. keep_origin: b = 0.
+    Raises ValueError where the two do not match, or one is constant.
+    Source: orthogonal Procrustes problem, Schoenemann 1966, doi 10.1007/BF02289451.
     """
     if latents.shape != wanted.shape:
         raise ValueError(f"alignment: latents {tuple(latents.shape)} and {tuple(wanted.shape)} differ in channels or cells")
-    features = latents if keep_origin else torch.cat([latents, latents.new_ones(len(latents), 1)], 1)
-    solution = torch.linalg.lstsq(features, wanted).solution
-    channels = latents.shape[1]
-    matrix = solution[:channels].T
-    offset = latents.new_zeros(channels) if keep_origin else solution[channels]
-    if not torch.linalg.cond(matrix) < 1e6:  # a zero map's is not a number
-        raise ValueError("alignment: the channel map is singular, so it cannot be undone for decoding; fold without align_to")
-    return matrix, offset
+    matrix, offset = normalisation(latents, keep_origin)
+    mean = torch.zeros_like(offset) if keep_origin else wanted.mean(0)
+    scale = (wanted - mean).square().mean().sqrt()
+    if not scale > 1e-6:
+        raise ValueError("alignment: the latents to align to are constant, so theirs is no direction to turn to")
+    left, _, right = torch.linalg.svd((wanted - mean).T @ (latents @ matrix.T + offset))
+    turn = scale * left @ right
+    return turn @ matrix, turn @ offset + mean
 
 
 def fold_map(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
