@@ -1,5 +1,6 @@
 """Sample anagrams: one picture that reads as prompt i in view i.
 
+python sample.py                         # the shipped glyphs-eq: A, and V when turned
 python sample.py --model FOLDER --prompts "the letter A" "the letter V" --views identity rotate_180 --out DIR
 """
 
@@ -11,8 +12,8 @@ import sys
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder (a diffusers pipeline)")
-    parser.add_argument("--prompts", nargs="+", required=True, help="one for each view")
+    parser.add_argument("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
+    parser.add_argument("--prompts", nargs="+", default=["the letter A", "the letter V"], help="one for each view")
     parser.add_argument("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, patch_permute:4")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
@@ -25,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc; default: the model's own")
     parser.add_argument("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
-    parser.add_argument("--out", required=True, help="folder for SEED.png, SEED.json and sheet.png")
+    parser.add_argument("--out", default="runs/samples", help="folder for SEED.png, SEED.json and sheet.png (default: runs/samples)")
     return parser.parse_args()
 
 

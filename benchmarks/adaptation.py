@@ -15,9 +15,8 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from steps import ROOT, call, encode, evaluate, path, shards, slug, spread, table, train
+from steps import BASE, ROOT, call, encode, evaluate, path, shards, slug, spread, table, train
 
-BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 METHODS = {  # name: (config, whether the VAE is aligned, options)
     "scratch": ("configs/glyphs/base_unet.yaml", False, []),
     "full": ("configs/glyphs/eq_unet.yaml", False, []),

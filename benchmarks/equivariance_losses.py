@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from steps import ROOT, encode, evaluate, path, shards, slug, spread, table, train
+from steps import BASE, ROOT, encode, evaluate, path, shards, slug, spread, table, train
 
-BASE = ROOT / "eqldm" / "pretrained" / "glyphs-base"
 NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
 VARIANTS = {
     "plain (no equivariance)": NONE,

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eqldm.evaluation.report import markdown
+from eqldm.model_folder import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE = PRETRAINED / "glyphs-base"
 
 
 def path(text: str) -> Path:

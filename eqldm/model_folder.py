@@ -27,6 +27,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eqldm.anagram import job
 from eqldm.anagram.job import command
 from eqldm.model_folder import load_unet, weights_hash
 
@@ -77,6 +78,15 @@ def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp
     for name in ("5.png", "6.png", "6.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), name
     assert shlex.split(command({**about, "prompts": prompts}, [6]))[5:7] == prompts
+
+
+def test_no_options_sample_the_shipped_model(run, make_model_folder, tmp_path, monkeypatch):
+    make_model_folder(tmp_path / "glyphs-eq")
+    monkeypatch.setattr(job, "PRETRAINED", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run("--num-inference-steps", 1, "--num-samples", 1)
+    about = json.loads((tmp_path / "runs" / "samples" / "0.json").read_text())
+    assert about["model"] == str(tmp_path / "glyphs-eq") and about["prompts"] == ["the letter A", "the letter V"]
 
 
 def test_errors_are_one_line(failed, tiny_model_folder, tmp_path):

@@ -18,7 +18,7 @@ import eqldm
 from eqldm.anagram.render import anagram_sheet
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
-from eqldm.model_folder import vae_hash, weights_hash
+from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
 from eqldm.views import parse_view
 
 
@@ -31,7 +31,8 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     if args.num_samples < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         raise ValueError("--num-samples, --batch-size and --num-inference-steps must be at least 1")
     views = [parse_view(name) for name in args.views]
-    sampler = Sampler.open(args.model, args.device)
+    model = args.model or PRETRAINED / "glyphs-eq"
+    sampler = Sampler.open(model, args.device)
     sampler.check(args.prompts, views, args.image_size)
     out = Path(args.out)
     try:
@@ -41,7 +42,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
 
     seeds = list(range(args.seed, args.seed + args.num_samples))
     settings = {
-        "model": str(args.model),
+        "model": str(model),
         "vae_hash": vae_hash(sampler.vae),
         "unet_hash": weights_hash(sampler.networks.unet),
         "prompts": args.prompts,

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
-from eqldm.model_folder import replace_folder
+from eqldm.model_folder import PRETRAINED, replace_folder
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -49,7 +49,7 @@ UNCERTAIN = {  # symmetry: letters that may or may not read as a letter when tur
     "flip": "G",
     "anti_transpose": "CHIU",
 }
-SHIPPED = Path(__file__).parents[1] / "pretrained" / "glyphs-judge"
+SHIPPED = PRETRAINED / "glyphs-judge"
 
 
 def turned_label(label: int, symmetry: str) -> int | None:
