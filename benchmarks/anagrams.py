@@ -5,8 +5,9 @@
 
 A method is NAME=MODEL, or NAME=MODEL@pixels to blend its views in picture space. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
-stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md and, for each method and all
-pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over sets of letters (real pictures are not), paired between methods.
+stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, for each method
+DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over sets of letters (real pictures
+are not), paired between methods.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,11 +29,11 @@ from torch import Tensor
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples, from_bytes, to_bytes
 from eqldm.data.shards import write_json
-from eqldm.evaluation.anagram import every_pair, letter_pairs, letter_prompts
+from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, letter_prompts
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.report import letter_matrix, markdown
+from eqldm.evaluation.report import letter_matrix, markdown, reading_sheet
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.training.trainer import native_precision
 from eqldm.views import View, parse_view
@@ -125,14 +127,14 @@ def load_pictures(folder: Path, tuples: Tensor, args: argparse.Namespace) -> tup
 class Measured:
     """What is measured of a method's pictures: by picture and view, so that it can be resampled.
 
-    right: [views, N] read right by the judge.  chosen: [N] the chooser's probability of the wanted letter in the worst view.
+    reading: the pictures, and what the judge read.  chosen: [N] the chooser's probability of the wanted letter in the worst view.
     features: [views, N, D].  energy: [views, N].  round_trip: [N] dB, or None for pixel models.
     """
 
     def __init__(self, pictures: Tensor, seconds: float, views: list[View], wanted: Tensor, judge: Judge, chooser: Judge, vae):
         seen = [view(pictures) for view in views]
         self.seconds = seconds
-        self.right = torch.stack([judge(x) == labels for x, labels in zip(seen, wanted.T)])
+        self.reading = Reading(pictures, wanted.T, torch.stack([judge(x) for x in seen]))
         self.chosen = torch.stack([chooser.probabilities(x).gather(1, k[:, None])[:, 0] for x, k in zip(seen, wanted.T)]).amin(0)
         self.features = torch.stack([judge.features(x) for x in seen])
         self.energy = torch.stack([high_frequency_energy(x) for x in seen])
@@ -140,7 +142,7 @@ class Measured:
 
     def both(self) -> Tensor:
         """[N] 1 where every view reads right."""
-        return self.right.all(0).double()
+        return self.reading.right.all(0).double()
 
     def best(self, num_tuples: int) -> Tensor:
         """[T] 1 where the picture that the chooser likes best, of a tuple's seeds, reads right in every view."""
@@ -159,7 +161,7 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
         drawn[f"best_of_{count}"] = weighted_mean(method.best(num_tuples), tuple_weights)
     kids = []
     for i, view in enumerate(views):
-        metrics[f"{view.name}/read_right"] = float(method.right[i].double().mean())
+        metrics[f"{view.name}/read_right"] = float(method.reading.right[i].double().mean())
         metrics[f"{view.name}/kid"] = float(kid(real.features, method.features[i]))
         metrics[f"{view.name}/fid"] = float(fid(real.features, method.features[i]))
         metrics[f"{view.name}/texture"] = float(method.energy[i].mean()) / real.energy
@@ -173,6 +175,14 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
     metrics["seconds_per_picture"] = method.seconds
     metrics |= {f"{name}_95": interval(values) for name, values in drawn.items()}
     return {**metrics, "_resampled": drawn}
+
+
+def failures(method: Measured, views: list[View], count: int) -> Image.Image:
+    """A seeded draw from the pictures that are not read right in every view, to look at: what went wrong?"""
+    wrong = (method.both() == 0).nonzero()[:, 0]
+    drawn = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))[:count]]
+    reading = method.reading
+    return reading_sheet(Reading(reading.pictures[drawn], reading.wanted[:, drawn], reading.read[:, drawn]), views, count)
 
 
 def compare(a: dict, b: dict) -> dict:
@@ -226,6 +236,8 @@ def run(args: argparse.Namespace) -> Path:
                 rates = measured.both().view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
                 matrix = letter_matrix(rates, f"{name}: read right in both views", args.views)
                 matrix.save(args.out / f"matrix_{name}.png")
+            if args.num_failures:
+                failures(measured, views, args.num_failures).save(args.out / f"failures_{name}.png")
     comparisons = {
         f"{a} against {b}": compare(summaries[a], summaries[b]) for a in summaries for b in summaries if args.against == b and a != b
     }
@@ -248,6 +260,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--judge", help="judge folder (default: the shipped one)")
     parser.add_argument("--chooser", required=True, help="another judge's folder, which chooses the best of a tuple's pictures")
     parser.add_argument("--against", help="the method that all others are compared with")
+    parser.add_argument("--num-failures", type=int, default=100, help="failed pictures of each method on DIR/failures_NAME.png; 0: none")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--batch-size", type=int, default=52)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from eqldm.evaluation.judge import ANSWERS, save_judge
@@ -58,6 +59,8 @@ def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_fo
     files = sorted((out / "a").glob("*.safetensors"))
     assert [len(load_file(path)["pictures"]) for path in files] == [15, 5, 15, 5]
     assert "| method |" in (out / "table.md").read_text()
+    failed = round(40 * (1 - metrics["ambigramability"]))
+    assert Image.open(out / "failures_a.png").height >= 96 * -(-failed // 3)  # three columns
 
     before = {path: path.stat().st_mtime_ns for path in files}
     files[1].unlink()  # a stopped run: the file is made again, and equal; the others are left alone, and one more seed is added

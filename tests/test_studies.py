@@ -60,3 +60,10 @@ def test_equivariance_losses(base, data, tmp_path):
     study("equivariance_losses", *words)
     rows = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(rows) == 2 + len(variants) and all(row.count("|") == rows[0].count("|") and " - " not in row for row in rows)
+
+
+def test_world(data, tmp_path):
+    words = ["--data", data, "--seeds", 2, "--num-steps", 1, "--num-images", 4, "--out", tmp_path / "out", "--set", *SMALL]
+    study("world", *words, "data.val_samples=4")
+    rows = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(rows) == 2 + 4 and all(row.count(" ± ") == 3 for row in rows[2:])

@@ -1,0 +1,54 @@
+"""Which small world can prove anything? Plain autoencoders of the glyphs, at equal steps: python benchmarks/world.py --out DIR
+
+Each variant is configs/glyphs/base_vae.yaml with the options below, cut to --num-steps steps on crops, by --seeds seeds. Wanted is one
+that keeps the picture, and whose latents turn no better than Stable Diffusion's (latent error .89, EQ-VAE's Table 1). Every part runs
+once: a second call goes on. Writes DIR/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from steps import ROOT, evaluate, path, shards, slug, spread, table, train
+
+THREE = ["architecture.down_block_types=[DownEncoderBlock2D,DownEncoderBlock2D,DownEncoderBlock2D]",
+         "architecture.up_block_types=[UpDecoderBlock2D,UpDecoderBlock2D,UpDecoderBlock2D]",
+         "architecture.block_out_channels=[16,32,64]"]  # fmt: skip
+VARIANTS = {
+    "f = 4, 4 channels": [*THREE, "architecture.latent_channels=4"],
+    "f = 8, 4 channels": ["architecture.latent_channels=4"],
+    "f = 8, 8 channels": [],
+    "f = 8, 16 channels": ["architecture.latent_channels=16"],
+}
+COLUMNS = {
+    "PSNR, dB": "reconstruction/psnr",
+    "latent error": "equivariance/mean/latent_error",
+    "PSNR of D(T z), dB": "equivariance/mean/psnr",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--num-images", type=int, default=512)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
+    parser.add_argument("--out", type=path, required=True)
+    args = parser.parse_args()
+    rows = {}
+    for name, options in VARIANTS.items():
+        found = []
+        for seed in range(args.seeds):
+            run = args.out / f"{slug(name)}-{seed}"
+            steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"run.seed={seed}", *shards(args.data)]
+            model = train("configs/glyphs/base_vae.yaml", run, *steps, *options, *args.set)
+            sizes = ["--judge", "none", "--num-images", args.num_images]
+            found.append(evaluate(run / "evaluation", model, args.data / "test", *sizes))
+        rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
+        (args.out / "table.md").write_text(table("world", list(COLUMNS), rows))  # grows as results come
+    print((args.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
