@@ -154,7 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--judge", help="judge folder, or none (pictures that are no letters); default: the shipped one, if any")
     parser.add_argument("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams; also of the equivariance")
     parser.add_argument("--num-images", type=int, default=512, help="pictures for reconstruction, equivariance and fit")
-    parser.add_argument("--num-letters", type=int, default=104, help="letters sampled plainly")
+    parser.add_argument("--num-letters", type=int, default=256, help="letters sampled plainly")
     parser.add_argument("--num-pairs", type=int, default=128, help="letter pairs sampled as anagrams, for each view")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures computed together, for metrics and for sampling")
     parser.add_argument("--num-inference-steps", type=int, default=20)

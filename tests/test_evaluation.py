@@ -162,7 +162,13 @@ def test_letter_pairs():
     assert torch.equal(letter_pairs(100), pairs[:, :100])
     assert not torch.equal(letter_pairs(100, seed=1), letter_pairs(100))
     assert letter_pairs(700).shape == (2, 700) and int(pairs.min()) == 0 and int(pairs.max()) == 25
-    assert plain_letters(28)[0].tolist() == [*range(26), 0, 1]
+
+
+def test_plain_letters_are_drawn_alike():
+    letters = plain_letters(2600)
+    assert letters.shape == (1, 2600) and torch.equal(plain_letters(26), letters[:, :26])
+    assert not torch.equal(plain_letters(26, 1), letters[:, :26])
+    assert 60 < int(letters[0].bincount(minlength=26).min()) and int(letters.max()) == 25
 
 
 def test_anagram_metrics_closed_form():
