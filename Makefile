@@ -1,8 +1,8 @@
-# make setup | demo | demo-scratch | test | test-all | lint
+# make setup | demo | demo-scratch | test | test-all | lint | clean-demo
+# RUN=FOLDER: where a demo writes
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-RUN ?= runs/scratch
 
 .PHONY: setup demo demo-scratch test test-all lint clean-demo
 
@@ -15,14 +15,18 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# From nothing, until glyphs-base is shipped; then configs/glyphs/demo.sh, which starts from it
-demo: demo-scratch
+# From the shipped glyphs-base to anagrams
+demo: RUN ?= runs/demo
+demo: setup
+	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo.sh
 
+# From nothing to anagrams, on an easier set of letters
+demo-scratch: RUN ?= runs/scratch
 demo-scratch: setup
 	PY='$(PY)' RUN='$(RUN)' bash configs/glyphs/demo_scratch.sh
 
 clean-demo:
-	rm -rf '$(RUN)'
+	rm -rf $(if $(RUN),'$(RUN)',runs/demo runs/scratch)
 
 test: setup
 	$(PY) -m pytest -q

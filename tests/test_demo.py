@@ -79,7 +79,7 @@ def test_demo_scratch_from_glyphs_to_a_report_and_the_demo_from_its_model(runs, 
     run_script(monkeypatch, "sample.py", "--model", model, *prompts, *sampling)
     assert {path.name for path in (runs / "anagrams").iterdir()} == {"0.png", "0.json", "1.png", "1.json", "sheet.png"}
 
-    vae = train_autoencoder(demo_config("demo_vae", demo / "vae", glyphs, model=model))
+    vae = train_autoencoder(demo_config("demo_vae", demo / "vae", glyphs, model=model, **{"fold.align_to": model}))
     swap(model, vae, demo / "swap" / "model")
     latents = encode(monkeypatch, glyphs, vae, demo / "latents")
     adapted = train_diffusion(demo_config("demo_unet", demo / "adapted", latents, vae=vae, model=model))

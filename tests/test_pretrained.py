@@ -1,0 +1,69 @@
+"""The shipped models: small, described, opened by stock diffusers, and as good as their cards say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.data.samples import PictureSamples
+from eqldm.evaluation.anagram import plain_letters, read_letters
+from eqldm.evaluation.equivariance import equivariance_metrics
+from eqldm.evaluation.judge import Judge
+from eqldm.evaluation.reconstruction import reconstruction_metrics
+from eqldm.model_folder import PRETRAINED, load_vae
+from eqldm.views import D4, IDENTITY
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "data"))
+import glyphs  # noqa: E402
+
+MODELS = {"glyphs-base": (0.4, 1.0)}  # the least and the largest latent error
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> torch.Tensor:
+    """[26, 3, 64, 64] letters in faces that no model has seen."""
+    folder = tmp_path_factory.mktemp("glyphs")
+    glyphs.make_split(folder, "test", 26, size=64, shard_size=26)
+    samples = PictureSamples(folder / "test")
+    return torch.stack([samples[i]["x"] for i in range(26)])
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in PRETRAINED.iterdir() if path.is_dir()), ids=lambda path: path.name)
+def test_a_shipped_folder_is_small_and_its_card_leads_somewhere(folder):
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 16e6
+    card = (folder / "README.md").read_text()
+    configs = re.findall(r"configs/glyphs/\w+\.yaml", card)
+    assert configs and all((ROOT / config).is_file() for config in configs)
+    assert "commit" in card and "thread" in card and "| data |" in card
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_autoencoders(name, pictures):
+    vae = load_vae(PRETRAINED / name)
+    least, most = MODELS[name]
+    assert reconstruction_metrics(vae, pictures)["reconstruction/psnr"] > 31
+    error = equivariance_metrics(vae, pictures, D4[1:])["equivariance/mean/latent_error"]
+    assert least < error < most
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_letters_read_right(name):
+    reading = read_letters(Sampler.open(PRETRAINED / name, "cpu"), Judge.open(), [IDENTITY], plain_letters(16), num_inference_steps=15)
+    assert int(reading.right.sum()) >= 15
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stock_diffusers_opens_them(name):
+    pipeline = StableDiffusionPipeline.from_pretrained(str(PRETRAINED / name), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("the letter A", num_inference_steps=15, guidance_scale=5.0, generator=generator, output_type="pt").images
+    letter = Judge.open()(picture.float() * 2 - 1)
+    assert letter.tolist() == [0]
