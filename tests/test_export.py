@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from eqldm.anagram.sampling import Sampler
@@ -29,6 +30,13 @@ def test_half_the_bytes_and_the_same_pictures(tiny_model_folder, tmp_path, monke
     assert load_vae(tmp_path / "half").dtype == torch.float32
     again = export(tmp_path / "half", tmp_path / "again", torch.float16)
     assert vae_hash(load_vae(again)) == vae_hash(load_vae(tmp_path / "half")) != vae_hash(load_vae(tiny_model_folder))
+
+
+def test_stock_pipelines_open_it_in_one_dtype(tiny_model_folder, tmp_path):
+    folder = export(tiny_model_folder, tmp_path / "half", torch.float16)
+    for options, dtype in (({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16)):
+        pipeline = StableDiffusionPipeline.from_pretrained(str(folder), **options)
+        assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {dtype}
 
 
 def test_a_vae_alone(make_tiny_vae, tmp_path):
