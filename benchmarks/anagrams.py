@@ -6,8 +6,10 @@
 A method is NAME=MODEL, or NAME=MODEL@pixels to blend its views in picture space. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
 stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, for each method
-DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png. Intervals are 95 %, resampled over sets of letters (real pictures
-are not), paired between methods.
+DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
+
+Figures named forced_ are those of a judge that must name one of the 26 letters, as the literature's must (arXiv 2306.12049); the
+others may answer that it is none. Intervals are 95 %, resampled over sets of letters (real pictures are not), paired between methods.
 """
 
 from __future__ import annotations
@@ -127,38 +129,47 @@ def load_pictures(folder: Path, tuples: Tensor, args: argparse.Namespace) -> tup
 class Measured:
     """What is measured of a method's pictures: by picture and view, so that it can be resampled.
 
-    reading: the pictures, and what the judge read.  chosen: [N] the chooser's probability of the wanted letter in the worst view.
+    reading: the pictures, and what the judge read.  forced: the same where it must name a letter.
+    chosen: [N] the chooser's probability of the wanted letter in the worst view.
     features: [views, N, D].  energy: [views, N].  round_trip: [N] dB, or None for pixel models.
     """
 
     def __init__(self, pictures: Tensor, seconds: float, views: list[View], wanted: Tensor, judge: Judge, chooser: Judge, vae):
         seen = [view(pictures) for view in views]
         self.seconds = seconds
-        self.reading = Reading(pictures, wanted.T, torch.stack([judge(x) for x in seen]))
+        probabilities = torch.stack([judge.probabilities(x) for x in seen])
+        self.reading = Reading(pictures, wanted.T, probabilities.argmax(2))
+        self.forced = Reading(pictures, wanted.T, probabilities[..., : len(LETTERS)].argmax(2))
         self.chosen = torch.stack([chooser.probabilities(x).gather(1, k[:, None])[:, 0] for x, k in zip(seen, wanted.T)]).amin(0)
         self.features = torch.stack([judge.features(x) for x in seen])
         self.energy = torch.stack([high_frequency_energy(x) for x in seen])
         self.round_trip = None if isinstance(vae, Pixels) else round_trip_psnr(vae, pictures)
 
-    def both(self) -> Tensor:
-        """[N] 1 where every view reads right."""
-        return self.reading.right.all(0).double()
-
-    def best(self, num_tuples: int) -> Tensor:
-        """[T] 1 where the picture that the chooser likes best, of a tuple's seeds, reads right in every view."""
+    def best(self, both: Tensor, num_tuples: int) -> Tensor:
+        """[T] of values [N], that of the picture that the chooser likes best of a tuple's seeds."""
         choice = self.chosen.view(-1, num_tuples).argmax(0)
-        return self.both().view(-1, num_tuples)[choice, torch.arange(num_tuples)]
+        return both.view(-1, num_tuples)[choice, torch.arange(num_tuples)]
+
+
+def in_every_view(reading: Reading) -> Tensor:
+    """[N] 1 where every view reads right."""
+    return reading.right.all(0).double()
 
 
 def summarise(method: Measured, real: RealPictures, views: list[View], num_tuples: int, weights: Tensor) -> dict:
     """Flat metrics, and the resampled values behind them under `_resampled` for comparisons."""
     tuple_weights = weights[:, :num_tuples]  # the first num_tuples pictures are one of each tuple
-    drawn = {"ambigramability": weighted_mean(method.both(), weights)}
-    metrics: dict = {"ambigramability": float(method.both().mean())}
     count = weights.shape[1] // num_tuples
-    if count > 1:
-        metrics[f"best_of_{count}"] = float(method.best(num_tuples).mean())
-        drawn[f"best_of_{count}"] = weighted_mean(method.best(num_tuples), tuple_weights)
+    drawn: dict[str, Tensor] = {}
+    metrics: dict = {}
+    for prefix, reading in (("", method.reading), ("forced_", method.forced)):
+        both = in_every_view(reading)
+        metrics[f"{prefix}ambigramability"] = float(both.mean())
+        drawn[f"{prefix}ambigramability"] = weighted_mean(both, weights)
+        if count > 1:
+            best = method.best(both, num_tuples)
+            metrics[f"{prefix}best_of_{count}"] = float(best.mean())
+            drawn[f"{prefix}best_of_{count}"] = weighted_mean(best, tuple_weights)
     kids = []
     for i, view in enumerate(views):
         metrics[f"{view.name}/read_right"] = float(method.reading.right[i].double().mean())
@@ -179,7 +190,7 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
 
 def failures(method: Measured, views: list[View], count: int) -> Image.Image:
     """A seeded draw from the pictures that are not read right in every view, to look at: what went wrong?"""
-    wrong = (method.both() == 0).nonzero()[:, 0]
+    wrong = (in_every_view(method.reading) == 0).nonzero()[:, 0]
     drawn = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))[:count]]
     reading = method.reading
     return reading_sheet(Reading(reading.pictures[drawn], reading.wanted[:, drawn], reading.read[:, drawn]), views, count)
@@ -233,7 +244,7 @@ def run(args: argparse.Namespace) -> Path:
             measured = Measured(pictures, seconds, views, wanted, judge, chooser, sampler.vae)
             summaries[name] = summarise(measured, real, views, len(tuples), weights)
             if args.tuples == "all":
-                rates = measured.both().view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
+                rates = in_every_view(measured.reading).view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
                 matrix = letter_matrix(rates, f"{name}: read right in both views", args.views)
                 matrix.save(args.out / f"matrix_{name}.png")
             if args.num_failures:

@@ -53,6 +53,7 @@ def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_fo
     metrics = results["methods"]["a"]
     for name in ("ambigramability", "best_of_2", "identity/kid", "rotate_180/fid", "texture", "round_trip_psnr", "seconds_per_picture"):
         assert isinstance(metrics[name], float), name
+    assert metrics["forced_ambigramability"] >= metrics["ambigramability"] and "forced_best_of_2" in metrics
     low, high = metrics["ambigramability_95"]
     assert low <= metrics["ambigramability"] <= high
     assert "kid_difference" in results["comparisons"]["b against a"]
