@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
-    parser.add_argument("--prompts", nargs="+", default=["the letter A", "the letter V"], help="one for each view")
+    parser.add_argument("--prompts", nargs="+", help="one for each view; default, of the shipped model: the letter A, the letter V")
     parser.add_argument("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, patch_permute:4")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
@@ -26,8 +27,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc; default: the model's own")
     parser.add_argument("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
-    parser.add_argument("--out", default="runs/samples", help="folder for SEED.png, SEED.json and sheet.png (default: runs/samples)")
-    return parser.parse_args()
+    parser.add_argument("--out", help="folder for SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
+    args = parser.parse_args()
+    if args.prompts is None:
+        if args.model is not None or len(args.views) != 2:
+            parser.error("--prompts: give one for each view")
+        args.prompts = ["the letter A", "the letter V"]
+    args.out = args.out or time.strftime("runs/samples/%Y%m%d-%H%M%S")
+    return args
 
 
 def main() -> None:

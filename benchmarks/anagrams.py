@@ -1,13 +1,15 @@
 """Anagrams of letters, method by method, on the same letters and seeds.
 
     python benchmarks/anagrams.py base=FOLDER blend=FOLDER@pixels eq=FOLDER --views identity rotate_180 --num-seeds 4 \
-        --real SHARDS --out DIR
+        --real SHARDS --chooser FOLDER --out DIR
 
 A method is NAME=MODEL, or NAME=MODEL@pixels to blend its views in picture space. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
 stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, for each method
 DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
 
+best_of_K is the picture that another judge likes best of a tuple's K, read by the judge: --chooser, which
+`python train.py configs/glyphs/judge.yaml run.seed=101 data.train=... data.val=... run.dir=...` trains on glyphs of another seed.
 Figures named forced_ are those of a judge that must name one of the 26 letters, as the literature's must (arXiv 2306.12049); the
 others may answer that it is none. Intervals are 95 %, resampled over sets of letters (real pictures are not), paired between methods.
 """
@@ -23,7 +25,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from PIL import Image
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -188,12 +189,14 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
     return {**metrics, "_resampled": drawn}
 
 
-def failures(method: Measured, views: list[View], count: int) -> Image.Image:
-    """A seeded draw from the pictures that are not read right in every view, to look at: what went wrong?"""
+def failures(method: Measured, views: list[View], count: int, path: Path) -> None:
+    """Writes a seeded draw from the pictures that are not read right in every view, if any, to look at: what went wrong?"""
     wrong = (in_every_view(method.reading) == 0).nonzero()[:, 0]
     drawn = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))[:count]]
-    reading = method.reading
-    return reading_sheet(Reading(reading.pictures[drawn], reading.wanted[:, drawn], reading.read[:, drawn]), views, count)
+    path.unlink(missing_ok=True)
+    if len(drawn):
+        reading = method.reading
+        reading_sheet(Reading(reading.pictures[drawn], reading.wanted[:, drawn], reading.read[:, drawn]), views, count).save(path)
 
 
 def compare(a: dict, b: dict) -> dict:
@@ -230,6 +233,8 @@ def run(args: argparse.Namespace) -> Path:
                          f"{args.batch_size} and {len(tuples)}")  # fmt: skip
     wanted = tuples.repeat(args.num_seeds, 1)
     judge, chooser = Judge.open(args.judge), Judge.open(args.chooser)
+    if weights_hash(judge.network) == weights_hash(chooser.network):
+        raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
     samples = PictureSamples(args.real)
     opened = {name: open_method(name, model, views, args) for name, model in methods.items()}
     real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(len(samples))]), judge)
@@ -247,8 +252,7 @@ def run(args: argparse.Namespace) -> Path:
                 rates = in_every_view(measured.reading).view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
                 matrix = letter_matrix(rates, f"{name}: read right in both views", args.views)
                 matrix.save(args.out / f"matrix_{name}.png")
-            if args.num_failures:
-                failures(measured, views, args.num_failures).save(args.out / f"failures_{name}.png")
+            failures(measured, views, args.num_failures, args.out / f"failures_{name}.png")
     comparisons = {
         f"{a} against {b}": compare(summaries[a], summaries[b]) for a in summaries for b in summaries if args.against == b and a != b
     }

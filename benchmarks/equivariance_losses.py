@@ -1,8 +1,8 @@
 """Which equivariance loss? The same autoencoder fine-tuned by each, at equal steps: python benchmarks/equivariance_losses.py --out DIR
 
-Each variant is configs/glyphs/eq_vae.yaml with the options below, cut to --num-steps steps on crops, by --seeds seeds. With --anagrams,
-glyphs-base's UNet is then adapted to each (first seed), and its letters and anagrams are measured. Every part runs once: a second
-call goes on. Writes DIR/table.md.
+Each variant is configs/glyphs/eq_vae.yaml without its permutations, with the options below, cut to --num-steps steps on crops, by
+--seeds seeds. With --anagrams, glyphs-base's UNet is then adapted to each (first seed), and its letters and anagrams are measured.
+Every part runs once: a second call goes on. Writes DIR/table.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 from steps import BASE, ROOT, encode, evaluate, path, shards, slug, spread, table, train
 
 NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
+ALL = ["equivariance.permute_prob=0", "crop_until=null"]
 VARIANTS = {
     "plain (no equivariance)": NONE,
     "EQ-VAE's scheme": ["equivariance.preset=eqvae_paper", *NONE],
@@ -58,7 +59,7 @@ def main() -> None:
     for name in args.variants:
         options = VARIANTS[name]
         folder = args.out / slug(name)
-        steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"model={args.base}", *shards(args.data)]
+        steps = [f"run.num_steps={args.num_steps}", f"model={args.base}", *shards(args.data), *ALL]
         found = []
         for seed in range(args.seeds):
             model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options, *args.set)

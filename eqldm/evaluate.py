@@ -58,7 +58,7 @@ def evaluate_unet(
     sampler = Sampler.open(folder, args.device)
     metrics = fit_metrics(sampler, samples, min(args.num_images, len(samples)), args.batch_size)
     readings: list[tuple[list[View], Reading]] = []
-    if judge is None or real is None:
+    if judge is None:
         return metrics, readings
     for view in views:  # before anything long
         sampler.check(["", ""], [IDENTITY, view])

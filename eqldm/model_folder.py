@@ -174,7 +174,7 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
     else:
         raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
     if "text_encoder" in parts:
-        # transformers opens in the dtype that is stated, diffusers in float32: unless told otherwise, a pipeline would have both
+        # diffusers opens weights in float32 whatever they are, transformers in the dtype that config.json states: say float32 too
         path = partial / "text_encoder" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
     replace_folder(folder, partial)

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,8 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from eqldm.autoencoder.equivariance import IDENTITY_TRANSFORM, draw_groups
+from eqldm.config import load_config
+from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.judge import ANSWERS, save_judge
 from eqldm.evaluation.report import letter_matrix
+from eqldm.views import D4, Transform
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +95,33 @@ def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_fo
 def test_what_cannot_work_is_an_error(anagrams, methods, more, message):
     with pytest.raises(SystemExit, match=message):
         anagrams(*methods, more=more)
+
+
+def test_every_variant_of_the_losses_is_what_its_name_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    study = runpy.run_path(str(ROOT / "benchmarks" / "equivariance_losses.py"))
+    configs = {n: load_config(ROOT / "configs/glyphs/eq_vae.yaml", [*study["ALL"], *o]) for n, o in study["VARIANTS"].items()}
+    drawn = {name: [t for g in draw_groups(c.equivariance, 0, 3, list(range(64)), 4) for t in g.transforms] for name, c in configs.items()}
+    assert set(drawn["plain (no equivariance)"]) == {IDENTITY_TRANSFORM}
+    symmetries = {Transform(view) for view in D4}
+    assert set(drawn["D4"]) == set(drawn["D4, implicit term alone"]) == symmetries
+    assert set(drawn["rotations"]) < symmetries and not set(drawn["D4 + permutations"]) <= symmetries
+    assert any(t.rescale for t in drawn["D4 + rescaling"]) and not any(t.rescale for t in drawn["D4"])
+    assert configs["EQ-VAE's scheme"].equivariance.preset == "eqvae_paper"
+
+
+def test_failures_are_shown_and_none_where_there_are_none(tmp_path):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "anagrams.py"))
+    pictures, wanted = torch.zeros(5, 3, 32, 32), torch.arange(5)[None]
+    for read, shown in ((wanted, False), (wanted + (wanted == 3), True), (wanted, False)):
+        method = SimpleNamespace(reading=Reading(pictures, wanted, read))
+        script["failures"](method, [D4[0]], 100, tmp_path / "failures.png")
+        assert (tmp_path / "failures.png").exists() == shown  # the last time, the sheet before is stale
+
+
+def test_the_judge_must_not_choose(anagrams, tiny_model_folder, judges):
+    with pytest.raises(SystemExit, match="--chooser is the judge itself"):
+        anagrams(f"a={tiny_model_folder}", more=["--tuples", 20, "--chooser", judges[0]])
 
 
 def test_the_letter_matrix_shows_each_pair():

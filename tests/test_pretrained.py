@@ -1,4 +1,4 @@
-"""The shipped models: small, described, opened by stock diffusers, and as good as their cards say."""
+"""The shipped models: small, described, opened by stock diffusers, and not broken. (Their cards have the figures.)"""
 
 from __future__ import annotations
 

@@ -85,8 +85,17 @@ def test_no_options_sample_the_shipped_model(run, make_model_folder, tmp_path, m
     monkeypatch.setattr(job, "PRETRAINED", tmp_path)
     monkeypatch.chdir(tmp_path)
     run("--num-inference-steps", 1, "--num-samples", 1)
-    about = json.loads((tmp_path / "runs" / "samples" / "0.json").read_text())
+    (file,) = (tmp_path / "runs" / "samples").glob("*/0.json")  # a folder for each call: none mixes its pictures with another's
+    about = json.loads(file.read_text())
     assert about["model"] == str(tmp_path / "glyphs-eq") and about["prompts"] == ["the letter A", "the letter V"]
+    assert "--model" not in about["command"]
+
+
+@pytest.mark.parametrize("arguments", [["--model", "somewhere"], ["--views", "identity", "flip", "mirror"]])
+def test_other_models_and_other_views_need_prompts(run, arguments, capsys):
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert "--prompts: give one for each view" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(failed, tiny_model_folder, tmp_path):

@@ -66,4 +66,4 @@ def test_world(data, tmp_path):
     words = ["--data", data, "--seeds", 2, "--num-steps", 1, "--num-images", 4, "--out", tmp_path / "out", "--set", *SMALL]
     study("world", *words, "data.val_samples=4")
     rows = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert len(rows) == 2 + 4 and all(row.count(" ± ") == 3 for row in rows[2:])
+    assert len(rows) == 2 + 4 and all(row.count(" ± ") == 4 for row in rows[2:])

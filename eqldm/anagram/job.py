@@ -21,6 +21,9 @@ from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
 from eqldm.views import parse_view
 
+DEFAULT = "glyphs-eq"
+"""The shipped model that samples where none is given."""
+
 
 def sample_to_folder(args: argparse.Namespace) -> Path:
     """Samples as `sample.py` asks for it; writes `SEED.png`, `SEED.json` and `sheet.png`, whose path is returned.
@@ -31,7 +34,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     if args.num_samples < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         raise ValueError("--num-samples, --batch-size and --num-inference-steps must be at least 1")
     views = [parse_view(name) for name in args.views]
-    model = args.model or PRETRAINED / "glyphs-eq"
+    model = args.model or PRETRAINED / DEFAULT
     sampler = Sampler.open(model, args.device)
     sampler.check(args.prompts, views, args.image_size)
     out = Path(args.out)
@@ -92,7 +95,6 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
 def command(settings: dict, batch: Sequence[int]) -> str:
     """The command that makes a batch of seeds again, byte for byte; a batch of another size rounds floats differently."""
     options = {
-        "--model": [settings["model"]],
         "--prompts": settings["prompts"],
         "--views": settings["views"],
         "--seed": [batch[0]],
@@ -104,6 +106,8 @@ def command(settings: dict, batch: Sequence[int]) -> str:
         "--blend": [settings["blend"]],
         "--device": [settings["device"]],
     }
+    if settings["model"] != str(PRETRAINED / DEFAULT):
+        options = {"--model": [settings["model"]], **options}
     if settings["negative_prompt"]:
         options["--negative-prompt"] = [settings["negative_prompt"]]
     if not settings["scheduler"].endswith("Scheduler"):

@@ -48,8 +48,9 @@ def normalisation(latents: Tensor, keep_origin: bool = False) -> tuple[Tensor, T
 
 
 def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tuple[Tensor, Tensor]:
-    """(A [C, C], b [C]): normalisation of latents [N, C], then the turn of the channels that brings them nearest to `wanted`
-    [N, C], latents of the same cells by another VAE, then its scale and mean.
+    """(A [C, C], b [C]): normalisation of latents [N, C], then the orthogonal map of the channels (a turn, perhaps with a mirror) that
+    brings them nearest to `wanted` [N, C], latents of the same cells by another VAE, then the scale and mean of those.
+    The mean square over all channels is then that of `wanted`; single channels may have more or less.
 
     A turn, and not least squares, which come nearer but shrink what the other VAE's latents do not show: a UNet's errors are
     about equal in all directions, and the decoder would magnify them there. keep_origin: b = 0.
@@ -72,7 +73,8 @@ def fold_map(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
     """Changes `vae` in place so that its normalised latents become `matrix @ z + offset`, reconstructions staying equal.
 
     matrix: [C, C], invertible.  offset: [C]. The model's scaling and shift are folded in too and become 1 and 0. The
-    posterior stays diagonal: its log-variances are mapped through the squared matrix, exact where it is diagonal.
+    posterior stays diagonal: its log-variances are mapped through the squared matrix, exact where that is diagonal, else a lower bound
+    of the variances' (the weighted geometric mean of what is mixed).
     """
     channels = vae.config.latent_channels
     shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.scaling_factor
