@@ -124,6 +124,17 @@ def test_the_judge_must_not_choose(anagrams, tiny_model_folder, judges):
         anagrams(f"a={tiny_model_folder}", more=["--tuples", 20, "--chooser", judges[0]])
 
 
+def test_alignment_compares_three_maps(tiny_model_folder, tiny_pictures, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    words = ["--vae", tiny_model_folder, "--to", tiny_model_folder, "--data", tiny_pictures, "--num-images", 6, "--num-decoded", 2]
+    monkeypatch.setattr(sys, "argv", ["alignment.py", *map(str, words)])
+    runpy.run_path(str(ROOT / "benchmarks" / "alignment.py"), run_name="__main__")
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in capsys.readouterr().out.splitlines()[2:]}
+    assert rows.keys() == {"none", "orthogonal", "least squares"}
+    assert rows["least squares"][0] == "1.00"  # the same VAE
+    assert len({row[2] for row in rows.values()}) == 1  # without noise all decode alike
+
+
 def test_the_letter_matrix_shows_each_pair():
     rates = torch.zeros(26, 26)
     rates[3, 7] = 1
