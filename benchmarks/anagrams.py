@@ -174,10 +174,10 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
     kids = []
     for i, view in enumerate(views):
         metrics[f"{view.name}/read_right"] = float(method.reading.right[i].double().mean())
-        metrics[f"{view.name}/kid"] = float(kid(real.features, method.features[i]))
+        metrics[f"{view.name}/kid"] = float(kid(real.features, method.features[i], real_labels=real.labels))
         metrics[f"{view.name}/fid"] = float(fid(real.features, method.features[i]))
         metrics[f"{view.name}/texture"] = float(method.energy[i].mean()) / real.energy
-        kids.append(kid(real.features, method.features[i], weights))
+        kids.append(kid(real.features, method.features[i], weights, real.labels))
     metrics["kid"] = sum(metrics[f"{view.name}/kid"] for view in views) / len(views)
     metrics["texture"] = sum(metrics[f"{view.name}/texture"] for view in views) / len(views)
     drawn["kid"] = torch.stack(kids).mean(0)
@@ -237,7 +237,9 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
     samples = PictureSamples(args.real)
     opened = {name: open_method(name, model, views, args) for name, model in methods.items()}
-    real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(len(samples))]), judge)
+    found = [samples[i] for i in range(len(samples))]
+    labels = torch.tensor([sample["label"] for sample in found])
+    real = RealPictures.of(torch.stack([sample["x"] for sample in found]), judge, labels)
     clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
     summaries = {}

@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         judge = Judge.open(args.judge)
     else:
         notes.append("Not computed: what the judge reads (no judge: give --judge FOLDER, trained by configs/glyphs/judge.yaml).")
-    real = None if judge is None else RealPictures.of(pictures.cpu(), judge)
+    real = None if judge is None else RealPictures.of(pictures.cpu(), judge, labels)
     results, decodings, readings = {}, {}, {}
     for name, folder in zip(model_names(args.models), map(Path, args.models)):
         (out / name).mkdir(parents=True, exist_ok=True)

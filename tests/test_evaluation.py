@@ -147,7 +147,8 @@ def test_what_training_logs_at_validation_is_what_the_evaluation_gives(tmp_path,
     assert fit_metrics(sampler, samples, 10)["fit/val_loss"] == pytest.approx(loss, rel=1e-5)
 
     judge = Judge.open()
-    real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(10)]), judge)
+    labels = torch.tensor([samples[i]["label"] for i in range(10)])
+    real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(10)]), judge, labels)
     reading = read_letters(sampler, judge, [IDENTITY], plain_letters(4), num_inference_steps=20, guidance_scale=5.0)
     metrics = generation_metrics(reading, lambda x: quality_metrics(x, judge, sampler.vae, real))
     assert metrics.keys() == {f"generation/{name}" for name in ("read_right", "kid", "fid", "texture", "round_trip_psnr")}

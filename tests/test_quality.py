@@ -49,6 +49,21 @@ def test_samples_of_one_distribution_have_no_kernel_distance():
     assert abs(float(mean)) < 3 * float(spread) / 200**0.5
 
 
+def test_balanced_real_pictures_are_no_farther_than_drawn_ones():
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(8, 4, generator=generator)
+    balanced = torch.arange(8).repeat(4)
+    plain, corrected = [], []
+    for _ in range(400):
+        drawn = torch.randint(8, (40,), generator=generator)
+        real, fake = (centres[labels] + torch.randn(len(labels), 4, generator=generator) for labels in (balanced, drawn))
+        plain.append(kid(real, fake))
+        corrected.append(kid(real, fake, real_labels=balanced))
+    error = torch.stack(corrected).std() / 400**0.5
+    assert torch.stack(plain).mean() < -5 * error and torch.stack(corrected).mean().abs() < 3 * error
+    assert torch.equal(kid(real[:8], fake, real_labels=balanced[:8]), kid(real[:8], fake))  # one of each: nothing to correct by
+
+
 def test_fid_of_shifted_gaussians_is_the_squared_shift():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 3, generator=generator)

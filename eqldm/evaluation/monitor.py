@@ -43,7 +43,9 @@ class LetterMonitor(pl.Callback):
             return
         self.judge, samples = Judge.open(), PictureSamples(self.folder)
         count = min(len(samples), self.config.data.val_samples)
-        self.real = RealPictures.of(torch.stack([samples[i]["x"] for i in range(count)]), self.judge)
+        found = [samples[i] for i in range(count)]
+        labels = torch.tensor([sample["label"] for sample in found])
+        self.real = RealPictures.of(torch.stack([sample["x"] for sample in found]), self.judge, labels)
         validation_sampler(module).check_length(["the letter A"])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -21,15 +21,18 @@ from eqldm.model_folder import Pixels, decode, encode
 
 @dataclass(frozen=True)
 class RealPictures:
-    """What sampled pictures are held against: the features [M, D] of real ones, and their mean high-frequency energy."""
+    """What sampled pictures are held against: the features [M, D] of real ones, their labels [M] (None: they have none), and their
+    mean high-frequency energy."""
 
     features: Tensor
+    labels: Tensor | None
     energy: float
 
     @classmethod
-    def of(cls, pictures: Tensor, judge: Judge) -> RealPictures:
-        """Measured on pictures [M, 3, H, W] in [-1, 1]."""
-        return cls(judge.features(pictures), float(high_frequency_energy(pictures).mean()))
+    def of(cls, pictures: Tensor, judge: Judge, labels: Tensor | None = None) -> RealPictures:
+        """Measured on pictures [M, 3, H, W] in [-1, 1]. labels: [M], -1 where a picture has none."""
+        labels = None if labels is None or bool((labels < 0).any()) else labels
+        return cls(judge.features(pictures), labels, float(high_frequency_energy(pictures).mean()))
 
 
 def quality_metrics(
@@ -43,7 +46,7 @@ def quality_metrics(
     """
     features = judge.features(pictures, batch_size)
     metrics = {
-        "kid": float(kid(real.features, features)),
+        "kid": float(kid(real.features, features, real_labels=real.labels)),
         "fid": float(fid(real.features, features)),
         "texture": float(high_frequency_energy(pictures).mean()) / real.energy,
     }
@@ -52,24 +55,41 @@ def quality_metrics(
     return metrics
 
 
-def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None) -> Tensor:
+def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: Tensor | None = None) -> Tensor:
     """Kernel distance of features real [M, D] and fake [N, D]: the unbiased squared MMD under k(a, b) = (a.b / D + 1)^3.
 
     weights: [R, N] counts of a bootstrap over the fake ones; the result is then [R], else []. Pairs of one picture with its
-    own copies are left out, so that a resampled estimate stays unbiased. Source: KID, arXiv 1801.01401, section 4.
+    own copies are left out, so that a resampled estimate of independent pictures stays unbiased.
+    real_labels: [M] of a balanced set, in which two pictures are of one label less often than in independent draws; with them
+    the estimate is that of such draws. Source: KID, arXiv 1801.01401, section 4.
     """
     real, fake = real.double(), fake.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    among_real = kernel(real, real).fill_diagonal_(0).sum() / (len(real) * (len(real) - 1))
+    among_real = _mean_over_pairs(kernel(real, real), real_labels)
     w = fake.new_ones(1, len(fake)) if weights is None else weights.double()
     total = w.sum(1)
     among_fake = ((w @ kernel(fake, fake).fill_diagonal_(0)) * w).sum(1) / (total.square() - w.square().sum(1))
     between = w @ kernel(fake, real).mean(1) / total
     distance = among_real + among_fake - 2 * between
     return distance[0] if weights is None else distance
+
+
+def _mean_over_pairs(values: Tensor, labels: Tensor | None) -> Tensor:
+    """[] mean of values [M, M] over pairs of different pictures, as many of each two labels as independent draws would have."""
+    values = values.fill_diagonal_(0)
+    count = len(values)
+    if labels is None:
+        return values.sum() / (count * (count - 1))
+    of = torch.nn.functional.one_hot(labels).to(values)
+    of = of[:, of.sum(0) > 0]
+    held = of.sum(0)
+    pairs = held[:, None] * held - torch.diag(held)
+    if bool((pairs == 0).any()):  # a label with a single picture
+        return _mean_over_pairs(values, None)
+    return ((held[:, None] * held) / count**2 * (of.T @ values @ of) / pairs).sum()
 
 
 def fid(real: Tensor, fake: Tensor) -> Tensor:
