@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 import glyphs  # noqa: E402
 
-MODELS = {"glyphs-base": (0.4, 1.0)}  # the least and the largest latent error
+MODELS = {"glyphs-base": (0.4, 1.0), "glyphs-eq": (0.0, 0.005)}  # the least and the largest latent error
 
 
 @pytest.fixture(scope="module")
