@@ -100,7 +100,15 @@ def test_every_command_of_the_demo_scripts_names_files_that_exist(name):
     assert all((ROOT / word).is_file() for word in named)
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md"])
+PAGES = [
+    "README.md",
+    "data/README.md",
+    "docs/results.md",
+    *(f"eqldm/pretrained/glyphs-{name}/README.md" for name in ("base", "eq", "judge")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_of_the_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
     local = [link for link in links if "://" not in link]
