@@ -7,7 +7,6 @@ fold) with nothing trained. Every part runs once: a second call goes on. Writes 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from steps import BASE, ROOT, call, encode, evaluate, path, shards, slug, spread, table, train
+from steps import BASE, call, encode, evaluate, path, shards, slug, spread, spreads, study, table, train
 
 METHODS = {  # name: (config, whether the VAE is aligned, options)
     "scratch": ("configs/glyphs/base_unet.yaml", False, []),
@@ -52,17 +51,13 @@ def plot(curves: dict[str, list[dict[int, dict[str, float]]]], path: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study(__doc__)
     parser.add_argument("--vae", type=path, required=True, help="model folder of the equivariant VAE, normalised, not aligned")
     parser.add_argument("--base", type=path, default=BASE, help="model folder to start from: glyphs-base")
-    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=4000)
     parser.add_argument("--val-every", type=int, default=500)
     parser.add_argument("--num-letters", type=int, default=208)
     parser.add_argument("--num-images", type=int, default=1024, help="validation pictures that samples and losses are held against")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
-    parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     aligned = args.out / "vae-aligned"
@@ -76,7 +71,7 @@ def main() -> None:
         call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
         sizes = ["--num-letters", args.num_letters, "--num-pairs", 2, "--num-images", args.num_images]
         metrics = evaluate(args.out / f"evaluation-{folder.name}", folder, args.data / "val", *sizes)
-        rows[name] = ["0", *(spread([metrics[metric]]) for metric in SWAP.values())]
+        rows[name] = ["0", *spreads([metrics], SWAP)]
     curves: dict[str, list] = {}
     for seed in range(args.seeds):
         for name, (config, is_aligned, options) in METHODS.items():

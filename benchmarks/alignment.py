@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eqldm.autoencoder.equivariance import psnr
 from eqldm.autoencoder.fold import alignment, fold_map, latent_matrix, normalisation
-from eqldm.data.samples import PictureSamples
+from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_folder import decode, encode, load_vae
 
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -32,17 +32,17 @@ def least_squares(latents: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def noisy_psnr(vae: AutoencoderKL, pictures: Tensor, noise: float) -> float:
-    """Mean dB of D(z + noise of this standard deviation) against pictures [N, 3, H, W]."""
+def noisy_psnrs(vae: AutoencoderKL, pictures: Tensor) -> list[float]:
+    """Mean dB of D(z + noise) against pictures [N, 3, H, W], for each standard deviation of `NOISE`."""
     z = encode(vae, pictures)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    return float(psnr(decode(vae, z + noise * eps), pictures).mean())
+    return [float(psnr(decode(vae, z + noise * eps), pictures).mean()) for noise in NOISE]
 
 
 def run(args: argparse.Namespace) -> str:
     vae, samples = load_vae(args.vae), PictureSamples(args.data)
     latents, wanted = (latent_matrix(model, samples, args.num_images) for model in (vae, load_vae(args.to)))
-    pictures = torch.stack([samples[i]["x"] for i in range(min(len(samples), args.num_decoded))])
+    pictures = collate([samples[i] for i in range(min(len(samples), args.num_decoded))])["x"]
     maps = {"none": normalisation(latents), "orthogonal": alignment(latents, wanted), "least squares": least_squares(latents, wanted)}
     rows = {}
     for name, (matrix, offset) in maps.items():
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> str:
         mapped = copy.deepcopy(vae)
         fold_map(mapped, matrix, offset)
         rows[name] = [f"{explained:.2f}", f"{float(scales[0]):.3g} to {float(scales[-1]):.2g}"]
-        rows[name] += [f"{noisy_psnr(mapped, pictures, noise):.1f}" for noise in NOISE]
+        rows[name] += [f"{value:.1f}" for value in noisy_psnrs(mapped, pictures)]
     return table("map", ["explained variance", "singular values", *(f"dB, noise {noise:g}" for noise in NOISE)], rows)
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples, from_bytes, to_bytes
+from eqldm.data.samples import PictureSamples, collate, from_bytes, to_bytes
 from eqldm.data.shards import write_json
 from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, letter_prompts
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
@@ -171,13 +171,15 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
             best = method.best(both, num_tuples)
             metrics[f"{prefix}best_of_{count}"] = float(best.mean())
             drawn[f"{prefix}best_of_{count}"] = weighted_mean(best, tuple_weights)
+    each_once = torch.ones_like(weights[:1])
     kids = []
     for i, view in enumerate(views):
         metrics[f"{view.name}/read_right"] = float(method.reading.right[i].double().mean())
-        metrics[f"{view.name}/kid"] = float(kid(real.features, method.features[i], real_labels=real.labels))
+        resampled = kid(real.features, method.features[i], torch.cat([each_once, weights]), real.labels)
+        metrics[f"{view.name}/kid"] = float(resampled[0])
         metrics[f"{view.name}/fid"] = float(fid(real.features, method.features[i]))
         metrics[f"{view.name}/texture"] = float(method.energy[i].mean()) / real.energy
-        kids.append(kid(real.features, method.features[i], weights, real.labels))
+        kids.append(resampled[1:])
     metrics["kid"] = sum(metrics[f"{view.name}/kid"] for view in views) / len(views)
     metrics["texture"] = sum(metrics[f"{view.name}/texture"] for view in views) / len(views)
     drawn["kid"] = torch.stack(kids).mean(0)
@@ -237,9 +239,8 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
     samples = PictureSamples(args.real)
     opened = {name: open_method(name, model, views, args) for name, model in methods.items()}
-    found = [samples[i] for i in range(len(samples))]
-    labels = torch.tensor([sample["label"] for sample in found])
-    real = RealPictures.of(torch.stack([sample["x"] for sample in found]), judge, labels)
+    found = collate([samples[i] for i in range(len(samples))])
+    real = RealPictures.of(found["x"], judge, found["label"])
     clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
     summaries = {}

@@ -7,9 +7,7 @@ Every part runs once: a second call goes on. Writes DIR/table.md.
 
 from __future__ import annotations
 
-import argparse
-
-from steps import BASE, ROOT, encode, evaluate, path, shards, slug, spread, table, train
+from steps import BASE, autoencoders, encode, evaluate, path, shards, slug, spreads, study, table, train
 
 NONE = ["equivariance.group=none", "equivariance.consistency_weight=0"]
 ALL = ["equivariance.permute_prob=0", "crop_until=null"]
@@ -41,40 +39,27 @@ ANAGRAMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study(__doc__)
     parser.add_argument("--base", type=path, default=BASE, help="model folder to start from: glyphs-base")
-    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-steps", type=int, default=1500, help="of the autoencoder")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="default: all")
     parser.add_argument("--anagrams", action="store_true", help="also adapt a UNet to each variant of the first seed (hours)")
     parser.add_argument("--unet-steps", type=int, default=2000)
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--num-pairs", type=int, default=200)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
-    parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
-    test = args.data / "test"
     rows, columns = {}, [*COLUMNS, *(ANAGRAMS if args.anagrams else {})]
     for name in args.variants:
-        options = VARIANTS[name]
-        folder = args.out / slug(name)
-        steps = [f"run.num_steps={args.num_steps}", f"model={args.base}", *shards(args.data), *ALL]
-        found = []
-        for seed in range(args.seeds):
-            model = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *steps, f"run.seed={seed}", *options, *args.set)
-            views = ["--views", "patch_permute:4", "negate", "--judge", "none", "--num-images", args.num_images]
-            found.append(evaluate(folder / f"vae{seed}" / "evaluation", model, test, *views))
-        rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
+        folder, options = args.out / slug(name), [f"model={args.base}", *ALL, *VARIANTS[name]]
+        found = autoencoders("configs/glyphs/eq_vae.yaml", folder, args, options, "--views", "patch_permute:4", "negate")
+        rows[name] = spreads(found, COLUMNS)
         if args.anagrams:
             vae = folder / "vae0" / "model"
             latents = encode(args.data, vae, folder / "latents")
             adapted = [f"vae={vae}", f"model={args.base}", *shards(latents)]
             model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}", *args.set)
             sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
-            metrics = evaluate(folder / "unet" / "evaluation", model, test, *sizes)
-            rows[name] += [spread([metrics[metric]]) for metric in ANAGRAMS.values()]
-        args.out.mkdir(parents=True, exist_ok=True)
+            rows[name] += spreads([evaluate(folder / "unet" / "evaluation", model, args.data / "test", *sizes)], ANAGRAMS)
         (args.out / "table.md").write_text(table("loss", columns, rows))  # grows as results come
     print((args.out / "table.md").read_text())
 

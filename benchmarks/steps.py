@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -47,6 +48,28 @@ def train(config: str, folder: Path, *overrides: str) -> Path:
     return folder / "model"
 
 
+def study(about: str) -> argparse.ArgumentParser:
+    """The options that every study has; `about` is its docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
+    parser.add_argument("--out", type=path, required=True)
+    return parser
+
+
+def autoencoders(config: str, folder: Path, args: argparse.Namespace, options: Sequence[str], *evaluation) -> list[dict[str, float]]:
+    """The metrics on `test` of an autoencoder's config with these options, trained to `folder/vaeSEED` by each of --seeds seeds for
+    --num-steps. evaluation: further options of it."""
+    found = []
+    for seed in range(args.seeds):
+        run = folder / f"vae{seed}"
+        model = train(config, run, f"run.num_steps={args.num_steps}", f"run.seed={seed}", *shards(args.data), *options, *args.set)
+        sizes = ["--judge", "none", "--num-images", args.num_images, *evaluation]
+        found.append(evaluate(run / "evaluation", model, args.data / "test", *sizes))
+    return found
+
+
 def encode(data: Path, vae: Path, out: Path) -> Path:
     """Latent shards `out/train` and `out/val` of a picture set's."""
     for split in ("train", "val"):
@@ -71,6 +94,11 @@ def spread(values: Sequence[float]) -> str:
     """The mean, and the standard deviation over seeds where there are several."""
     mean = statistics.fmean(values)
     return f"{mean:.3g}" if len(values) == 1 else f"{mean:.3g} ± {statistics.stdev(values):.2g}"
+
+
+def spreads(found: Sequence[dict[str, float]], columns: dict[str, str]) -> list[str]:
+    """The `spread` of each column's metric over what was found by each seed. columns: heading: metric."""
+    return [spread([metrics[metric] for metrics in found]) for metric in columns.values()]
 
 
 def table(heading: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> str:

@@ -7,9 +7,7 @@ under rotations is .89, EQ-VAE's Table 1; these worlds are easier). Every part r
 
 from __future__ import annotations
 
-import argparse
-
-from steps import ROOT, evaluate, path, shards, slug, spread, table, train
+from steps import autoencoders, slug, spreads, study, table
 
 THREE = ["architecture.down_block_types=[DownEncoderBlock2D,DownEncoderBlock2D,DownEncoderBlock2D]",
          "architecture.up_block_types=[UpDecoderBlock2D,UpDecoderBlock2D,UpDecoderBlock2D]",
@@ -29,24 +27,14 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = study(__doc__)
     parser.add_argument("--num-steps", type=int, default=3000)
     parser.add_argument("--num-images", type=int, default=512)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")
-    parser.add_argument("--out", type=path, required=True)
     args = parser.parse_args()
     rows = {}
     for name, options in VARIANTS.items():
-        found = []
-        for seed in range(args.seeds):
-            run = args.out / f"{slug(name)}-{seed}"
-            steps = [f"run.num_steps={args.num_steps}", "crop_until=null", f"run.seed={seed}", *shards(args.data)]
-            model = train("configs/glyphs/base_vae.yaml", run, *steps, *options, *args.set)
-            sizes = ["--judge", "none", "--num-images", args.num_images]
-            found.append(evaluate(run / "evaluation", model, args.data / "test", *sizes))
-        rows[name] = [spread([metrics[metric] for metrics in found]) for metric in COLUMNS.values()]
+        found = autoencoders("configs/glyphs/base_vae.yaml", args.out / slug(name), args, ["crop_until=null", *options])
+        rows[name] = spreads(found, COLUMNS)
         (args.out / "table.md").write_text(table("world", list(COLUMNS), rows))  # grows as results come
     print((args.out / "table.md").read_text())
 

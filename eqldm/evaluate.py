@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples
+from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_json
 from eqldm.evaluation.anagram import Reading, anagram_metrics, generation_metrics, letter_pairs, plain_letters, read_letters
 from eqldm.evaluation.equivariance import equivariance_metrics
@@ -87,10 +87,9 @@ def evaluate(args: argparse.Namespace) -> Path:
     out, notes = Path(args.out), []
     samples = PictureSamples(args.data)
     count = min(args.num_images, len(samples))
-    found = [samples[i] for i in range(count)]
-    pictures = torch.stack([sample["x"] for sample in found]).to(args.device)
-    labels = torch.tensor([sample["label"] for sample in found])
-    unreadable = dict.fromkeys(key for sample in found for key in sample["skipped"])
+    found = collate([samples[i] for i in range(count)])
+    pictures, labels = found["x"].to(args.device), found["label"]
+    unreadable = dict.fromkeys(found["skipped"])
     if unreadable:
         notes.append(f"{len(unreadable)} pictures cannot be read, the next one stands in for each: {', '.join(unreadable)}.")
     judge = None

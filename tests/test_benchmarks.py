@@ -97,8 +97,7 @@ def test_what_cannot_work_is_an_error(anagrams, methods, more, message):
         anagrams(*methods, more=more)
 
 
-def test_every_variant_of_the_losses_is_what_its_name_says(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_every_variant_of_the_losses_is_what_its_name_says():
     study = runpy.run_path(str(ROOT / "benchmarks" / "equivariance_losses.py"))
     configs = {n: load_config(ROOT / "configs/glyphs/eq_vae.yaml", [*study["ALL"], *o]) for n, o in study["VARIANTS"].items()}
     drawn = {name: [t for g in draw_groups(c.equivariance, 0, 3, list(range(64)), 4) for t in g.transforms] for name, c in configs.items()}
@@ -125,7 +124,6 @@ def test_the_judge_must_not_choose(anagrams, tiny_model_folder, judges):
 
 
 def test_alignment_compares_three_maps(tiny_model_folder, tiny_pictures, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     words = ["--vae", tiny_model_folder, "--to", tiny_model_folder, "--data", tiny_pictures, "--num-images", 6, "--num-decoded", 2]
     monkeypatch.setattr(sys, "argv", ["alignment.py", *map(str, words)])
     runpy.run_path(str(ROOT / "benchmarks" / "alignment.py"), run_name="__main__")

@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from PIL import Image
 from eqldm.data.making import UNFINISHED, make_folder
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 glyphs = importlib.import_module("glyphs")
 
 

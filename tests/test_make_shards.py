@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from PIL import Image
 
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 make_shards_script = importlib.import_module("make_shards")
 make_shards, index_folder, main = (getattr(make_shards_script, name) for name in ("make_shards", "index_folder", "main"))
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import glyphs
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples
+from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.anagram import plain_letters, read_letters
 from eqldm.evaluation.equivariance import equivariance_metrics
 from eqldm.evaluation.judge import Judge
@@ -20,9 +20,6 @@ from eqldm.model_folder import PRETRAINED, load_vae
 from eqldm.views import D4, IDENTITY
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "data"))
-import glyphs  # noqa: E402
-
 MODELS = {"glyphs-base": (0.4, 1.0), "glyphs-eq": (0.0, 0.005)}  # the least and the largest latent error
 
 
@@ -32,7 +29,7 @@ def pictures(tmp_path_factory) -> torch.Tensor:
     folder = tmp_path_factory.mktemp("glyphs")
     glyphs.make_split(folder, "test", 26, size=64, shard_size=26)
     samples = PictureSamples(folder / "test")
-    return torch.stack([samples[i]["x"] for i in range(26)])
+    return collate([samples[i] for i in range(26)])["x"]
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in PRETRAINED.iterdir() if path.is_dir()), ids=lambda path: path.name)

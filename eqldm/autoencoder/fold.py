@@ -52,7 +52,7 @@ def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tup
     brings them nearest to `wanted` [N, C], latents of the same cells by another VAE, then the scale and mean of those.
     The mean square over all channels is then that of `wanted`; single channels may have more or less.
 
-    A turn, and not least squares, which come nearer but shrink what the other VAE's latents do not show: a UNet's errors are
+    A turn, and not least squares, which comes nearer but shrinks what the other VAE's latents do not show: a UNet's errors are
     about equal in all directions, and the decoder would magnify them there. keep_origin: b = 0.
     Raises ValueError where the two do not match, or one is constant.
     Source: orthogonal Procrustes problem, Schoenemann 1966, doi 10.1007/BF02289451.
@@ -63,7 +63,7 @@ def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tup
     mean = torch.zeros_like(offset) if keep_origin else wanted.mean(0)
     scale = (wanted - mean).square().mean().sqrt()
     if not scale > 1e-6:
-        raise ValueError("alignment: the latents to align to are constant, so theirs is no direction to turn to")
+        raise ValueError("alignment: the latents to align to are constant, so there is no direction to turn to")
     left, _, right = torch.linalg.svd((wanted - mean).T @ (latents @ matrix.T + offset))
     turn = scale * left @ right
     return turn @ matrix, turn @ offset + mean

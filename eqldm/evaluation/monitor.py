@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 
 from eqldm.anagram.preview import validation_sampler
 from eqldm.config import DiffusionConfig
-from eqldm.data.samples import PictureSamples
+from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import read_manifest
 from eqldm.evaluation.anagram import generation_metrics, plain_letters, read_letters
 from eqldm.evaluation.judge import Judge
@@ -43,9 +42,8 @@ class LetterMonitor(pl.Callback):
             return
         self.judge, samples = Judge.open(), PictureSamples(self.folder)
         count = min(len(samples), self.config.data.val_samples)
-        found = [samples[i] for i in range(count)]
-        labels = torch.tensor([sample["label"] for sample in found])
-        self.real = RealPictures.of(torch.stack([sample["x"] for sample in found]), self.judge, labels)
+        found = collate([samples[i] for i in range(count)])
+        self.real = RealPictures.of(found["x"], self.judge, found["label"])
         validation_sampler(module).check_length(["the letter A"])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -70,10 +70,10 @@ def turned_decodings(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]
 
 def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
     """The `turned_decodings` of several models, of the same pictures: a row for each model of each picture."""
-    headings = list(next(iter(decodings.values())))
-    count, _, _, width = decodings[next(iter(decodings))]["x"].shape
-    rows = [[columns[heading][i] for heading in headings] for i in range(count) for columns in decodings.values()]
-    return picture_sheet(rows, list(decodings) * count, headings, scale=max(1, 96 // width))
+    first = next(iter(decodings.values()))
+    count, _, _, width = first["x"].shape
+    rows = [[columns[heading][i] for heading in first] for i in range(count) for columns in decodings.values()]
+    return picture_sheet(rows, list(decodings) * count, list(first), scale=max(1, 96 // width))
 
 
 def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
