@@ -1,9 +1,10 @@
 """Anagrams of letters, method by method, on the same letters and seeds.
 
-    python benchmarks/anagrams.py base=FOLDER blend=FOLDER@pixels eq=FOLDER --views identity rotate_180 --num-seeds 4 \
+    python benchmarks/anagrams.py base=FOLDER blend=FOLDER@blend=pixels eq=FOLDER --views identity rotate_180 --num-seeds 4 \
         --real SHARDS --chooser FOLDER --out DIR
 
-A method is NAME=MODEL, or NAME=MODEL@pixels to blend its views in picture space. Each makes picture number i of every tuple of
+A method is NAME=MODEL, or NAME=MODEL@OPTION=VALUE,... with sampling options of its own: blend, reduction, scheduler,
+guidance_scale, num_inference_steps; those that it leaves out are the same for all. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
 stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, for each method
 DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,35 +61,60 @@ def unordered(tuples: Tensor) -> Tensor:
     return torch.unique(tuples.sort(1).values, dim=0, return_inverse=True)[1]
 
 
-def open_method(name: str, model: str, views: list[View], args: argparse.Namespace) -> tuple[Sampler, str]:
-    """The sampler of a method and where it blends the views. Raises ValueError, before anything is sampled, where they do not fit
-    each other, or where DIR/NAME holds pictures that were made otherwise."""
-    folder, _, blend = model.partition("@")
-    blend = blend or "latents"
-    sampler = Sampler.open(folder, args.device)
+OPTIONS = {"blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "num_inference_steps": int}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A model and how it is sampled: options of `Sampler.latents`."""
+
+    name: str
+    model: str
+    options: dict[str, str | float | int | None]
+
+    @classmethod
+    def parse(cls, text: str, common: dict) -> Method:
+        """Of NAME=MODEL[@OPTION=VALUE,...]; raises ValueError for any other text."""
+        name, _, rest = text.partition("=")
+        model, _, given = rest.partition("@")
+        options = dict(common)
+        for option in given.split(",") if given else []:
+            key, _, value = option.partition("=")
+            try:
+                options[key] = OPTIONS[key](value)
+            except (KeyError, ValueError):
+                kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in OPTIONS.items())
+                raise ValueError(f"method '{text}': got '{option}' after '@', wanted OPTION=VALUE of {kinds}") from None
+        if not name or not model:
+            raise ValueError(f"method: got '{text}', wanted NAME=MODEL or NAME=MODEL@OPTION=VALUE,...")
+        return cls(name, model, options)
+
+
+def open_method(method: Method, views: list[View], args: argparse.Namespace) -> Sampler:
+    """The sampler of a method. Raises ValueError, before anything is sampled, where model, views and options do not fit each other,
+    or where DIR/NAME holds pictures that were made otherwise."""
+    sampler = Sampler.open(method.model, args.device)
     sampler.check([""] * len(views), views)
-    sampler.check_blend(blend)
-    networks = sampler.networks
+    networks, solver = sampler.networks, sampler.solver(*(method.options[key] for key in ("scheduler", "reduction", "blend")))
+    config = {key: value for key, value in solver.config.items() if not key.startswith("_diffusers")}
     about = {
         "unet_hash": weights_hash(networks.unet),
         "vae_hash": vae_hash(sampler.vae),
         "text_hash": text_hash(networks.tokenizer, networks.text_encoder),
-        "scheduler": {key: value for key, value in networks.scheduler.config.items() if not key.startswith("_diffusers")},
-        "blend": blend,
+        "scheduler_config": {"_class_name": type(solver).__name__, **config},
+        **method.options,
         "views": args.views,
         "tuples": args.tuples,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
         "batch_size": args.batch_size,
     }
-    path = args.out / name / "about.json"
+    path = args.out / method.name / "about.json"
     about = json.loads(json.dumps(about, default=str))
     if path.exists() and (before := json.loads(path.read_text())) != about:
         changed = [key for key in about if before.get(key) != about[key]]
         raise ValueError(f"'{path.parent}' holds pictures made with another {', '.join(changed)}: give another NAME or --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, about)
-    return sampler, blend
+    return sampler
 
 
 def batches(tuples: Tensor, args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -96,18 +123,17 @@ def batches(tuples: Tensor, args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def make_pictures(
-    folder: Path, sampler: Sampler, blend: str, views: list[View], tuples: Tensor, args: argparse.Namespace, advance: Callable[[], None]
+    method: Method, sampler: Sampler, views: list[View], tuples: Tensor, args: argparse.Namespace, advance: Callable[[], None]
 ) -> None:
     """Samples what DIR/NAME lacks, a file for each batch. Tuple j of round k has seed k * tuples + j."""
     for k, first in batches(tuples, args):
-        path = folder / f"{k:03d}-{first:06d}.safetensors"
+        path = args.out / method.name / f"{k:03d}-{first:06d}.safetensors"
         if not path.exists():
             rows = tuples[first : first + args.batch_size]
             seeds = range(k * len(tuples) + first, k * len(tuples) + first + len(rows))
-            options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
             start = time.perf_counter()
             with _autocast(sampler.device):
-                pictures = sampler(letter_prompts(rows.T), views, seeds, blend=blend, **options)
+                pictures = sampler(letter_prompts(rows.T), views, seeds, **method.options)
             seconds = time.perf_counter() - start
             save_file({"pictures": to_bytes(pictures), "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
@@ -226,9 +252,11 @@ def table(results: dict[str, dict]) -> str:
 
 def run(args: argparse.Namespace) -> Path:
     views = [parse_view(name) for name in args.views]
-    methods = dict(method.split("=", 1) for method in args.methods if "=" in method)
-    if len(methods) != len(args.methods):
-        raise ValueError(f"methods: got {' '.join(args.methods)}, wanted NAME=MODEL each, with different names")
+    common = {"scheduler": None, "reduction": "mean", "blend": "latents"}
+    common |= {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    methods = [Method.parse(text, common) for text in args.methods]
+    if len({method.name for method in methods}) != len(methods):
+        raise ValueError(f"methods: got {' '.join(args.methods)}, wanted different names")
     tuples = letter_tuples(args.tuples, len(views))
     if args.num_seeds < 1 or args.batch_size < 1 or len(tuples) < 20:
         raise ValueError(f"wanted --num-seeds and --batch-size of at least 1, and 20 tuples to resample: got {args.num_seeds}, "
@@ -238,16 +266,17 @@ def run(args: argparse.Namespace) -> Path:
     if weights_hash(judge.network) == weights_hash(chooser.network):
         raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
     samples = PictureSamples(args.real)
-    opened = {name: open_method(name, model, views, args) for name, model in methods.items()}
+    samplers = [open_method(method, views, args) for method in methods]
     found = collate([samples[i] for i in range(len(samples))])
     real = RealPictures.of(found["x"], judge, found["label"])
     clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
     summaries = {}
     with Progress() as progress:
-        for name, (sampler, blend) in opened.items():
+        for method, sampler in zip(methods, samplers):
+            name = method.name
             task = progress.add_task(name, total=len(batches(tuples, args)))
-            make_pictures(args.out / name, sampler, blend, views, tuples, args, lambda task=task: progress.advance(task))
+            make_pictures(method, sampler, views, tuples, args, lambda task=task: progress.advance(task))
             pictures, seconds = load_pictures(args.out / name, tuples, args)
             measured = Measured(pictures, seconds, views, wanted, judge, chooser, sampler.vae)
             summaries[name] = summarise(measured, real, views, len(tuples), weights)
@@ -270,7 +299,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", metavar="NAME=MODEL[@pixels]")
+    parser.add_argument("methods", nargs="+", metavar="NAME=MODEL[@OPTION=VALUE,...]")
     parser.add_argument("--views", nargs="+", default=["identity", "rotate_180"])
     parser.add_argument("--tuples", default="all", help="all, or a number of tuples of letters")
     parser.add_argument("--num-seeds", type=int, default=4)
@@ -286,7 +315,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    if args.against is not None and args.against not in [method.split("=")[0] for method in args.methods]:
+    if args.against is not None and args.against not in [method.partition("=")[0] for method in args.methods]:
         parser.error(f"--against {args.against} is none of the methods")
     return args
 

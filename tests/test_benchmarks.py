@@ -51,7 +51,7 @@ def anagrams(monkeypatch, tmp_path, tiny_pictures, judges):
 
 def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_folder):
     few = ["--tuples", 20, "--num-seeds", 2, "--batch-size", 15]
-    methods = [f"a={tiny_model_folder}", f"b={tiny_model_folder}@pixels"]
+    methods = [f"a={tiny_model_folder}", f"b={tiny_model_folder}@blend=pixels"]
     out = anagrams(*methods, more=[*few, "--against", "a"])
     results = json.loads((out / "metrics.json").read_text())
     assert results["methods"].keys() == {"a", "b"} and results["comparisons"].keys() == {"b against a"}
@@ -80,13 +80,28 @@ def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_fo
         with pytest.raises(SystemExit, match=f"holds pictures made with another {changed}: give another NAME"):
             anagrams(*methods, more=[*few, *more])
     with pytest.raises(SystemExit, match="holds pictures made with another blend"):
-        anagrams(methods[0] + "@pixels", more=few)
+        anagrams(methods[0] + "@blend=pixels", more=few)
+    with pytest.raises(SystemExit, match="holds pictures made with another scheduler_config, scheduler"):
+        anagrams(methods[0] + "@scheduler=ddpm", more=few)
+
+
+def test_a_method_has_sampling_options_of_its_own(anagrams, tiny_model_folder):
+    methods = [f"a={tiny_model_folder}", f"b={tiny_model_folder}@scheduler=ddpm,num_inference_steps=3,guidance_scale=1"]
+    out = anagrams(*methods, more=["--tuples", 20, "--num-seeds", 1])
+    a, b = (json.loads((out / name / "about.json").read_text()) for name in "ab")
+    assert (a["scheduler"], a["num_inference_steps"], a["guidance_scale"]) == (None, 2, 5.0)
+    assert (b["scheduler"], b["num_inference_steps"], b["guidance_scale"]) == ("ddpm", 3, 1.0)
+    pictures = [load_file(out / name / "000-000000.safetensors")["pictures"] for name in "ab"]
+    assert not torch.equal(*pictures)
 
 
 @pytest.mark.parametrize(
     ("methods", "more", "message"),
     [
-        (["a"], [], "methods: got a, wanted NAME=MODEL"),
+        (["a"], [], "method: got 'a', wanted NAME=MODEL or NAME=MODEL@OPTION=VALUE"),
+        (["a=b", "a=c"], [], "methods: got a=b a=c, wanted different names"),
+        (["a=b@pixels"], [], "got 'pixels' after '@', wanted OPTION=VALUE of blend"),
+        (["a=b@guidance_scale=high"], [], "got 'guidance_scale=high' after '@'.* guidance_scale .float."),
         (["a=nowhere"], ["--tuples", 20], "nowhere' does not exist"),
         (["a=nowhere"], ["--tuples", 2], "20 tuples to resample: got 4, 52 and 2"),
         (["a=nowhere"], ["--views", "identity", "flip", "mirror"], "--tuples all: for two views, got 3"),

@@ -123,8 +123,7 @@ class Sampler:
         """
         side = self.check(prompts, views, image_size)
         self.check_length([negative_prompt])
-        solver = self._scheduler(scheduler)
-        self.check_blend(blend, reduction, solver)
+        solver = self.solver(scheduler, reduction, blend)
         embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
         guided = Guidance(self.networks.unet, embeds, self._embed(negative_prompt, 1)[0], guidance_scale)
         solver.set_timesteps(num_inference_steps, device=self.device)
@@ -145,23 +144,29 @@ class Sampler:
         """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU."""
         return decode(self.vae, z).float().clamp(-1, 1).cpu()
 
-    def check_blend(self, blend: str, reduction: str = "mean", solver: SchedulerMixin | None = None) -> None:
-        """Raises ValueError where blend, reduction and solver (None: the model's own) do not fit each other or the model."""
-        solver = solver or self.networks.scheduler
+    def solver(self, scheduler: str | None = None, reduction: str = "mean", blend: str = "latents") -> SchedulerMixin:
+        """The scheduler to sample with; its timesteps are not set. Raises ValueError where scheduler, reduction and blend (see `latents`)
+        do not fit each other or the model."""
+        own = self.networks.scheduler
+        if scheduler is not None and scheduler not in SCHEDULERS:
+            raise ValueError(f"unknown scheduler '{scheduler}': wanted one of {', '.join(SCHEDULERS)}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
         if blend not in BLENDS:
             raise ValueError(f"unknown blend '{blend}': wanted one of {', '.join(BLENDS)}")
-        if blend == "latents":
-            return
-        name = type(solver).__name__
-        if isinstance(self.vae, Pixels):
-            raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
-        if reduction != "mean":
-            raise ValueError(f"blend=pixels averages the views, got reduction={reduction}: use mean")
-        sigmas = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if solver.config.get(key)]
-        if name not in BLENDING or sigmas or "sde" in str(solver.config.get("algorithm_type")):
-            raise ValueError(f"blend=pixels cannot use {name}{' with ' + sigmas[0] if sigmas else ''}: use ddim, dpm++ or unipc")
+        if own.config.get("use_flow_sigmas") and scheduler not in (None, "dpm++", "unipc"):
+            raise ValueError(f"scheduler '{scheduler}' cannot sample a flow model: use dpm++ or unipc")
+        name = type(own).__name__ if scheduler is None else SCHEDULERS[scheduler]
+        solver = make_scheduler(dict(own.config), name)
+        if blend == "pixels":
+            if isinstance(self.vae, Pixels):
+                raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
+            if reduction != "mean":
+                raise ValueError(f"blend=pixels averages the views, got reduction={reduction}: use mean")
+            sigmas = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if solver.config.get(key)]
+            if name not in BLENDING or sigmas or "sde" in str(solver.config.get("algorithm_type")):
+                raise ValueError(f"blend=pixels cannot use {name}{' with ' + sigmas[0] if sigmas else ''}: use ddim, dpm++ or unipc")
+        return solver
 
     def _embed(self, prompt: Prompt, count: int) -> Tensor:
         """[count, L, D] of one prompt, or of `count` prompts."""
@@ -170,15 +175,6 @@ class Sampler:
             raise ValueError(f"a list of prompts needs one for each seed: got {len(texts)} prompts for {count} seeds")
         embeds = encode_prompts(self.networks.tokenizer, self.networks.text_encoder, texts)
         return embeds.expand(count, -1, -1)
-
-    def _scheduler(self, name: str | None) -> SchedulerMixin:
-        own = self.networks.scheduler
-        if name is not None and name not in SCHEDULERS:
-            raise ValueError(f"unknown scheduler '{name}': wanted one of {', '.join(SCHEDULERS)}")
-        class_name = type(own).__name__ if name is None else SCHEDULERS[name]
-        if own.config.get("use_flow_sigmas") and name not in (None, "dpm++", "unipc"):
-            raise ValueError(f"scheduler '{name}' cannot sample a flow model: use dpm++ or unipc")
-        return make_scheduler(dict(own.config), class_name)
 
 
 def _counting(denoise: Denoiser, on_step: Callable[[], None]) -> Denoiser:
