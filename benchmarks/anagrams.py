@@ -6,8 +6,8 @@
 A method is NAME=MODEL, or NAME=MODEL@OPTION=VALUE,... with sampling options of its own: blend, reduction, scheduler,
 guidance_scale, num_inference_steps; those that it leaves out are the same for all. Each makes picture number i of every tuple of
 letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
-stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, for each method
-DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
+stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, DIR/methods.png, for each
+method DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
 
 best_of_K is the picture that another judge likes best of a tuple's K, read by the judge: --chooser, which
 `python train.py configs/glyphs/judge.yaml run.seed=101 data.train=... data.val=... run.dir=...` trains on glyphs of another seed.
@@ -38,7 +38,7 @@ from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, letter_p
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.report import letter_matrix, markdown, reading_sheet
+from eqldm.evaluation.report import letter_matrix, markdown, models_sheet, reading_sheet
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.training.trainer import native_precision
 from eqldm.views import View, parse_view
@@ -223,8 +223,7 @@ def failures(method: Measured, views: list[View], count: int, path: Path) -> Non
     drawn = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))[:count]]
     path.unlink(missing_ok=True)
     if len(drawn):
-        reading = method.reading
-        reading_sheet(Reading(reading.pictures[drawn], reading.wanted[:, drawn], reading.read[:, drawn]), views, count).save(path)
+        reading_sheet(method.reading.of(drawn), views, count).save(path)
 
 
 def compare(a: dict, b: dict) -> dict:
@@ -271,7 +270,8 @@ def run(args: argparse.Namespace) -> Path:
     real = RealPictures.of(found["x"], judge, found["label"])
     clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
-    summaries = {}
+    shown = torch.randperm(len(tuples), generator=torch.Generator().manual_seed(0))[: args.num_shown]
+    summaries, readings = {}, {}
     with Progress() as progress:
         for method, sampler in zip(methods, samplers):
             name = method.name
@@ -284,7 +284,10 @@ def run(args: argparse.Namespace) -> Path:
                 rates = in_every_view(measured.reading).view(args.num_seeds, len(LETTERS), len(LETTERS)).mean(0)
                 matrix = letter_matrix(rates, f"{name}: read right in both views", args.views)
                 matrix.save(args.out / f"matrix_{name}.png")
+            readings[name] = [(views, measured.reading.of(shown))]
             failures(measured, views, args.num_failures, args.out / f"failures_{name}.png")
+    if len(shown):
+        models_sheet(readings, len(shown), columns=3).save(args.out / "methods.png")
     comparisons = {
         f"{a} against {b}": compare(summaries[a], summaries[b]) for a in summaries for b in summaries if args.against == b and a != b
     }
@@ -308,6 +311,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chooser", required=True, help="another judge's folder, which chooses the best of a tuple's pictures")
     parser.add_argument("--against", help="the method that all others are compared with")
     parser.add_argument("--num-failures", type=int, default=100, help="failed pictures of each method on DIR/failures_NAME.png; 0: none")
+    parser.add_argument(
+        "--num-shown", type=int, default=12, help="tuples on DIR/methods.png, where the methods stand side by side; 0: none"
+    )
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--batch-size", type=int, default=52)

@@ -66,6 +66,7 @@ def test_methods_are_compared_on_equal_letters_and_seeds(anagrams, tiny_model_fo
     assert [len(load_file(path)["pictures"]) for path in files] == [15, 5, 15, 5]
     assert "| method |" in (out / "table.md").read_text()
     failed = round(40 * (1 - metrics["ambigramability"]))
+    assert Image.open(out / "methods.png").height >= 96 * 12 * 2 / 3  # twelve pairs in both views, in three columns
     assert Image.open(out / "failures_a.png").height >= 96 * -(-failed // 3)  # three columns
 
     before = {path: path.stat().st_mtime_ns for path in files}

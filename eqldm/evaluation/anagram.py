@@ -29,6 +29,10 @@ class Reading:
         """[views, N] bool."""
         return self.wanted == self.read
 
+    def of(self, numbers: Tensor) -> Reading:
+        """That of these pictures alone, in this order."""
+        return Reading(self.pictures[numbers], self.wanted[:, numbers], self.read[:, numbers])
+
 
 def every_pair() -> Tensor:
     """[676, 2] label numbers: every ordered pair of letters, of equal ones too."""

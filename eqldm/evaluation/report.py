@@ -87,10 +87,11 @@ def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Im
     return _side_by_side(rows, labels, [view.name for view in views])
 
 
-def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most: int = 6) -> Image.Image:
-    """The same letters and seeds by each model (a column): the first pictures of each kind, a row for each view of each.
+def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most: int = 6, columns: int | None = None) -> Image.Image:
+    """The same letters and seeds by each model: the first pictures of each kind, a row for each view of each.
 
     readings: by model, of each kind (plain letters, anagrams in these views), in one order.
+    columns: how many the list of rows is broken into; None gives each kind its own.
     """
     rows, labels = [], []
     kinds = list(zip(*readings.values()))
@@ -100,7 +101,7 @@ def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most
             for i, view in enumerate(views):
                 rows.append([view(reading.pictures[k]) for _, reading in kind])
                 labels.append(f"{ANSWERS[first.wanted[i, k]]}  {view.name}")
-    return _side_by_side(rows, labels, list(readings), columns=len(kinds))
+    return _side_by_side(rows, labels, list(readings), columns or len(kinds))
 
 
 def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
