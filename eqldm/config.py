@@ -153,7 +153,7 @@ class AutoencoderConfig:
     init: Literal["scratch", "pretrained"] = "scratch"
     """Start from `architecture` with random weights, or from `model`."""
     model: Optional[str] = None
-    """Model folder (or AutoencoderKL folder) to start from."""
+    """Model folder, AutoencoderKL folder, or single file of LDM's layout (.safetensors, .ckpt) to start from."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers' AutoencoderKL, for init: scratch."""
     crop_size: Optional[int] = None

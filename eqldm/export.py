@@ -1,7 +1,12 @@
-"""Write a model folder for others: python -m eqldm.export MODEL --out DIR [--dtype float16]
+"""Write a model for others: python -m eqldm.export MODEL --out DIR [--dtype float16]
 
 The weights are stored in float16 (half the size; every loader here computes in float32). Latent shards belong to the weights that
 made them: export a VAE before its latents are encoded, or encode anew.
+
+    python -m eqldm.export MODEL --out FILE.safetensors --single-file [--scale-factor 0.18215]
+
+writes the VAE alone in the original layout of LDM (kl-f8) and, beside it, what an LDM config must say of it. Programs that know
+no other scale than Stable Diffusion's take a VAE with that --scale-factor; the latents that a UNet sees are the same.
 """
 
 from __future__ import annotations
@@ -11,8 +16,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, save_model_folder
+from eqldm.autoencoder.fold import fold_map
+from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
+from eqldm.single_file import write_single_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -28,20 +36,50 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
         parts |= vars(Networks.open(model))
     for name in ("vae", "unet", "text_encoder"):
         if name in parts:
-            network = parts[name].to(dtype)
-            if not all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values()):
-                raise ValueError(f"weights of {name}/ of '{model}' are too large for {dtype}: use bfloat16 or float32")
+            _in_dtype(parts[name], dtype, f"{name}/ of '{model}'")
     return save_model_folder(out, **parts)
+
+
+def export_single_file(model: Path, out: Path, dtype: torch.dtype, scale_factor: float | None = None) -> Path:
+    """Write the model's VAE to the file `out`; a file that stands there is replaced.
+
+    scale_factor: what the latents are to be multiplied by, with the weights changed so that the products stay; None keeps the VAE's.
+    Raises: ValueError where weights overflow, or as `write_single_file`; as the loaders.
+    """
+    if out.resolve() == model.resolve():
+        raise ValueError(f"--out '{out}' is the model to read: give another file")
+    vae = load_vae(model)
+    if scale_factor is not None and not scale_factor > 0:
+        raise ValueError(f"--scale-factor: got {scale_factor}, wanted a number above 0")
+    if scale_factor is not None and scale_factor != vae.config.scaling_factor:
+        channels = vae.config.latent_channels
+        fold_map(vae, torch.eye(channels) / scale_factor, torch.zeros(channels))
+        vae.register_to_config(scaling_factor=scale_factor)
+    return write_single_file(_in_dtype(vae, dtype, f"'{model}'"), out)
+
+
+def _in_dtype(network: nn.Module, dtype: torch.dtype, name: str) -> nn.Module:
+    network = network.to(dtype)
+    if not all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values()):
+        raise ValueError(f"weights of {name} are too large for {dtype}: use bfloat16 or float32")
+    return network
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone; a VAE in a single file")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write; a file for --single-file")
+    parser.add_argument("--single-file", action="store_true", help="write the VAE alone, in LDM's layout")
+    parser.add_argument("--scale-factor", type=float, help="for --single-file: scale of the latents (default: the VAE's own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored weights")
     args = parser.parse_args()
     try:
-        print(export(args.model, args.out, DTYPES[args.dtype]))
+        if args.single_file:
+            print(export_single_file(args.model, args.out, DTYPES[args.dtype], args.scale_factor))
+        elif args.scale_factor is not None:
+            raise ValueError("--scale-factor is for --single-file: a model folder states its own")
+        else:
+            print(export(args.model, args.out, DTYPES[args.dtype]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -27,6 +27,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from eqldm.single_file import read_single_file
+
 PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -80,9 +82,9 @@ def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Pa
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """The VAE of a model folder, or of an AutoencoderKL folder, in float32 and eval mode.
+    """The VAE of a model folder, of an AutoencoderKL folder or of a file in LDM's layout, in float32 and eval mode.
 
-    Raises as `_load_network`; ValueError for a pixel model, which has none.
+    Raises as `_load_network` and `read_single_file`; ValueError for a pixel model, which has none.
     """
     vae = load_autoencoder(folder)
     if isinstance(vae, Pixels):
@@ -93,6 +95,8 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
     """As `load_vae`, and `Pixels` for a pixel model."""
     folder = Path(folder)
+    if folder.is_file():
+        return read_single_file(folder)
     alone = not (folder / "vae").is_dir() and _class_name(folder) == "AutoencoderKL"
     folder = folder if alone else check_model_folder(folder, ("vae",)) / "vae"
     if _class_name(folder) == "Pixels":

@@ -119,7 +119,7 @@ def _check_same_run(config: StageConfig) -> None:
 
 
 def input_digests(config: StageConfig) -> dict[str, str]:
-    """A digest of the contents of each shard folder and model folder that the run starts from, by option name.
+    """A digest of the contents of each shard folder and model that the run starts from, by option name.
 
     Raises FileNotFoundError where one is missing.
     """
@@ -129,6 +129,9 @@ def input_digests(config: StageConfig) -> dict[str, str]:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
+    if folder.is_file():
+        hash_file(digest, folder)
+        return digest.hexdigest()[:16]
     if (folder / MANIFEST).is_file():
         digest.update(json.dumps([entry["sha256"] for entry in read_manifest(folder)["shards"]]).encode())
         return digest.hexdigest()[:16]

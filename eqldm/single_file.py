@@ -1,0 +1,205 @@
+"""Autoencoders in a single file of the original layout: LDM's kl-f8, an SD checkpoint's `first_stage_model`, `vae-ft-mse` files.
+
+Read by diffusers' own conversion, with the architecture taken from the weights' shapes, so that no config is fetched; written by the
+inverse. Such an autoencoder has diffusers' usual blocks, GroupNorm of 32 groups, and attention in its middle block alone. What multiplies
+its latents (`scale_factor`) stands in LDM's YAML, not among the weights: `write_single_file` writes that part of the YAML too.
+
+Source of the layout: Latent Diffusion, arXiv 2112.10752, and its code's `ldm/models/autoencoder.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import LDM_VAE_KEYS, convert_ldm_vae_checkpoint
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCALE_FACTOR = 0.18215  # Stable Diffusion's, for files that do not state theirs
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+GROUPS = 32  # of each GroupNorm
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+RENAMED = {  # diffusers' names to LDM's; {} stands for LDM's number of an up block
+    r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.": r"encoder.down.\1.block.\2.",
+    r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.": r"encoder.down.\1.downsample.",
+    r"^decoder\.up_blocks\.\d+\.resnets\.(\d+)\.": r"decoder.up.{}.block.\1.",
+    r"^decoder\.up_blocks\.\d+\.upsamplers\.0\.": r"decoder.up.{}.upsample.",
+    r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
+    r"\.mid_block\.resnets\.1\.": ".mid.block_2.",
+    r"\.mid_block\.attentions\.0\.": ".mid.attn_1.",
+    r"\.attn_1\.group_norm\.": ".attn_1.norm.",
+    r"\.attn_1\.to_([qkv])\.": r".attn_1.\1.",
+    r"\.attn_1\.to_out\.0\.": ".attn_1.proj_out.",
+    r"\.conv_shortcut\.": ".nin_shortcut.",
+    r"\.conv_norm_out\.": ".norm_out.",
+}
+
+
+def read_single_file(path: str | Path) -> AutoencoderKL:
+    """The autoencoder of a file, in float32 and eval mode. Its `scaling_factor` is what the file states, else 0.18215.
+
+    Raises ValueError, with what to do, for a file that holds no such autoencoder, or that is a pickle of more than weights;
+    OSError where it cannot be read.
+    """
+    path = Path(path)
+    found, scale_factor = _read(path)
+    prefix = next((prefix for prefix in LDM_VAE_KEYS if any(key.startswith(prefix) for key in found)), "")
+    stripped = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
+    weights = {key: value.float() for key, value in stripped.items() if key.startswith(PARTS)}
+    _check(path, stripped)
+    vae = AutoencoderKL(**_architecture(weights), scaling_factor=scale_factor)
+    try:
+        vae.load_state_dict(convert_ldm_vae_checkpoint(weights, vae.config))
+    except RuntimeError as error:  # strict: names what is missing, left over, or of another shape
+        raise ValueError(f"'{path}' holds no autoencoder that diffusers knows: {' '.join(str(error).split())}") from error
+    return vae.eval()
+
+
+def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
+    """Writes the autoencoder, and beside it, as `.yaml`, the part of an LDM config that goes with it. Returns the path.
+
+    path: `.safetensors`, or a `.ckpt` that LDM's own code loads.
+    Raises ValueError where LDM's layout cannot say what the autoencoder is, or for another suffix; OSError.
+    """
+    path, config = Path(path), vae.config
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"a single file ends in .safetensors or .ckpt, got '{path}'")
+    faults = {
+        f"GroupNorm of {config.norm_num_groups} groups, LDM's have {GROUPS}": config.norm_num_groups != GROUPS,
+        f"a shift_factor of {config.get('shift_factor')}": config.get("shift_factor"),
+        "no quant_conv": vae.quant_conv is None or vae.post_quant_conv is None,
+        "other blocks than DownEncoderBlock2D and UpDecoderBlock2D": {*config.down_block_types, *config.up_block_types}
+        != {"DownEncoderBlock2D", "UpDecoderBlock2D"},
+    }
+    if wrong := [fault for fault, there in faults.items() if there]:
+        raise ValueError(
+            f"LDM's layout has no place for this autoencoder: it has {', '.join(wrong)}. A shift, and missing quant_convs, go into the "
+            "weights with python -m eqldm.autoencoder.fold"
+        )
+    weights = ldm_weights(vae)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".safetensors":
+        save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
+    else:
+        torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, partial)
+    os.replace(partial, path)
+    path.with_suffix(".yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae))))
+    return path
+
+
+def ldm_weights(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The weights of an autoencoder under LDM's names and in its shapes: attention is of 1 x 1 convolutions there."""
+    last = len(vae.config.up_block_types) - 1
+    weights = {}
+    for name, value in vae.state_dict().items():
+        block = re.match(r"decoder\.up_blocks\.(\d+)\.", name)
+        for pattern, replacement in RENAMED.items():
+            name = re.sub(pattern, replacement, name)
+        name = name.format(last - int(block[1])) if block else name  # LDM counts up blocks from the picture's side
+        value = value.detach().cpu().contiguous()
+        weights[name] = value[..., None, None] if ".attn_1." in name and value.ndim == 2 else value
+    return weights
+
+
+def ldm_config(vae: AutoencoderKL) -> dict:
+    """What a config of LDM or Stable Diffusion must say of an autoencoder: its first stage, and the latents' scale."""
+    config = vae.config
+    channels = config.block_out_channels
+    ddconfig = {
+        "double_z": True,
+        "z_channels": config.latent_channels,
+        "resolution": config.sample_size,
+        "in_channels": config.in_channels,
+        "out_ch": config.out_channels,
+        "ch": channels[0],
+        "ch_mult": [_whole(width / channels[0]) for width in channels],
+        "num_res_blocks": config.layers_per_block,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        "attn_type": "vanilla" if config.mid_block_add_attention else "none",
+    }
+    first_stage = {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {"embed_dim": config.latent_channels, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}},
+    }
+    return {"model": {"params": {"scale_factor": config.scaling_factor, "first_stage_config": first_stage}}}
+
+
+def _whole(ratio: float) -> int | float:
+    return int(ratio) if ratio == int(ratio) else ratio
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], float]:
+    """A file's weights by name, and the scale that it states, or Stable Diffusion's."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"'{path}' is no single-file checkpoint: wanted one of {', '.join(SUFFIXES)}, or a model folder")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                keys = [key for key in keys if key.startswith(tuple(LDM_VAE_KEYS))] or keys  # of a whole model the VAE alone
+                scale_factor = (file.metadata() or {}).get("scale_factor", SCALE_FACTOR)
+                return {key: file.get_tensor(key) for key in keys}, float(scale_factor)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' is a pickle that holds more than weights, and opening it could run any code ({str(error).splitlines()[0]}). "
+            "Get the .safetensors of it, or have somebody who trusts it save its state_dict alone"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"'{path}' cannot be read, it may be cut off ({error}): fetch it again") from error
+    scale_factor = found.get("scale_factor", SCALE_FACTOR) if isinstance(found, dict) else SCALE_FACTOR
+    while isinstance(found, dict) and "state_dict" in found:
+        found = found["state_dict"]
+        scale_factor = found.get("scale_factor", scale_factor)
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"'{path}' holds no weights by name: wanted a state_dict")
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}, float(scale_factor)
+
+
+def _check(path: Path, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError for what is no KL autoencoder in LDM's layout."""
+    if any(key.startswith("encoder.down_blocks.") for key in weights):
+        raise ValueError(f"'{path}' has diffusers' layout: give the folder in which it lies beside its config.json")
+    if any(key.startswith("quantize.") for key in weights):
+        raise ValueError(f"'{path}' holds a VQ autoencoder, wanted one with a KL posterior (kl-f8)")
+    wanted = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    if missing := [key for key in wanted if key not in weights]:
+        raise ValueError(f"'{path}' holds no autoencoder in LDM's layout: it lacks {', '.join(missing)}")
+    if attention := [key for key in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", key)]:
+        raise ValueError(
+            f"'{path}' has attention outside its middle block ({attention[0]}; kl-f16, kl-f32), which diffusers cannot convert"
+        )
+    if (width := weights["encoder.conv_in.weight"].shape[0]) % GROUPS:
+        raise ValueError(f"'{path}' has {width} channels, which LDM's GroupNorm of {GROUPS} groups does not divide")
+
+
+def _architecture(weights: dict[str, Tensor]) -> dict:
+    """AutoencoderKL's arguments, read off the weights."""
+    levels, layers = 0, 0
+    while f"encoder.down.{levels}.block.0.conv1.weight" in weights:
+        levels += 1
+    while f"encoder.down.0.block.{layers}.conv1.weight" in weights:
+        layers += 1
+    return {
+        "sample_size": 512,
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": weights["decoder.conv_out.weight"].shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
+        "layers_per_block": layers,
+        "latent_channels": weights["decoder.conv_in.weight"].shape[1],
+        "norm_num_groups": GROUPS,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+    }
