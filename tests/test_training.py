@@ -19,7 +19,7 @@ import yaml
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.model_folder import load_vae
-from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
+from eqldm.training.callbacks import STOPPED, AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, prepare_run
 from eqldm.training.trainer import learning_rate_factor
 
@@ -203,6 +203,30 @@ def test_a_killed_process_goes_on(configured, tmp_path):
     whole = train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))
     a, b = load_vae(tmp_path / "run" / "model").state_dict(), load_vae(whole).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["SIGTERM", "SIGUSR1 to one of two"])
+def test_a_run_that_is_told_to_stop_saves_its_step(configured, tmp_path, number, processes):
+    """Far from any checkpoint that is due; the same command goes on, and ends where a run ends that nothing stopped."""
+    options = ["run.checkpoint_every=1000", "run.val_every=1000", "optimizer.schedule=constant", f"data.micro_batch_size={4 // processes}"]
+    configured()  # writes tiny.yaml
+    process, output = train(tmp_path, *options, "run.num_steps=1000", f"run.devices={processes}"), ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == STOPPED, output
+    step = AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"]
+    assert 3 <= step < 1000 and f"stopped by {number.name} at step {step}, with a checkpoint: the same command goes on" in output
+    assert not (tmp_path / "run" / "model").exists()
+
+    options.append(f"run.num_steps={step + 2}")
+    resumed = load_vae(train_autoencoder(configured(*options))).state_dict()
+    if processes == 1:  # two round otherwise (see test_autoencoder.py)
+        whole = load_vae(train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))).state_dict()
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_errors_of_train_are_one_line(configured, tmp_path, monkeypatch):

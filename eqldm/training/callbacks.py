@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from eqldm.config import StageConfig
@@ -42,15 +45,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
+STOPPED = 75
+"""The exit status of a run that was told to stop and has saved what it had: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+
 class SaveLast(Checkpoint):
     """Saves `last.ckpt` every so many optimizer steps and at the last one; only the newest is kept.
+
+    SIGTERM and SIGUSR1 (a scheduler's warning that time is up), sent to any of the processes, end the run after its current optimizer
+    step with a checkpoint and the exit status `STOPPED`.
 
     A `Checkpoint`, so Lightning calls it after all other callbacks: the saved EMA has seen the step.
     micro_batches: of an optimizer step, in one process.
     """
 
     def __init__(self, path: Path, every: int, micro_batches: int):
-        self.path, self.every, self.micro_batches, self.saved_step = path, every, micro_batches, None
+        self.path, self.every, self.micro_batches, self.seen_step = path, every, micro_batches, None
+        self.told: signal.Signals | None = None
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         # Lightning accumulates and validates by its count of batches: state it in the micro-batches of this run, which
@@ -60,15 +71,27 @@ class SaveLast(Checkpoint):
         for count in (progress["total"], progress["current"]):
             count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.seen_step = trainer.global_step  # after a resumption, do not save the same step again
+        if threading.current_thread() is threading.main_thread():  # no other may; Lightning puts the old handlers back
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._tell)
+
+    def _tell(self, number: int, frame) -> None:
+        self.told = signal.Signals(number)
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        due = step % self.every == 0 or step == trainer.max_steps
-        if due and step > 0 and step != self.saved_step:
-            self.saved_step = step
+        if step == self.seen_step:  # a micro-batch that completes no step
+            return
+        self.seen_step = step
+        told = trainer.strategy.reduce_boolean_decision(self.told is not None, all=False)  # all must stop at one step
+        if told or step % self.every == 0 or step == trainer.max_steps:
             trainer.save_checkpoint(self.path)
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        self.saved_step = trainer.global_step  # after a resumption, do not save the same step again
+        if told and step < trainer.max_steps:
+            by = self.told.name if self.told else "a signal to another process"
+            rank_zero_only(print)(f"stopped by {by} at step {step}, with a checkpoint: the same command goes on from there", flush=True)
+            raise SystemExit(STOPPED)
 
 
 class EMA(EMAWeightAveraging):
