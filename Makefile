@@ -1,10 +1,10 @@
-# make setup | demo | demo-scratch | test | test-all | lint | clean-demo
+# make setup | demo | demo-scratch | test | test-all | test-slurm | lint | clean-demo
 # RUN=FOLDER: where a demo writes
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup demo demo-scratch test test-all lint clean-demo
+.PHONY: setup demo demo-scratch test test-all test-slurm lint clean-demo
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -q -m ''
+
+# The jobs of slurm/ on a Slurm of two nodes, started here; as root, after apt-get install slurm-wlm munge
+test-slurm: setup
+	$(PY) -m pytest -q -m slurm -rs tests/slurm
 
 lint: setup
 	$(PY) -m ruff check .

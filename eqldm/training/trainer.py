@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from eqldm.config import OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
@@ -97,7 +98,8 @@ def make_trainer(
         log_every_n_steps=run.log_every,
         logger=_loggers(folder),
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        # Lightning's own requeueing would save elsewhere and twice: slurm/train.sbatch and SaveLast do it
+        plugins=[AtomicCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         use_distributed_sampler=False,
         enable_model_summary=False,
         default_root_dir=folder,
