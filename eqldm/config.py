@@ -216,8 +216,8 @@ class DiffusionConfig:
     model: Optional[str] = None
     """Model folder whose UNet, text encoder, tokenizer and scheduler to start from."""
     vae: str = MISSING
-    """Model folder of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the UNet learns
-    pictures themselves (from picture shards)."""
+    """Model folder (or single file) of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the UNet
+    learns pictures themselves (from picture shards)."""
     adapt: Literal["full", "lora"] = "full"
     """Train all of the UNet, or low-rank updates that are merged at export."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)

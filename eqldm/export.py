@@ -12,6 +12,7 @@ no other scale than Stable Diffusion's take a VAE with that --scale-factor; the 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -28,8 +29,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
     """Write the folder, whole or VAE alone as it is, with weights of `dtype`. A model that stands at `out` is replaced.
 
-    Raises: ValueError where weights overflow, or where `out` is `model` or holds something else; as the loaders.
+    Raises: ValueError where weights overflow, or where `out` is `model`, holds something else or is named as a file; as the loaders.
     """
+    if out.suffix in (".safetensors", ".ckpt"):
+        raise ValueError(f"--out '{out}' would be a folder: give --single-file for a file, or a folder's name")
     check_replaceable(out, model)
     parts = {"vae": load_autoencoder(model)}
     if (model / "unet").is_dir():
@@ -44,17 +47,18 @@ def export_single_file(model: Path, out: Path, dtype: torch.dtype, scale_factor:
     """Write the model's VAE to the file `out`; a file that stands there is replaced.
 
     scale_factor: what the latents are to be multiplied by, with the weights changed so that the products stay; None keeps the VAE's.
-    Raises: ValueError where weights overflow, or as `write_single_file`; as the loaders.
+    A shift is folded in. Raises: ValueError where weights overflow, or as `write_single_file`; as the loaders.
     """
-    if out.resolve() == model.resolve():
-        raise ValueError(f"--out '{out}' is the model to read: give another file")
-    vae = load_vae(model)
-    if scale_factor is not None and not scale_factor > 0:
+    if model.is_file():  # its scale may be a guess
+        raise ValueError(f"'{model}' is a single file already: wanted a model folder, such as RUN/model")
+    if scale_factor is not None and not (math.isfinite(scale_factor) and scale_factor > 0):
         raise ValueError(f"--scale-factor: got {scale_factor}, wanted a number above 0")
-    if scale_factor is not None and scale_factor != vae.config.scaling_factor:
+    vae = load_vae(model)
+    scale = scale_factor or vae.config.scaling_factor
+    if scale != vae.config.scaling_factor or vae.config.get("shift_factor") or vae.quant_conv is None or vae.post_quant_conv is None:
         channels = vae.config.latent_channels
-        fold_map(vae, torch.eye(channels) / scale_factor, torch.zeros(channels))
-        vae.register_to_config(scaling_factor=scale_factor)
+        fold_map(vae, torch.eye(channels) / scale, torch.zeros(channels))
+        vae.register_to_config(scaling_factor=scale)
     return write_single_file(_in_dtype(vae, dtype, f"'{model}'"), out)
 
 
@@ -67,7 +71,7 @@ def _in_dtype(network: nn.Module, dtype: torch.dtype, name: str) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone; a VAE in a single file")
+    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write; a file for --single-file")
     parser.add_argument("--single-file", action="store_true", help="write the VAE alone, in LDM's layout")
     parser.add_argument("--scale-factor", type=float, help="for --single-file: scale of the latents (default: the VAE's own)")

@@ -70,6 +70,8 @@ class Networks:
 def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     """The folder, if it holds these parts. Raises FileNotFoundError that says what is missing."""
     folder = Path(folder)
+    if folder.is_file():
+        raise FileNotFoundError(f"'{folder}' is a file, which can be no more than a VAE: wanted a model folder with {', '.join(parts)}")
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder '{folder}' does not exist: give a diffusers pipeline folder, such as RUN/model")
     missing = [part for part in parts if not (folder / part).is_dir()]

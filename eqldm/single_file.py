@@ -2,16 +2,18 @@
 
 Read by diffusers' own conversion, with the architecture taken from the weights' shapes, so that no config is fetched; written by the
 inverse. Such an autoencoder has diffusers' usual blocks, GroupNorm of 32 groups, and attention in its middle block alone. What multiplies
-its latents (`scale_factor`) stands in LDM's YAML, not among the weights: `write_single_file` writes that part of the YAML too.
+its latents (`scale_factor`) seldom stands in the file, but in a YAML: `write_single_file` states it in both.
 
 Source of the layout: Latent Diffusion, arXiv 2112.10752, and its code's `ldm/models/autoencoder.py`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SCALE_FACTOR = 0.18215  # Stable Diffusion's, for files that do not state theirs
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+BESIDE = ("loss.", "model_ema.", "scale_factor")  # what a training of LDM's keeps beside them
 GROUPS = 32  # of each GroupNorm
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 RENAMED = {  # diffusers' names to LDM's; {} stands for LDM's number of an up block
@@ -43,27 +45,41 @@ RENAMED = {  # diffusers' names to LDM's; {} stands for LDM's number of an up bl
 
 
 def read_single_file(path: str | Path) -> AutoencoderKL:
-    """The autoencoder of a file, in float32 and eval mode. Its `scaling_factor` is what the file states, else 0.18215.
+    """The autoencoder of a file, in float32 and eval mode.
 
+    Its `scaling_factor` is what the file states. Where it states none, it is Stable Diffusion's (0.18215, XL's 0.13025) for a file that
+    looks like one of these, else 1, and a warning says so: training does not mind, for it folds the scale in.
     Raises ValueError, with what to do, for a file that holds no such autoencoder, or that is a pickle of more than weights;
     OSError where it cannot be read.
     """
     path = Path(path)
-    found, scale_factor = _read(path)
+    found, stated = _read(path)
     prefix = next((prefix for prefix in LDM_VAE_KEYS if any(key.startswith(prefix) for key in found)), "")
     stripped = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
-    weights = {key: value.float() for key, value in stripped.items() if key.startswith(PARTS)}
     _check(path, stripped)
-    vae = AutoencoderKL(**_architecture(weights), scaling_factor=scale_factor)
+    weights = {key: value.float() for key, value in stripped.items() if key.startswith(PARTS)}
+    vae = AutoencoderKL(**_architecture(weights))
     try:
         vae.load_state_dict(convert_ldm_vae_checkpoint(weights, vae.config))
-    except RuntimeError as error:  # strict: names what is missing, left over, or of another shape
+    except RuntimeError as error:  # strict: names what is missing or of another shape
         raise ValueError(f"'{path}' holds no autoencoder that diffusers knows: {' '.join(str(error).split())}") from error
+    if left := sorted(weights.keys() - ldm_weights(vae).keys()):  # the conversion passes over what it does not know
+        raise ValueError(f"'{path}' holds another autoencoder than diffusers converts: {', '.join(left[:5])} would be left out")
+    vae.register_to_config(scaling_factor=_assumed_scale(path, vae, found) if stated is None else stated)
     return vae.eval()
 
 
+def _assumed_scale(path: Path, vae: AutoencoderKL, found: dict[str, Tensor]) -> float:
+    scale, of = 1.0, "unscaled latents"
+    if vae.config.latent_channels == 4 and vae.quant_conv is not None:
+        xl = any(key.startswith("conditioner.") for key in found)
+        scale, of = (0.13025, "Stable Diffusion XL's") if xl else (0.18215, "that of Stable Diffusion 1.x and 2.x (XL's is 0.13025)")
+    warnings.warn(f"'{path}' states no scale_factor: taken to be {scale}, {of}", stacklevel=3)
+    return scale
+
+
 def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
-    """Writes the autoencoder, and beside it, as `.yaml`, the part of an LDM config that goes with it. Returns the path.
+    """Writes the autoencoder, and as `PATH.yaml` the part of an LDM config that goes with it. Returns the path.
 
     path: `.safetensors`, or a `.ckpt` that LDM's own code loads.
     Raises ValueError where LDM's layout cannot say what the autoencoder is, or for another suffix; OSError.
@@ -71,27 +87,30 @@ def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
     path, config = Path(path), vae.config
     if path.suffix not in (".safetensors", ".ckpt"):
         raise ValueError(f"a single file ends in .safetensors or .ckpt, got '{path}'")
+    blocks = {*config.down_block_types, *config.up_block_types}
     faults = {
         f"GroupNorm of {config.norm_num_groups} groups, LDM's have {GROUPS}": config.norm_num_groups != GROUPS,
-        f"a shift_factor of {config.get('shift_factor')}": config.get("shift_factor"),
-        "no quant_conv": vae.quant_conv is None or vae.post_quant_conv is None,
-        "other blocks than DownEncoderBlock2D and UpDecoderBlock2D": {*config.down_block_types, *config.up_block_types}
-        != {"DownEncoderBlock2D", "UpDecoderBlock2D"},
+        "other blocks than DownEncoderBlock2D and UpDecoderBlock2D": blocks != {"DownEncoderBlock2D", "UpDecoderBlock2D"},
+        f"widths {list(config.block_out_channels)} that are no multiples of the first": any(
+            width % config.block_out_channels[0] for width in config.block_out_channels
+        ),
+        f"act_fn {config.act_fn}, LDM's is silu": config.act_fn != "silu",
+        "latents_mean and latents_std": config.get("latents_mean") or config.get("latents_std"),
+        "a shift_factor (python -m eqldm.export folds it in)": config.get("shift_factor"),
+        "no quant_conv (python -m eqldm.export adds one)": vae.quant_conv is None or vae.post_quant_conv is None,
     }
     if wrong := [fault for fault, there in faults.items() if there]:
-        raise ValueError(
-            f"LDM's layout has no place for this autoencoder: it has {', '.join(wrong)}. A shift, and missing quant_convs, go into the "
-            "weights with python -m eqldm.autoencoder.fold"
-        )
+        raise ValueError(f"LDM's layout has no place for this autoencoder: it has {', '.join(wrong)}")
     weights = ldm_weights(vae)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    about, partial = path.with_name(path.name + ".yaml"), path.with_name(path.name + ".partial")
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae))))
+    os.replace(partial, about)
     if path.suffix == ".safetensors":
         save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
     else:
         torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, partial)
     os.replace(partial, path)
-    path.with_suffix(".yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae))))
     return path
 
 
@@ -120,7 +139,7 @@ def ldm_config(vae: AutoencoderKL) -> dict:
         "in_channels": config.in_channels,
         "out_ch": config.out_channels,
         "ch": channels[0],
-        "ch_mult": [_whole(width / channels[0]) for width in channels],
+        "ch_mult": [width // channels[0] for width in channels],
         "num_res_blocks": config.layers_per_block,
         "attn_resolutions": [],
         "dropout": 0.0,
@@ -133,47 +152,68 @@ def ldm_config(vae: AutoencoderKL) -> dict:
     return {"model": {"params": {"scale_factor": config.scaling_factor, "first_stage_config": first_stage}}}
 
 
-def _whole(ratio: float) -> int | float:
-    return int(ratio) if ratio == int(ratio) else ratio
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], float]:
-    """A file's weights by name, and the scale that it states, or Stable Diffusion's."""
+def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    """A file's weights by name, and the scale that it states. Of a safetensors file of a whole model, the autoencoder's tensors, and
+    of others the names alone."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"'{path}' is no single-file checkpoint: wanted one of {', '.join(SUFFIXES)}, or a model folder")
+    found, stated = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not found:
+        raise ValueError(f"'{path}' holds no weights by name: wanted a state_dict")
+    stated = found.get("scale_factor", stated)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-                keys = [key for key in keys if key.startswith(tuple(LDM_VAE_KEYS))] or keys  # of a whole model the VAE alone
-                scale_factor = (file.metadata() or {}).get("scale_factor", SCALE_FACTOR)
-                return {key: file.get_tensor(key) for key in keys}, float(scale_factor)
+        stated = None if stated is None else float(stated)
+    except ValueError:
+        stated = math.nan
+    if stated is not None and not (math.isfinite(stated) and stated > 0):
+        raise ValueError(f"'{path}' states a scale_factor that is no number above 0")
+    return found, stated
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            others = any(key.startswith(tuple(LDM_VAE_KEYS)) for key in keys)
+            wanted = (*LDM_VAE_KEYS, "scale_factor") if others else ("",)
+            nothing = torch.empty(0)
+            found = {key: file.get_tensor(key) if key.startswith(wanted) else nothing for key in keys}
+            return found, (file.metadata() or {}).get("scale_factor")
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' cannot be read, it may be cut off ({error}): fetch it again") from error
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise ValueError(f"'{path}' is no PyTorch file (a web page, a git-lfs pointer?): fetch it again") from error
         raise ValueError(
-            f"'{path}' is a pickle that holds more than weights, and opening it could run any code ({str(error).splitlines()[0]}). "
+            f"'{path}' is a pickle that holds more than weights ({named[1]}), and opening it could run any code. "
             "Get the .safetensors of it, or have somebody who trusts it save its state_dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be read, it may be cut off ({error}): fetch it again") from error
-    scale_factor = found.get("scale_factor", SCALE_FACTOR) if isinstance(found, dict) else SCALE_FACTOR
+    stated = None
     while isinstance(found, dict) and "state_dict" in found:
-        found = found["state_dict"]
-        scale_factor = found.get("scale_factor", scale_factor)
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"'{path}' holds no weights by name: wanted a state_dict")
-    return {key: value for key, value in found.items() if isinstance(value, Tensor)}, float(scale_factor)
+        stated, found = found.get("scale_factor", stated), found["state_dict"]
+    weights = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in weights if isinstance(key, str) and isinstance(value, Tensor)}, stated
 
 
 def _check(path: Path, weights: dict[str, Tensor]) -> None:
     """Raises ValueError for what is no KL autoencoder in LDM's layout."""
     if any(key.startswith("encoder.down_blocks.") for key in weights):
-        raise ValueError(f"'{path}' has diffusers' layout: give the folder in which it lies beside its config.json")
+        raise ValueError(f"'{path}' has diffusers' layout: give the model folder, which has the config.json that goes with it")
     if any(key.startswith("quantize.") for key in weights):
         raise ValueError(f"'{path}' holds a VQ autoencoder, wanted one with a KL posterior (kl-f8)")
     wanted = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     if missing := [key for key in wanted if key not in weights]:
         raise ValueError(f"'{path}' holds no autoencoder in LDM's layout: it lacks {', '.join(missing)}")
+    if strange := sorted(key for key in weights if not key.startswith((*PARTS, *BESIDE))):
+        raise ValueError(f"'{path}' holds more than an autoencoder in LDM's layout: {', '.join(strange[:5])}")
     if attention := [key for key in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", key)]:
         raise ValueError(
             f"'{path}' has attention outside its middle block ({attention[0]}; kl-f16, kl-f32), which diffusers cannot convert"
@@ -190,7 +230,7 @@ def _architecture(weights: dict[str, Tensor]) -> dict:
     while f"encoder.down.0.block.{layers}.conv1.weight" in weights:
         layers += 1
     return {
-        "sample_size": 512,
+        "sample_size": 512,  # Stable Diffusion's; of use to tiled decoding alone
         "in_channels": weights["encoder.conv_in.weight"].shape[1],
         "out_channels": weights["decoder.conv_out.weight"].shape[0],
         "down_block_types": ("DownEncoderBlock2D",) * levels,

@@ -12,12 +12,11 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from eqldm.autoencoder.fold import fold_map
-from eqldm.autoencoder.module import train_autoencoder
+from eqldm.autoencoder.module import build_vae, train_autoencoder
 from eqldm.config import load_config
 from eqldm.export import export_single_file, main
-from eqldm.model_folder import decode, encode, load_vae, save_model_folder, vae_hash
-from eqldm.single_file import read_single_file, write_single_file
+from eqldm.model_folder import decode, encode, load_unet, load_vae, save_model_folder, vae_hash
+from eqldm.single_file import ldm_weights, read_single_file, write_single_file
 
 KL_F8 = {  # LDM's and Stable Diffusion's: 83.7 M parameters
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
@@ -74,7 +73,7 @@ def test_diffusers_own_loader_agrees(tmp_path, suffix, changes):
     assert same_weights(vae, read_single_file(path)) and read_single_file(path).config.scaling_factor == 1.0
     if not changes.get("mid_block_add_attention", True):
         return  # diffusers' config of an LDM file cannot say so
-    config = OmegaConf.to_container(OmegaConf.load(tmp_path / "vae.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(f"{path}.yaml"))
     stock = AutoencoderKL.from_single_file(str(path), original_config=config)
     assert same_weights(vae, stock) and stock.config.scaling_factor == 1.0
 
@@ -84,12 +83,23 @@ def test_the_first_stage_of_a_whole_model(tmp_path):
     weights = load_file(write_single_file(vae, tmp_path / "vae.safetensors"))
     whole = {f"first_stage_model.{key}": value for key, value in weights.items()} | {"model.diffusion_model.out.2.bias": torch.zeros(4)}
     save_file(whole, tmp_path / "sd.safetensors")
-    torch.save({"state_dict": {**whole, "scale_factor": torch.tensor(0.5)}, "global_step": 7}, tmp_path / "sd.ckpt")
+    save_file({**whole, "conditioner.embedders.0.weight": torch.zeros(4)}, tmp_path / "xl.safetensors")
+    scaled = {**whole, "scale_factor": torch.tensor(0.5)}  # where LDM measured it
+    save_file(scaled, tmp_path / "scaled.safetensors")
+    torch.save({"state_dict": scaled, "global_step": 7}, tmp_path / "scaled.ckpt")
     trained = {**weights, "loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4)}
     torch.save({"state_dict": trained}, tmp_path / "autoencoder.ckpt")
-    for name, scale in {"sd.safetensors": 0.18215, "sd.ckpt": 0.5, "autoencoder.ckpt": 0.18215}.items():
+    for name, scale in {"scaled.safetensors": 0.5, "scaled.ckpt": 0.5}.items():
         found = load_vae(tmp_path / name)
         assert same_weights(found, vae) and found.config.scaling_factor == scale and not found.training
+    for name, scale in {"sd.safetensors": 0.18215, "xl.safetensors": 0.13025, "autoencoder.ckpt": 0.18215}.items():
+        with pytest.warns(UserWarning, match=f"{name}' states no scale_factor: taken to be {scale}"):
+            found = load_vae(tmp_path / name)
+        assert same_weights(found, vae) and found.config.scaling_factor == scale
+    wide = random_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)  # as SD3's
+    save_file(ldm_weights(wide), tmp_path / "wide.safetensors")
+    with pytest.warns(UserWarning, match="taken to be 1.0, unscaled latents"):
+        assert same_weights(load_vae(tmp_path / "wide.safetensors"), wide)
 
 
 def test_half_precision_files_are_read_in_float32(tmp_path):
@@ -106,14 +116,15 @@ class NotWeights:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"callbacks": NotWeights()}, "a pickle that holds more than weights.* Get the .safetensors"),
+        ({"callbacks": NotWeights()}, r"a pickle that holds more than weights \(\S*NotWeights\).* Get the .safetensors"),
         (
             {"state_dict": {"model.diffusion_model.out.2.bias": torch.zeros(4)}},
             "holds no autoencoder in LDM's layout: it lacks encoder.conv_in",
         ),
         ({"state_dict": {}}, "holds no weights by name"),
+        ({"state_dict": [1]}, "holds no weights by name"),
         ({"quantize.embedding.weight": torch.zeros(4, 4)}, "holds a VQ autoencoder, wanted one with a KL posterior"),
-        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(4)}, "has diffusers' layout: give the folder"),
+        ({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(4)}, "has diffusers' layout: give the model folder"),
     ],
 )
 def test_what_is_no_autoencoder_is_refused(tmp_path, content, message):
@@ -127,6 +138,9 @@ def test_damaged_and_strange_files_are_refused(tmp_path):
     weights = load_file(path)
     for name, change, message in (
         ("lacking", {"encoder.norm_out.bias": None}, "that diffusers knows: .*Missing key.*conv_norm_out.bias"),
+        ("deeper", {"encoder.mid.block_3.conv1.weight": torch.zeros(1)}, "than diffusers converts: encoder.mid.block_3.conv1.weight would"),
+        ("flux2", {"bn.running_mean": torch.zeros(4)}, "holds more than an autoencoder in LDM's layout: bn.running_mean"),
+        ("scaled", {"scale_factor": torch.tensor(float("nan"))}, "states a scale_factor that is no number above 0"),
         ("kl-f16", {"encoder.down.2.attn.0.q.weight": torch.zeros(1)}, "attention outside its middle block"),
         ("narrow", {"encoder.conv_in.weight": torch.zeros(20, 3, 3, 3)}, "20 channels, which LDM's GroupNorm of 32"),
     ):
@@ -138,6 +152,9 @@ def test_damaged_and_strange_files_are_refused(tmp_path):
     for name in ("cut.safetensors", "cut.ckpt"):
         with pytest.raises(ValueError, match="cannot be read, it may be cut off"):
             load_vae(tmp_path / name)
+    (tmp_path / "pointer.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 334695179\n")
+    with pytest.raises(ValueError, match="is no PyTorch file .a web page, a git-lfs pointer"):
+        load_vae(tmp_path / "pointer.ckpt")
     (tmp_path / "vae.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="no single-file checkpoint: wanted one of .safetensors, .ckpt"):
         load_vae(tmp_path / "vae.bin")
@@ -146,45 +163,58 @@ def test_damaged_and_strange_files_are_refused(tmp_path):
 def test_what_the_layout_cannot_say_is_not_written(tmp_path, make_tiny_vae):
     for vae, message in (
         (make_tiny_vae(), "GroupNorm of 4 groups, LDM's have 32"),
-        (random_vae(shift_factor=0.1), "a shift_factor of 0.1"),
-        (random_vae(use_quant_conv=False, use_post_quant_conv=False), "no quant_conv.*autoencoder.fold"),
+        (random_vae(block_out_channels=(64, 96, 96)), "widths .64, 96, 96. that are no multiples of the first"),
+        (random_vae(act_fn="relu"), "act_fn relu, LDM's is silu"),
+        (random_vae(latents_mean=[0.0] * 4), "latents_mean and latents_std"),
+        (random_vae(shift_factor=0.1), "a shift_factor .python -m eqldm.export folds it in"),
+        (random_vae(use_quant_conv=False, use_post_quant_conv=False), "no quant_conv .python -m eqldm.export adds one"),
     ):
         with pytest.raises(ValueError, match=message):
             write_single_file(vae, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="ends in .safetensors or .ckpt"):
         write_single_file(random_vae(), tmp_path / "vae.bin")
     assert not list(tmp_path.iterdir())
-    vae = random_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=2.0)  # as SD3's
-    fold_map(vae, torch.eye(4), torch.zeros(4))
-    assert same_weights(read_single_file(write_single_file(vae, tmp_path / "vae.safetensors")), vae)
 
 
 @torch.no_grad()
-def test_export_with_another_scale_keeps_what_a_unet_sees(tmp_path, monkeypatch, capsys):
-    vae = random_vae()
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [({}, 0.18215), ({"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1, "scaling_factor": 1.5}, None)],
+    ids=["another scale", "a shift and no quant_conv, as SD3's"],
+)
+def test_export_keeps_what_a_unet_sees(tmp_path, monkeypatch, capsys, changes, scale):
+    vae = random_vae(**changes)
     folder = save_model_folder(tmp_path / "model", vae=vae)
     out = tmp_path / "out" / "vae.safetensors"
-    words = ["export", folder, "--out", out, "--single-file", "--scale-factor", 0.18215, "--dtype", "float32"]
+    words = ["export", folder, "--out", out, "--single-file", "--dtype", "float32", *(["--scale-factor", scale] if scale else [])]
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     main()
     assert capsys.readouterr().out.strip() == str(out)
-    found = load_vae(out)
-    assert found.config.scaling_factor == 0.18215
-    assert OmegaConf.load(out.with_suffix(".yaml")).model.params.scale_factor == 0.18215
+    found, scale = load_vae(out), scale or vae.config.scaling_factor
+    assert found.config.scaling_factor == scale and not found.config.get("shift_factor")
+    assert OmegaConf.load(f"{out}.yaml").model.params.scale_factor == scale
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(encode(found, x), encode(vae, x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(decode(found, encode(found, x)), decode(vae, encode(vae, x)), rtol=1e-4, atol=1e-5)
-    posteriors = [network.encode(x).latent_dist for network in (found, vae)]
-    torch.testing.assert_close(posteriors[0].std * 0.18215, posteriors[1].std, rtol=1e-4, atol=1e-5)
-    for more, message in (
-        (["--scale-factor", "0", "--single-file"], "--scale-factor: got 0.0, wanted a number above 0"),
-        (["--scale-factor", "1"], "--scale-factor is for --single-file"),
+    posteriors = [network.encode(x).latent_dist.std * network.config.scaling_factor for network in (found, vae)]
+    torch.testing.assert_close(*posteriors, rtol=1e-4, atol=1e-5)
+
+
+def test_exports_that_cannot_be(tmp_path, monkeypatch):
+    folder = save_model_folder(tmp_path / "model", vae=random_vae())
+    path = export_single_file(folder, tmp_path / "vae.ckpt", torch.float16)
+    for words, message in (
+        ([folder, "--out", "x.ckpt", "--scale-factor", "0", "--single-file"], "--scale-factor: got 0.0, wanted a number above 0"),
+        ([folder, "--out", "x.ckpt", "--scale-factor", "inf", "--single-file"], "--scale-factor: got inf, wanted a number above 0"),
+        ([folder, "--out", tmp_path / "x", "--scale-factor", "1"], "--scale-factor is for --single-file"),
+        ([folder, "--out", tmp_path / "x.ckpt"], "x.ckpt' would be a folder: give --single-file"),
+        ([path, "--out", tmp_path / "x.ckpt", "--single-file"], "vae.ckpt' is a single file already"),
     ):
-        monkeypatch.setattr(sys, "argv", ["export", str(folder), "--out", str(tmp_path / "x.ckpt"), *more])
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
         with pytest.raises(SystemExit, match=message):
             main()
-    with pytest.raises(ValueError, match="is the model to read"):
-        export_single_file(out, out, torch.float32)
+    with pytest.raises(FileNotFoundError, match="vae.ckpt' is a file, which can be no more than a VAE: wanted a model folder with unet"):
+        load_unet(path)
 
 
 def test_stage_1_starts_from_a_file_and_knows_it_again(tmp_path, tiny_pictures):
@@ -197,7 +227,7 @@ def test_stage_1_starts_from_a_file_and_knows_it_again(tmp_path, tiny_pictures):
     (tmp_path / "options.yaml").write_text(json.dumps(options))
     config = load_config(tmp_path / "options.yaml", [])
     folder = train_autoencoder(config)
-    assert not same_weights(load_vae(folder), read_single_file(path))
+    assert same_weights(build_vae(config, 32), read_single_file(path))
     exported = read_single_file(export_single_file(folder, tmp_path / "mine.safetensors", torch.float32))
     assert vae_hash(exported) == vae_hash(load_vae(folder))  # folded, with a scale of 1
     assert train_autoencoder(config) == folder
