@@ -2,6 +2,7 @@
 cd "$SLURM_SUBMIT_DIR"
 PY=${PY:-.venv/bin/python}
 [ -x "$(command -v "$PY")" ] || { echo "error: no Python at '$PY': run make setup, or submit with PY=/path/to/python" >&2; exit 2; }
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take sbatch's by itself
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # The address that Slurm itself uses: a node's name need not resolve
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
