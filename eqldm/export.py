@@ -21,7 +21,7 @@ from torch import nn
 
 from eqldm.autoencoder.fold import fold_map
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
-from eqldm.single_file import write_single_file
+from eqldm.single_file import WRITTEN, write_single_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -31,7 +31,7 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
 
     Raises: ValueError where weights overflow, or where `out` is `model`, holds something else or is named as a file; as the loaders.
     """
-    if out.suffix in (".safetensors", ".ckpt"):
+    if out.suffix in WRITTEN:
         raise ValueError(f"--out '{out}' would be a folder: give --single-file for a file, or a folder's name")
     check_replaceable(out, model)
     parts = {"vae": load_autoencoder(model)}

@@ -27,7 +27,8 @@ from torch import Tensor
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 BESIDE = ("loss.", "model_ema.", "scale_factor")  # what a training of LDM's keeps beside them
 GROUPS = 32  # of each GroupNorm
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
+WRITTEN = (".safetensors", ".ckpt")  # suffixes
+SUFFIXES = (*WRITTEN, ".pt", ".pth")
 RENAMED = {  # diffusers' names to LDM's; {} stands for LDM's number of an up block
     r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.": r"encoder.down.\1.block.\2.",
     r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.": r"encoder.down.\1.downsample.",
@@ -85,8 +86,8 @@ def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
     Raises ValueError where LDM's layout cannot say what the autoencoder is, or for another suffix; OSError.
     """
     path, config = Path(path), vae.config
-    if path.suffix not in (".safetensors", ".ckpt"):
-        raise ValueError(f"a single file ends in .safetensors or .ckpt, got '{path}'")
+    if path.suffix not in WRITTEN:
+        raise ValueError(f"a single file ends in {' or '.join(WRITTEN)}, got '{path}'")
     blocks = {*config.down_block_types, *config.up_block_types}
     faults = {
         f"GroupNorm of {config.norm_num_groups} groups, LDM's have {GROUPS}": config.norm_num_groups != GROUPS,
@@ -174,8 +175,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            others = any(key.startswith(tuple(LDM_VAE_KEYS)) for key in keys)
-            wanted = (*LDM_VAE_KEYS, "scale_factor") if others else ("",)
+            whole = any(key.startswith(tuple(LDM_VAE_KEYS)) for key in keys)
+            wanted = (*LDM_VAE_KEYS, "scale_factor") if whole else ("",)
             nothing = torch.empty(0)
             found = {key: file.get_tensor(key) if key.startswith(wanted) else nothing for key in keys}
             return found, (file.metadata() or {}).get("scale_factor")

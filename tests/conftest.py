@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import settings
 from PIL import Image
@@ -146,3 +147,24 @@ def tiny_model_folder(tmp_path_factory) -> Path:
 def tiny_pictures(tmp_path_factory) -> Path:
     """A shard folder of 24 pictures of 32 px in 3 shards, to be read only."""
     return make_picture_shards(tmp_path_factory.mktemp("pictures"))
+
+
+def write_tiny_options(path: Path, shards: Path, **run) -> Path:
+    """A config of stage 1 at `path`, whose steps take some milliseconds, for the run folder `run` beside it; `run`: options of the run."""
+    options = {
+        "stage": "autoencoder",
+        "architecture": {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False,
+                         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+        "data": {"train": str(shards), "val": str(shards), "batch_size": 4, "num_workers": 0, "val_samples": 4},
+        "run": {"precision": "32-true", "accelerator": "cpu", "dir": str(path.parent / "run"), "log_every": 1, **run},
+        "optimizer": {"ema_decay": 0.5, "warmup_steps": 1, "learning_rate": 1e-3},
+        "fold": {"num_images": 8},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+@pytest.fixture(name="write_tiny_options", scope="session")
+def _write_tiny_options() -> Callable[..., Path]:
+    """The function above: `write_tiny_options(path, shards, **run)`."""
+    return write_tiny_options

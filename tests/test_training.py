@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
@@ -32,19 +31,9 @@ def shards(make_picture_shards, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def configured(shards, tmp_path):
+def configured(shards, tmp_path, write_tiny_options):
     """`configured("key=value", ...)`: options of a tiny run in `tmp_path / "run"`."""
-    path = tmp_path / "tiny.yaml"
-    options = {
-        "stage": "autoencoder",
-        "architecture": {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False,
-                         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
-        "data": {"train": str(shards), "val": str(shards), "batch_size": 4, "num_workers": 0, "val_samples": 4},
-        "run": {"precision": "32-true", "accelerator": "cpu", "num_steps": 2, "dir": str(tmp_path / "run"), "log_every": 1},
-        "optimizer": {"ema_decay": 0.5, "warmup_steps": 1, "learning_rate": 1e-3},
-        "fold": {"num_images": 8},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(options))
+    path = write_tiny_options(tmp_path / "tiny.yaml", shards, num_steps=2)
 
     def build(*overrides: str) -> AutoencoderConfig:
         return load_config(path, overrides)

@@ -129,13 +129,10 @@ def input_digests(config: StageConfig) -> dict[str, str]:
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    if folder.is_file():
-        hash_file(digest, folder)
-        return digest.hexdigest()[:16]
     if (folder / MANIFEST).is_file():
         digest.update(json.dumps([entry["sha256"] for entry in read_manifest(folder)["shards"]]).encode())
         return digest.hexdigest()[:16]
-    weights = sorted(folder.rglob("*.safetensors"))
+    weights = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"'{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
     for path in weights:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from eqldm.model_folder import load_vae
 
@@ -83,22 +82,10 @@ class Job:
 
 
 @pytest.fixture
-def tiny(make_picture_shards, tmp_path) -> Path:
+def tiny(make_picture_shards, write_tiny_options, tmp_path) -> Path:
     """A config of a tiny run in `tmp_path / "run"`; a step takes some milliseconds."""
     shards = make_picture_shards(tmp_path / "shards", count=12, size=16)
-    options = {
-        "stage": "autoencoder",
-        "architecture": {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False,
-                         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
-        "data": {"train": str(shards), "val": str(shards), "batch_size": 4, "num_workers": 0, "val_samples": 4},
-        "run": {"precision": "32-true", "accelerator": "cpu", "num_steps": 1000, "dir": str(tmp_path / "run"), "log_every": 1,
-                "val_every": 10000, "checkpoint_every": 50},
-        "optimizer": {"ema_decay": 0.5, "warmup_steps": 1, "learning_rate": 1e-3},
-        "fold": {"num_images": 8},
-    }  # fmt: skip
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(options))
-    return path
+    return write_tiny_options(tmp_path / "tiny.yaml", shards, num_steps=1000, val_every=10000, checkpoint_every=50)
 
 
 def last_step(text: str) -> int:
