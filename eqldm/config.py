@@ -211,23 +211,29 @@ class LoRAConfig:
 class DiffusionConfig:
     stage: Literal["diffusion"] = "diffusion"
     """Which stage this file configures."""
-    init: Literal["scratch", "pretrained"] = "scratch"
-    """Start from `unet` and `text_encoder` below with random weights, or from `model`."""
+    init: Literal["scratch", "scratch_unet", "pretrained"] = "scratch"
+    """Start from `unet` and `text_encoder` below with random weights, or from `model`. scratch_unet: from the model's text encoder and
+    tokenizer, and a random UNet."""
     model: Optional[str] = None
     """Model folder whose UNet, text encoder, tokenizer and scheduler to start from."""
     vae: str = MISSING
     """Model folder (or single file) of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the UNet
     learns pictures themselves (from picture shards)."""
     adapt: Literal["full", "lora"] = "full"
-    """Train all of the UNet, or low-rank updates that are merged at export."""
+    """Train all of the UNet, or low-rank updates: merged in RUN/model, and by themselves in RUN/lora, for diffusers' load_lora_weights."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    boundary_steps: int = 0
+    """Optimizer steps at first in which the UNet's conv_in and conv_out train alone, and all else waits: they are what meets the new
+    latents. Then the learning rate warms up again, for all. Needs init: pretrained, adapt: full."""
     unet: dict[str, Any] = field(default_factory=dict)
-    """Arguments of diffusers' UNet2DConditionModel, for init: scratch; in, out and text sizes are filled in."""
+    """Arguments of diffusers' UNet2DConditionModel, for init: scratch; in, out and text sizes are filled in. With init: scratch_unet they
+    replace the architecture of the model's."""
     text_encoder: dict[str, Any] = field(default_factory=dict)
     """Arguments of transformers' CLIPTextConfig, for init: scratch; the vocabulary is made from the captions."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Arguments of the diffusers scheduler named by `_class_name` (DDIMScheduler unless given), for init: scratch. Its betas
-    and `prediction_type` are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true)."""
+    and `prediction_type` are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true). With init:
+    scratch_unet it replaces the model's."""
     train_text_encoder: bool = False
     """Train the text encoder too. Required with init: scratch, whose text encoder is random."""
     text_encoder_lr_factor: float = 0.1
@@ -250,13 +256,19 @@ class DiffusionConfig:
     def validate(self) -> None:
         """Raises ValueError where options contradict each other."""
         _check_start(self, "unet", "text_encoder", "scheduler")
+        if self.init == "scratch_unet" and self.text_encoder:
+            raise ValueError("init=scratch_unet takes the text encoder from model: drop `text_encoder`, or use init=scratch")
         _check_run(self)
         if self.adapt == "full" and self.lora != LoRAConfig():
             raise ValueError("adapt=full trains all weights, but `lora` is set: use adapt=lora, or drop it")
         if self.init == "scratch" and not self.train_text_encoder:
             raise ValueError("init=scratch starts from a random text encoder: set train_text_encoder=true")
-        if self.init == "scratch" and self.adapt == "lora":
+        if self.init != "pretrained" and self.adapt == "lora":
             raise ValueError("adapt=lora updates a pretrained UNet: set init=pretrained model=FOLDER, or adapt=full")
+        if not 0 <= self.boundary_steps < self.run.num_steps:
+            raise ValueError(f"boundary_steps: got {self.boundary_steps}, wanted 0 to below run.num_steps={self.run.num_steps}")
+        if self.boundary_steps and (self.init, self.adapt) != ("pretrained", "full"):
+            raise ValueError("boundary_steps fit a pretrained UNet to new latents: set init=pretrained adapt=full, or boundary_steps=0")
         if self.val_letters < 0 or self.val_letters == 1:
             raise ValueError(f"val_letters: got {self.val_letters}, wanted 0 (none) or at least 2 (KID compares distributions)")
         if not 0 <= self.caption_dropout < 1:
@@ -299,8 +311,8 @@ StageConfig = AutoencoderConfig | DiffusionConfig | JudgeConfig
 
 
 def _check_start(config: AutoencoderConfig | DiffusionConfig, *architecture: str) -> None:
-    if config.init == "pretrained" and not config.model:
-        raise ValueError("init=pretrained needs the model folder to start from: set model=FOLDER")
+    if config.init != "scratch" and not config.model:
+        raise ValueError(f"init={config.init} needs the model folder to start from: set model=FOLDER")
     if config.init == "scratch" and config.model:
         raise ValueError(f"init=scratch starts from random weights, but model={config.model} is set: use init=pretrained, or drop it")
     given = [name for name in architecture if getattr(config, name)]

@@ -65,6 +65,24 @@ def test_scratch_fits_the_vae_and_the_seed(tiny_model_folder):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("changes", [{}, {"unet": SMALL_UNET, "scheduler": {"prediction_type": "v_prediction"}}])
+def test_a_scratch_unet_meets_the_models_text_encoder(tiny_model_folder, changes):
+    networks, stored = build(tiny_model_folder, init="scratch_unet", **changes), Networks.open(tiny_model_folder)
+    for one, other in zip(networks.text_encoder.parameters(), stored.text_encoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert networks.tokenizer.get_vocab() == stored.tokenizer.get_vocab()
+    assert list(networks.unet.config.block_out_channels) == ([8] if changes else list(stored.unet.config.block_out_channels))
+    assert Objective.of(networks.scheduler).prediction == ("v_prediction" if changes else "epsilon")
+    z, t, embeds = inputs()
+    assert torch.equal(networks.unet(z, t, embeds).sample, networks.unet(z, t, embeds.flip(0)).sample)  # it starts unconditional
+    assert not torch.equal(networks.unet(z, t, embeds).sample, stored.unet(z, t, embeds).sample)
+
+
+def test_sizes_that_follow_are_not_given(tiny_model_folder):
+    with pytest.raises(ValueError, match="unet.cross_attention_dim follows from the latents and the text encoder: drop it"):
+        build(tiny_model_folder, init="scratch_unet", unet={**SMALL_UNET, "cross_attention_dim": 16})
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_text_encoder_is_frozen_or_trained(tiny_model_folder, trained):
     networks = build(tiny_model_folder, train_text_encoder=trained)

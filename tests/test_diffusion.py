@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +26,7 @@ from eqldm.data.shards import ShardSet, write_manifest, write_shard
 from eqldm.diffusion.adaptation import build_networks
 from eqldm.diffusion.module import LatentDiffusion, train_diffusion
 from eqldm.model_folder import load_unet, load_vae
+from eqldm.training.run_folder import LAST
 from eqldm.views import IDENTITY
 
 ROOT = Path(__file__).parents[1]
@@ -287,6 +288,38 @@ def test_lora_exports_a_plain_unet(configure, tiny_model_folder):
     assert before.keys() == after.keys()
     assert changed and all(name.endswith(".weight") and "norm" not in name for name in changed)
     assert UNet2DConditionModel.from_pretrained(folder, subfolder="unet").config.in_channels == 4
+
+
+def test_lora_is_exported_by_itself_too(configure, tmp_path, tiny_model_folder):
+    """Loaded by stock diffusers onto the UNet that it updates, it gives the merged one; its scale is in the file."""
+    merged = load_unet(train_diffusion(configure("optimizer.learning_rate=0.02", adapt="lora", lora={"rank": 2, "alpha": 6})))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder, safety_checker=None)
+    z, t, embeds = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 8, 16)
+    with torch.no_grad():
+        plain = pipeline.unet(z, t, embeds).sample
+        pipeline.load_lora_weights(tmp_path / "run" / "lora")
+        torch.testing.assert_close(pipeline.unet(z, t, embeds).sample, merged(z, t, embeds).sample, atol=1e-5, rtol=1e-4)
+        assert (merged(z, t, embeds).sample - plain).abs().max() > 1e-3
+
+
+def test_the_boundary_trains_first_and_alone(configure, tmp_path, tiny_model_folder):
+    options = ["boundary_steps=2", "optimizer.ema_decay=0", "train_text_encoder=true", "optimizer.weight_decay=0.1"]
+    changed = {}
+    for steps in (2, 3):
+        options = [*options, "run.num_steps=3", "run.checkpoint_every=1"]
+        stop = [StopAt(2)] if steps == 2 else []
+        if stop:
+            with pytest.raises(RuntimeError, match="killed"):
+                train_diffusion(configure(*options), callbacks=stop)
+            state = torch.load(tmp_path / "run" / LAST, weights_only=True)["state_dict"]
+        else:  # it resumes where it was
+            folder = train_diffusion(configure(*options))
+            state = {f"{part}.{name}": value for part in ("unet", "text_encoder") for name, value in weights(folder, part).items()}
+        before = {f"{part}.{name}": value for part in ("unet", "text_encoder") for name, value in weights(tiny_model_folder, part).items()}
+        changed[steps] = {name for name in before if name in state and not torch.equal(before[name], state[name])}
+    boundary = {f"unet.{layer}.{name}" for layer in ("conv_in", "conv_out") for name in ("weight", "bias")}
+    assert changed[2] == boundary
+    assert len(changed[3]) > len(boundary) + 20 and any(name.startswith("text_encoder.") for name in changed[3])
 
 
 def test_ema_is_what_is_exported(configure, tmp_path):

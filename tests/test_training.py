@@ -117,6 +117,15 @@ def test_changed_options_are_refused_and_listed(configured):
     )
 
 
+def test_options_younger_than_the_run_had_their_defaults(configured, tmp_path):
+    train_autoencoder(configured())
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("crop_size:")))
+    train_autoencoder(configured())
+    with pytest.raises(ValueError, match="crop_size was None, is 16"):
+        train_autoencoder(configured("crop_size=16"))
+
+
 def test_a_run_of_another_version_is_refused(configured, tmp_path):
     """A change of losses or draws raises FORMAT; a run begun before it must not go on as if nothing were."""
     train_autoencoder(configured())

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 from eqldm.config import DiffusionConfig
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import Networks, Pixels, downsampling, make_scheduler
+from eqldm.model_folder import Networks, Pixels, check_model_folder, downsampling, load_scheduler, load_text, make_scheduler
 
 
 def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_size: int, captions: Iterable[str]) -> Networks:
-    """The networks that training starts from.
+    """The networks that training starts from, on the CPU.
 
     captions: of the training set, read only for init: scratch, to make the tokenizer.
     Raises ValueError where a pretrained UNet does not take the VAE's latent channels.
@@ -30,17 +31,26 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
             )
     else:
         torch.manual_seed(config.run.seed)
-        tokenizer = make_tokenizer(captions)
-        text_encoder = make_text_encoder(tokenizer, **config.text_encoder)
-        unet = UNet2DConditionModel(
-            sample_size=image_size // downsampling(vae),
-            in_channels=channels,
-            out_channels=channels,
-            cross_attention_dim=text_encoder.config.hidden_size,
-            **config.unet,
-        )
+        scheduler = {"_class_name": "DDIMScheduler", **config.scheduler}
+        if config.init == "scratch_unet":
+            tokenizer, text_encoder = load_text(config.model)
+            architecture = config.unet or _architecture(config.model)
+            noise = make_scheduler(scheduler) if config.scheduler else load_scheduler(config.model)
+        else:
+            tokenizer = make_tokenizer(captions)
+            text_encoder = make_text_encoder(tokenizer, **config.text_encoder)
+            architecture, noise = config.unet, make_scheduler(scheduler)
+        sizes = {
+            "sample_size": image_size // downsampling(vae),
+            "in_channels": channels,
+            "out_channels": channels,
+            "cross_attention_dim": text_encoder.config.hidden_size,
+        }
+        if given := sorted(config.unet.keys() & sizes.keys()):
+            raise ValueError(f"unet.{given[0]} follows from the latents and the text encoder: drop it")
+        unet = UNet2DConditionModel(**{**architecture, **sizes})
         start_unconditional(unet)
-        networks = Networks(unet, tokenizer, text_encoder, make_scheduler({"_class_name": "DDIMScheduler", **config.scheduler}))
+        networks = Networks(unet, tokenizer, text_encoder, noise)
     if not torch.cuda.is_available():
         # The backward pass of scaled_dot_product_attention takes over half of a small UNet's step on a CPU.
         networks.unet.set_attn_processor(AttnProcessor())
@@ -51,6 +61,12 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
         networks.unet.enable_gradient_checkpointing()
     networks.text_encoder.requires_grad_(config.train_text_encoder)
     return networks
+
+
+def _architecture(folder: str) -> dict:
+    """The arguments that a model folder's UNet was made with."""
+    config = UNet2DConditionModel.load_config(check_model_folder(folder, ("unet",)) / "unet")
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def start_unconditional(unet: UNet2DConditionModel) -> None:
@@ -78,6 +94,15 @@ def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:
         raise ValueError(f"lora.targets {absent} match no module of the UNet: give suffixes of its module names, such as to_q")
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets)))
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Writes the low-rank updates as `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads."""
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers={name: weight.contiguous() for name, weight in get_peft_model_state_dict(unet).items()},
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),  # its alpha
+    )
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

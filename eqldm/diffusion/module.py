@@ -14,7 +14,7 @@ from eqldm.config import DiffusionConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.data.samples import LatentSamples
-from eqldm.diffusion.adaptation import build_networks, merge_lora
+from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
@@ -33,7 +33,7 @@ class LatentDiffusion(pl.LightningModule):
     def __init__(self, config: DiffusionConfig, vae: AutoencoderKL | Pixels, networks: Networks):
         super().__init__()
         self.config = config
-        self.unet = networks.unet
+        self.unet = networks.unet.train()
         self.text_encoder = networks.text_encoder if config.train_text_encoder else None
         # In a list: neither trained, nor averaged, nor in the checkpoints.
         self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
@@ -54,12 +54,15 @@ class LatentDiffusion(pl.LightningModule):
             network.to(self.device)
 
     def configure_optimizers(self):
-        groups = [{"params": [parameter for parameter in self.unet.parameters() if parameter.requires_grad]}]
+        boundary = {*self.unet.conv_in.parameters(), *self.unet.conv_out.parameters()} if self.config.boundary_steps else set()
+        trained = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        parts = [[p for p in trained if p in boundary], [p for p in trained if p not in boundary]]
+        groups = [{"params": part} for part in parts if part]
         if self.text_encoder is not None:
             learning_rate = self.config.optimizer.learning_rate * self.config.text_encoder_lr_factor
             groups.append({"params": list(self.text_encoder.parameters()), "lr": learning_rate})
         optimizer = make_optimizer(groups, self.config.optimizer)
-        return [optimizer], [{"scheduler": make_schedule(optimizer, self.config), "interval": "step"}]
+        return [optimizer], [{"scheduler": make_schedule(optimizer, self.config, self.config.boundary_steps), "interval": "step"}]
 
     def latents(self, batch: dict, seed: int) -> Tensor:
         """Normalised latents z [B, C, h, w], drawn from the posterior with each position's generator."""
@@ -110,8 +113,9 @@ class LatentDiffusion(pl.LightningModule):
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
 
     def export(self, folder: Path) -> Path:
-        """Write the whole model folder, low-rank updates merged."""
+        """Write the whole model folder, low-rank updates merged, and these by themselves under `lora` beside it."""
         if self.config.adapt == "lora":
+            save_lora(self.unet, folder.parent / "lora")
             merge_lora(self.unet)
         return save_model_folder(
             folder,

@@ -97,7 +97,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def _check_same_run(config: StageConfig) -> None:
     folder = Path(config.run.dir)
-    changed = _differences(OmegaConf.create((folder / "config.yaml").read_text()), OmegaConf.create(to_yaml(config)))
+    # Options that are younger than the run had their defaults' effect
+    before = OmegaConf.merge(OmegaConf.create(to_yaml(type(config)())), OmegaConf.create((folder / "config.yaml").read_text()))
+    changed = _differences(before, OmegaConf.create(to_yaml(config)))
     if changed:
         raise ValueError(
             f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir, or "

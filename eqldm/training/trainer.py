@@ -6,6 +6,8 @@ import csv
 import math
 import sys
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -45,9 +47,21 @@ def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate schedule, stepped once per optimizer step."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config.optimizer, config.run.num_steps))
+def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig, boundary_steps: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate schedule, stepped once per optimizer step.
+
+    boundary_steps: optimizer steps at first in which only the first group of parameters trains, at the warmed-up peak; then the
+    schedule begins, for all groups.
+    """
+    options, num_steps = config.optimizer, config.run.num_steps - boundary_steps
+
+    def factor(step: int, waits: bool) -> float:
+        if step >= boundary_steps:
+            return learning_rate_factor(step - boundary_steps, options, num_steps)
+        return 0.0 if waits else learning_rate_factor(step, replace(options, schedule="constant"), boundary_steps)
+
+    groups = range(len(optimizer.param_groups))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(factor, waits=number > 0) for number in groups])
 
 
 def make_trainer(
