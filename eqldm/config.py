@@ -21,6 +21,8 @@ class DataConfig:
     """Shard folder to train on."""
     val: str = MISSING
     """Shard folder to validate on."""
+    image_size: Optional[int] = None
+    """Side of the pictures, px, which the shards are checked against; None: whatever they hold."""
     batch_size: int = 32
     """Samples per optimizer step, over all processes and accumulated micro-batches."""
     micro_batch_size: Optional[int] = None
@@ -50,8 +52,9 @@ class RunConfig:
     """Processes (one device each) per node."""
     num_nodes: int = 1
     """Nodes."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How processes share the work; auto: ddp where there is more than one."""
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    """How processes share the work; auto: ddp where there is more than one. zero1 to zero3: DeepSpeed's ZeRO, which shards the
+    optimizer's state, also the gradients, also the weights; for the UNet. Its checkpoints resume with as many processes as wrote them."""
     log_every: int = 20
     """Optimizer steps between log lines."""
     val_every: int = 500
@@ -172,6 +175,7 @@ class AutoencoderConfig:
         """Raises ValueError where options contradict each other."""
         _check_start(self, "architecture")
         _check_run(self)
+        _refuse_zero(self, "the autoencoder stage steps two optimizers (autoencoder and discriminator), DeepSpeed takes one")
         _check_weights(self)
         if self.crop_size is not None and self.crop_size < 1:
             raise ValueError(f"crop_size: got {self.crop_size}, wanted pixels, or null for whole pictures")
@@ -259,6 +263,13 @@ class DiffusionConfig:
         if self.init == "scratch_unet" and self.text_encoder:
             raise ValueError("init=scratch_unet takes the text encoder from model: drop `text_encoder`, or use init=scratch")
         _check_run(self)
+        if self.run.strategy == "zero3":
+            on = [name for name in ("sample_prompts", "val_letters") if getattr(self, name)] + ["run.compile"] * self.run.compile
+            if on:
+                raise ValueError(
+                    f"run.strategy=zero3 shards the weights, so that no process can sample alone or compile whole networks: unset "
+                    f"{', '.join(on)}, or use zero2"
+                )
         if self.adapt == "full" and self.lora != LoRAConfig():
             raise ValueError("adapt=full trains all weights, but `lora` is set: use adapt=lora, or drop it")
         if self.init == "scratch" and not self.train_text_encoder:
@@ -300,6 +311,7 @@ class JudgeConfig:
     def validate(self) -> None:
         """Raises ValueError where options contradict each other."""
         _check_run(self)
+        _refuse_zero(self, "the judge is small")
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
         if not 0 <= self.turned_share <= 1:
@@ -320,6 +332,11 @@ def _check_start(config: AutoencoderConfig | DiffusionConfig, *architecture: str
         raise ValueError(f"init=pretrained takes {', '.join(given)} from model: drop `{'`, `'.join(given)}`, or use init=scratch")
 
 
+def _refuse_zero(config: AutoencoderConfig | JudgeConfig, reason: str) -> None:
+    if config.run.strategy.startswith("zero"):
+        raise ValueError(f"run.strategy={config.run.strategy} is for the diffusion stage: {reason}. Use run.strategy=ddp")
+
+
 def _check_weights(config: AutoencoderConfig) -> None:
     loss, eq = config.loss, config.equivariance
     weights = {f"loss.{name}": value for name, value in vars(loss).items() if name.endswith("_weight")}
@@ -333,7 +350,7 @@ def _check_weights(config: AutoencoderConfig) -> None:
 
 def _check_run(config: StageConfig) -> None:
     data, run = config.data, config.run
-    counts = {"data": ("batch_size", "micro_batch_size", "shuffle_shards", "val_samples"),
+    counts = {"data": ("image_size", "batch_size", "micro_batch_size", "shuffle_shards", "val_samples"),
               "run": ("devices", "num_nodes", "num_steps", "log_every", "val_every", "checkpoint_every")}  # fmt: skip
     for section, names in counts.items():
         for name in names:

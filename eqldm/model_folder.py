@@ -165,9 +165,8 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
     Written beside its name and renamed, so that a reader never opens half a model; a folder that stood there is replaced.
     """
     folder = Path(folder)
-    partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
-    if old.exists() and not folder.exists():  # killed between the two renames of replace_folder
-        os.replace(old, folder)
+    partial = folder.with_name(folder.name + ".partial")
+    recover_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
         for name, part in parts.items():
@@ -204,6 +203,13 @@ def replace_folder(folder: Path, partial: Path) -> None:
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Puts back what `replace_folder` had set aside when its process was killed between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
 
 
 def downsampling(vae: AutoencoderKL) -> int:

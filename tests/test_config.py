@@ -56,7 +56,7 @@ def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
     ("run.num_steps=2.5", "key: run.num_steps"),
     ("run.dir=null", "key: run.dir"),
     ("run.precision=16", r"expected one of \['auto', '32-true', 'bf16-mixed'\] \(key: run.precision\)"),
-    ("run.strategy=deepspeed_stage_2", r"expected one of \['auto', 'ddp'\] \(key: run.strategy\)"),
+    ("run.strategy=deepspeed_stage_2", r"expected one of \['auto', 'ddp', 'zero1', 'zero2', 'zero3'\] \(key: run.strategy\)"),
     ("stage=diffusion", "key: stage"),
     ("data.train=${nowhere}", "'nowhere' not found .key: data.train"),
     ("run.seed", "override 'run.seed' has no '=': wanted key=value"),
@@ -124,6 +124,7 @@ OWN = {
         (["equivariance.rescale_smallest=1"], "equivariance.rescale_smallest: got 1"),
         (["equivariance.num_groups=0"], "equivariance.num_groups: got 0"),
         (["crop_size=0"], "crop_size: got 0"),
+        (["run.strategy=zero2"], "run.strategy=zero2 is for the diffusion stage: the autoencoder stage steps two optimizers"),
         (["crop_until=3"], "crop_until=3 ends the crops, but there are none"),
     ],
     "diffusion": [
@@ -140,11 +141,13 @@ OWN = {
         (["caption_dropout=1"], "caption_dropout: got 1"),
         (["min_snr_gamma=0"], "min_snr_gamma: got 0"),
         (["val_letters=1"], "val_letters: got 1"),
+        (["run.strategy=zero3", "run.compile=true", "val_letters=9"], "no process can sample alone .* unset val_letters, run.compile, or"),
         (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
     ],
     "judge": [
         *[([f"run.{name}=true"], "the judge is small") for name in ("compile", "channels_last")],
         (["turned_share=1.5"], "turned_share: got 1.5"),
+        (["run.strategy=zero1"], "run.strategy=zero1 is for the diffusion stage: the judge is small"),
     ],
 }  # fmt: skip
 

@@ -196,6 +196,13 @@ def test_missing_captions_are_refused(configure, tmp_path, tiny_pictures):
         train_diffusion(configure(f"data.train={folder}"))
 
 
+def test_pictures_of_another_size_are_refused(configure, tiny_pictures):
+    with pytest.raises(ValueError, match=r"data.image_size=64, but the pictures of '.*' are 32 x 32 px: make the shards with --size 64"):
+        train_diffusion(configure("data.image_size=64"))
+    with pytest.raises(ValueError, match="data.image_size=64, but the pictures"):
+        train_diffusion(configure("data.image_size=64", f"data.train={tiny_pictures}", f"data.val={tiny_pictures}"))
+
+
 def test_long_sample_prompts_are_refused(configure, tmp_path):
     with pytest.raises(ValueError, match="sample_prompts longer than the model's 8 tokens"):
         train_diffusion(configure(sample_prompts=["the letter a " * 4]))

@@ -13,6 +13,16 @@ from eqldm.data.samples import LatentSamples, PictureSamples, collate
 from eqldm.data.shards import read_manifest
 
 
+def check_image_size(config: StageConfig, folder: str, size: tuple[int, int]) -> None:
+    """Raises ValueError where the pictures of a shard folder have another size, px, than data.image_size states."""
+    wanted = config.data.image_size
+    if wanted is not None and size != (wanted, wanted):
+        raise ValueError(
+            f"data.image_size={wanted}, but the pictures of '{folder}' are {size[0]} x {size[1]} px: make the shards with --size {wanted}, "
+            "or state their size"
+        )
+
+
 class ShardData(pl.LightningDataModule):
     """Pictures or latents, as the shards hold. Opening reads headers and fails before step 0 where data is unusable.
 
@@ -28,7 +38,9 @@ class ShardData(pl.LightningDataModule):
         def open_shards(folder: str, seed: int | None) -> PictureSamples | LatentSamples:
             if read_manifest(folder).get("kind") == "latents" and vae_hash is not None:
                 return LatentSamples(folder, seed, data.shuffle_shards, vae_hash)
-            return PictureSamples(folder, seed, data.shuffle_shards, need_captions)
+            pictures = PictureSamples(folder, seed, data.shuffle_shards, need_captions)
+            check_image_size(config, folder, pictures.image_size)
+            return pictures
 
         self.train_samples = open_shards(data.train, config.run.seed)
         self.val_samples = open_shards(data.val, None)

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from eqldm.config import DiffusionConfig
-from eqldm.data.module import ShardData
+from eqldm.data.module import ShardData, check_image_size
 from eqldm.data.order import position_generator
 from eqldm.data.samples import LatentSamples
 from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
@@ -61,7 +61,7 @@ class LatentDiffusion(pl.LightningModule):
         if self.text_encoder is not None:
             learning_rate = self.config.optimizer.learning_rate * self.config.text_encoder_lr_factor
             groups.append({"params": list(self.text_encoder.parameters()), "lr": learning_rate})
-        optimizer = make_optimizer(groups, self.config.optimizer)
+        optimizer = make_optimizer(groups, self.config.optimizer, self.config.run.strategy)
         return [optimizer], [{"scheduler": make_schedule(optimizer, self.config, self.config.boundary_steps), "interval": "step"}]
 
     def latents(self, batch: dict, seed: int) -> Tensor:
@@ -141,7 +141,9 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
             "python -m eqldm.autoencoder.fold, and encode with the folded VAE"
         )
     data = ShardData(config, need_captions=True, vae_hash=vae_hash(vae))
-    networks = build_networks(config, vae, _image_size(data.train_samples, vae), _captions(data.train_samples))
+    image_size = _image_size(data.train_samples, vae)
+    check_image_size(config, config.data.train, (image_size, image_size))
+    networks = build_networks(config, vae, image_size, _captions(data.train_samples))
     if not config.train_text_encoder:
         for samples in (data.train_samples, data.val_samples):
             if isinstance(samples, LatentSamples):

@@ -1,7 +1,8 @@
 """The run folder: what a run states about itself, and what it resumes from.
 
 A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
-`logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` and, at the end, the exported model under `model/` and `done.json`.
+`logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` (a file; under ZeRO a folder) and, at the end, the exported model under `model/`
+and `done.json`.
 The same command resumes: it finds `last.ckpt`, checks that options and inputs are the same, and goes on at its step; of a run that
 is done it gives the model at once.
 """
@@ -24,6 +25,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
+from eqldm.model_folder import recover_folder
+from eqldm.training.zero import ABOUT
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
@@ -42,6 +45,7 @@ def prepare_run(config: StageConfig) -> Path | None:
     Raises ValueError where the folder holds a run with other options, or one that is past run.num_steps.
     """
     folder = Path(config.run.dir)
+    rank_zero_only(recover_folder)(folder / LAST)
     checkpoint = folder / LAST if (folder / LAST).exists() else None
     if checkpoint:
         _check_same_run(config)
@@ -91,7 +95,9 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Optimizer steps taken at a checkpoint."""
+    """Optimizer steps taken at a checkpoint, a file or ZeRO's folder."""
+    if checkpoint.is_dir():
+        return json.loads((checkpoint / ABOUT).read_text())["global_step"]
     return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 

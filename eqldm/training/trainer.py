@@ -15,11 +15,13 @@ import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from eqldm.config import OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed, Throughput
 from eqldm.training.run_folder import LAST, checkpoint_step
+from eqldm.training.zero import STAGES, AdamWEMA, ZeRO, ZeROWeights, zero_config
 
 
 def native_precision(accelerator: str) -> str:
@@ -41,10 +43,13 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
     return 0.01 + 0.99 * shape
 
 
-def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the options' learning rate, betas and weight decay."""
+def make_optimizer(parameters, config: OptimizerConfig, strategy: str = "auto") -> torch.optim.AdamW:
+    """AdamW with the options' learning rate, betas and weight decay; under ZeRO it keeps the EMA too."""
     # Fused: on a CPU a step over a small UNet's weights otherwise takes a quarter of the time
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True)
+    options = {"lr": config.learning_rate, "betas": tuple(config.betas), "weight_decay": config.weight_decay, "fused": True}
+    if strategy in STAGES and config.ema_decay:
+        return AdamWEMA(parameters, config.ema_decay, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig, boundary_steps: int = 0) -> torch.optim.lr_scheduler.LambdaLR:
@@ -79,6 +84,9 @@ def make_trainer(
     folder = Path(run.dir)
     workers = run.devices * run.num_nodes
     micro = accumulation(config)
+    averaging = [EMA(decay=config.optimizer.ema_decay)] if config.optimizer.ema_decay else []
+    if run.strategy in STAGES:
+        averaging = [ZeROWeights(ema=bool(averaging))]
     callbacks = [
         StepSeed(),
         GradientGuard(config.optimizer.clip_norm),
@@ -86,7 +94,7 @@ def make_trainer(
         Throughput(config),
         LearningRateMonitor("step"),
         *callbacks,
-        *([EMA(decay=config.optimizer.ema_decay)] if config.optimizer.ema_decay else []),
+        *averaging,
         SaveLast(folder / LAST, run.checkpoint_every, micro),
         RichProgressBar(refresh_rate=10 if sys.stderr.isatty() else 0),
     ]
@@ -95,15 +103,19 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
-    strategy = "ddp" if run.strategy == "auto" and workers > 1 else run.strategy
-    if strategy == "ddp" and unused_parameters:
-        strategy = "ddp_find_unused_parameters_true"
+    precision = native_precision(run.accelerator) if run.precision == "auto" else run.precision
+    strategy = run.strategy
+    if run.strategy in STAGES:
+        overlap = run.accelerator != "cpu" and torch.cuda.is_available()
+        strategy, precision = ZeRO(config=zero_config(config, precision, overlap)), "32-true"  # DeepSpeed autocasts by itself
+    elif strategy == "ddp" or workers > 1:
+        strategy = DDPStrategy(find_unused_parameters=unused_parameters, gradient_as_bucket_view=True)
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
         num_nodes=run.num_nodes,
         strategy=strategy,
-        precision=native_precision(run.accelerator) if run.precision == "auto" else run.precision,
+        precision=precision,
         max_steps=run.num_steps,
         max_epochs=-1,
         val_check_interval=run.val_every * micro,

@@ -1,0 +1,182 @@
+"""DeepSpeed's ZeRO as a strategy of ours: its config, its checkpoints, and the EMA among its sharded optimizer state.
+
+Weights, optimizer and EMA stay in float32 and the forward pass runs under autocast, as with the other strategies: what a run
+computes does not depend on how it is spread. DeepSpeed itself is imported where it is used, for it takes seconds.
+
+Source: ZeRO, arXiv 1910.02054, section 5: stage 1 shards the optimizer's state, 2 also the gradients, 3 also the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from eqldm.config import DiffusionConfig, micro_batch_size
+from eqldm.model_folder import replace_folder
+from eqldm.training.callbacks import check_finite
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
+AVERAGE = "ema"  # among the optimizer's state
+
+
+def zero_config(config: DiffusionConfig, precision: str, overlap: bool) -> dict:
+    """DeepSpeed's config, made of our options; Lightning adds `gradient_accumulation_steps`.
+
+    precision: 32-true or bf16-mixed.  overlap: reduce gradients beside the backward pass, which needs CUDA's streams.
+    """
+    clip_norm = config.optimizer.clip_norm
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size(config),
+        "gradient_clipping": clip_norm if math.isfinite(clip_norm) else 0.0,
+        "zero_allow_untested_optimizer": True,  # of ours it asks no more than of any: a step over flat tensors
+        "zero_optimization": {"stage": STAGES[config.run.strategy], "contiguous_gradients": True, "overlap_comm": overlap},
+        "torch_autocast": {"enabled": precision == "bf16-mixed", "dtype": "bfloat16"},
+    }
+
+
+class ZeRO(DeepSpeedStrategy):
+    """Lightning's strategy, on CPUs too, with checkpoints that are written beside their name and then renamed.
+
+    A checkpoint is a folder to which each process writes its shard, so the run folder must be one that all of them see; it resumes with
+    as many processes as wrote it.
+    """
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):  # Lightning admits CUDA alone
+            import deepspeed
+            from deepspeed.accelerator import set_accelerator
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+            set_accelerator(CPU_Accelerator())
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, where gloo does
+            self.parallel_devices = [torch.device("cpu", rank) for rank in range(len(self.parallel_devices))]
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def backward(self, closure_loss, optimizer, *args, **kwargs) -> Tensor:
+        # Lightning has divided the loss by the micro-batches of a step, and DeepSpeed would do so once more: gradients would be too
+        # small for their clipping
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
+        path = Path(filepath)
+        partial = path.with_name(path.name + ".partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            raise OSError(
+                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
+            ) from error
+        self.barrier()
+        if self.is_global_zero:
+            about = {"global_step": checkpoint["global_step"], "processes": self.world_size}
+            (partial / ABOUT).write_text(json.dumps(about) + "\n")
+            replace_folder(path, partial)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
+        about = json.loads((Path(checkpoint_path) / ABOUT).read_text())
+        if about["processes"] != self.world_size:
+            raise ValueError(
+                f"checkpoint '{checkpoint_path}' is of {about['processes']} processes, now there are {self.world_size}: ZeRO's shards "
+                f"resume with as many as wrote them (run.devices x run.num_nodes)"
+            )
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """AdamW that averages the weights it steps: the state `ema` of each, sharded and saved with the rest of the state.
+
+    The average starts as the first step's weights, as Lightning's does.
+    """
+
+    def __init__(self, params, decay: float, **options):
+        self.decay = decay
+        super().__init__(params, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for weight in (weight for group in self.param_groups for weight in group["params"] if weight.grad is not None):
+            state = self.state[weight]
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(weight, 1 - self.decay)
+            else:
+                state[AVERAGE] = weight.detach().clone()
+        return loss
+
+
+class ZeROWeights(Callback):
+    """Puts whole weights into the module: the average's (with ema) for each validation; and, on process 0, for the export.
+
+    Also the NaN guard of the gradients, which DeepSpeed clips: it ends the run after a step, before the next checkpoint.
+    """
+
+    def __init__(self, ema: bool):
+        self.ema, self.swapped, self.kept = ema, False, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        if norm is not None:
+            norm = torch.as_tensor(float(norm))
+            check_finite({"grad_norm": norm}, trainer.global_step - 1, batch["key"])
+            pl_module.log("train/grad_norm", norm)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        if self.ema:
+            self.kept, self.swapped = whole_weights(pl_module), True
+            _put(pl_module, whole_weights(pl_module, AVERAGE))
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        if self.swapped:
+            _put(pl_module, self.kept)
+            self.kept, self.swapped = {}, False
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        weights = whole_weights(pl_module, AVERAGE if self.ema else None)
+        if trainer.is_global_zero:
+            for name, parameter in pl_module.named_parameters():
+                parameter.data = weights.get(name, parameter.data)
+
+
+def whole_weights(module: nn.Module, state: str | None = None) -> dict[str, Tensor]:
+    """The trained weights by name, or that part of their optimizer state, whole, in float32, on process 0's CPU; {} on the others.
+
+    To be called by all processes.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights, main = {}, torch.distributed.get_rank() == 0
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            whole = safe_get_full_optimizer_state(parameter, state) if state else safe_get_full_fp32_param(parameter)
+            if main:
+                weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
+    return weights
+
+
+def _put(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Process 0's weights into the module, on all processes."""
+    import deepspeed
+
+    main = torch.distributed.get_rank() == 0
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        sharded = hasattr(parameter, "ds_id")  # stage 3: whole within the context, whose exit sends on what process 0 wrote
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            if main:
+                parameter.data.copy_(weights[name])
+        if not sharded:
+            torch.distributed.broadcast(parameter.data, 0)

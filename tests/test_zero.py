@@ -1,0 +1,191 @@
+"""DeepSpeed's ZeRO: its config as DeepSpeed reads it, and real runs on CPU processes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from eqldm.config import load_config
+from eqldm.diffusion.module import train_diffusion
+from eqldm.training.run_folder import LAST, checkpoint_step
+from eqldm.training.zero import STAGES, AdamWEMA, zero_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, tiny_pictures, tiny_model_folder) -> Path:
+    """A config of three steps of the tiny model, on pictures."""
+    path = tmp_path_factory.mktemp("zero") / "options.yaml"
+    file = {
+        "stage": "diffusion",
+        "init": "pretrained",
+        "model": str(tiny_model_folder),
+        "vae": str(tiny_model_folder),
+        "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 8},
+        "run": {"dir": str(path.parent / "run"), "num_steps": 3, "precision": "32-true", "accelerator": "cpu",
+                "log_every": 1, "val_every": 3},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.5, "clip_norm": 0.1},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(file))
+    return path
+
+
+def train(options: Path, run: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+    words = [sys.executable, "train.py", str(options), f"run.dir={run}", f"run.devices={processes}", *overrides]
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "unet").glob("*.safetensors")))
+
+
+def logged(run: Path, name: str) -> list[float]:
+    with open(run / "logs" / "metrics.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_deepspeed_takes_the_config(options, strategy, precision):
+    """Read by DeepSpeed's own class, it says what our options say."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = load_config(options, [f"run.strategy={strategy}", "data.micro_batch_size=2"])
+    read = DeepSpeedConfig({**zero_config(config, precision, overlap=True), "gradient_accumulation_steps": 2})
+    assert read.zero_optimization_stage == int(strategy[-1]) and read.zero_config.overlap_comm
+    assert (read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps, read.train_batch_size) == (2, 2, 4)
+    assert read.gradient_clipping == 0.1 and read.zero_allow_untested_optimizer
+    assert read.torch_autocast_enabled is (precision == "bf16-mixed") and read.torch_autocast_dtype == torch.bfloat16
+    assert not read.bfloat16_config.enabled and not read.float16_config.enabled  # weights stay in float32
+
+
+def test_no_clipping_is_none(options):
+    assert zero_config(load_config(options, ["run.strategy=zero2", "optimizer.clip_norm=.inf"]), "32-true", False)["gradient_clipping"] == 0
+
+
+def test_adamw_with_the_average_steps_as_adamw_and_averages(tmp_path):
+    torch.manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(5))
+    b, average = torch.nn.Parameter(a.detach().clone()), None
+    ours = AdamWEMA([a, torch.nn.Parameter(torch.zeros(2))], 0.75, lr=0.1, weight_decay=0.1)  # the second has no gradient
+    torchs = torch.optim.AdamW([b], lr=0.1, weight_decay=0.1)
+    for _ in range(4):
+        a.grad = torch.randn(5)
+        b.grad = a.grad.clone()
+        ours.step()
+        torchs.step()
+        average = b.detach().clone() if average is None else 0.75 * average + 0.25 * b.detach()
+    assert torch.equal(a, b)
+    torch.testing.assert_close(ours.state[a]["ema"], average)
+    again = AdamWEMA([a], 0.75, lr=0.1)
+    again.load_state_dict({"state": {0: ours.state[a]}, "param_groups": [{**again.state_dict()["param_groups"][0]}]})
+    assert torch.equal(again.state[a]["ema"], ours.state[a]["ema"])
+
+
+def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
+    """A run that a signal of the scheduler ends at a step, with a checkpoint."""
+    code = (
+        "import os, signal, sys, train, pytorch_lightning as pl\n"
+        "from eqldm.training.callbacks import SaveLast\n"
+        "def told(self, trainer, *_, go_on=SaveLast.on_train_batch_end):\n"
+        f"    self.told = signal.SIGUSR1 if trainer.global_step == {step} else None\n"
+        "    go_on(self, trainer, *_)\n"
+        "SaveLast.on_train_batch_end = told\n"
+        "train.main()\n"
+    )
+    script = run.parent / f"{run.name}_stop.py"
+    script.write_text(code)
+    words = [sys.executable, str(script), str(options), f"run.dir={run}", "run.devices=2", *overrides]
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 75 and f"at step {step}, with a checkpoint" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_process_alone_computes_the_same_under_zero(options, tmp_path):
+    run, chosen = tmp_path / "zero", ["run.strategy=zero3", "data.micro_batch_size=2"]
+    done = train(options, run, *chosen, processes=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(options, train_diffusion(load_config(options, [f"run.dir={tmp_path / 'plain'}", *chosen[1:]])).parent, run)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("strategy", STAGES)
+def test_on_a_gpu_in_bfloat16(options, tmp_path, strategy):
+    chosen = ["run.accelerator=gpu", "run.precision=bf16-mixed", "data.micro_batch_size=2"]
+    for name in ("auto", strategy):
+        done = train(options, tmp_path / name, f"run.strategy={name}", *chosen, processes=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / strategy, "val/loss") == pytest.approx(logged(tmp_path / "auto", "val/loss"), rel=0.02)
+    start, after = weights(Path(load_config(options).model)), weights(tmp_path / strategy / "model")
+    assert sum(not torch.equal(start[name], after[name]) for name in start) > len(start) / 2
+
+
+def check_same(options: Path, one: Path, other: Path) -> None:
+    """Asserts that two runs have had the same validation losses and gradients, and exported the same average."""
+    for name in ("val/loss", "train/grad_norm"):  # the training loss is logged of a micro-batch
+        assert logged(other, name)[-1] == pytest.approx(logged(one, name)[-1], rel=1e-4), name
+    start, a, b = weights(Path(load_config(options).model)), weights(one / "model"), weights(other / "model")
+    moved = torch.cat([(a[name] - start[name]).flatten() for name in a]).norm()
+    apart = torch.cat([(a[name] - b[name]).flatten() for name in a]).norm()
+    assert moved > 0.01 and apart / moved < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STAGES)
+def test_it_computes_what_one_process_does_and_resumes(options, tmp_path, strategy):
+    """Two real processes under ZeRO, stopped and gone on with, against one without: losses, gradients' norms and the exported average."""
+    one, run = tmp_path / "one", tmp_path / strategy
+    chosen = [f"run.strategy={strategy}", "data.micro_batch_size=1"]  # two micro-batches a step
+    assert train(options, one, processes=1).returncode == 0
+    stop_at(options, run, 2, *chosen)
+    assert (run / LAST).is_dir() and checkpoint_step(run / LAST) == 2
+    os.replace(run / LAST, run / LAST.with_name("last.ckpt.old"))  # as if killed between the two renames
+    alone = train(options, run, *chosen, processes=1)
+    assert alone.returncode == 1 and "is of 2 processes, now there are 1" in alone.stderr
+    done = train(options, run, *chosen)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(options, one, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STAGES)
+def test_deepspeeds_own_consolidation_gives_the_exported_weights(options, tmp_path, strategy):
+    """`zero_to_fp32`, which lies in each of its checkpoints, without our code; and a run with no step left exports the same again."""
+    run, chosen = tmp_path / "run", [f"run.strategy={strategy}", "optimizer.ema_decay=0"]
+    assert train(options, run, *chosen).returncode == 0
+    script = run / LAST / "zero_to_fp32.py"
+    words = [sys.executable, str(script), str(run / LAST), str(tmp_path / "whole"), "--safe_serialization", "-t", "checkpoint"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, exported = load_file(next((tmp_path / "whole").glob("*.safetensors"))), weights(run / "model")
+    assert {name.removeprefix("unet.") for name in whole} == exported.keys()
+    assert all(torch.equal(whole[f"unet.{name}"], exported[name]) for name in exported)
+    (run / "done.json").unlink()
+    (run / "model").rename(run / "first")
+    done = train(options, run, *chosen)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(torch.equal(value, exported[name]) for name, value in weights(run / "model").items())
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before(options, tmp_path):
+    run, chosen = tmp_path / "run", ["run.strategy=zero2", "run.checkpoint_every=1"]
+    stop_at(options, run, 1, *chosen)
+    words = [sys.executable, "train.py", str(options), f"run.dir={run}", "run.devices=2", *chosen]
+    limit = ["bash", "-c", f"ulimit -f 100; exec {' '.join(words)}"]  # KiB a file
+    done = subprocess.run(limit, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode and "could not be written" in done.stderr + done.stdout, done.stderr[-3000:]
+    assert checkpoint_step(run / LAST) == 1
+    done = train(options, run, *chosen)
+    assert done.returncode == 0, done.stderr[-3000:]
