@@ -1,7 +1,7 @@
 """Train a stage: python train.py CONFIG [key=value ...] [dry_run=true]
 
 CONFIG is a YAML file of configs/. Overrides are dotted: run.dir=runs/vae optimizer.learning_rate=1e-4. The same command
-resumes a stopped run. dry_run=true prints the resolved options and stops.
+resumes a stopped run. dry_run=true prints the resolved options, and as comments what the run will need, and stops.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
         config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
         if dry_run and dry_run[-1]:
             print(to_yaml(config), end="")
+            print("".join(f"# {line}\n" for line in _needs(config)), end="")
             return
         folder = _train(config)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -46,8 +47,20 @@ def _boolean(item: str) -> bool:
     return value
 
 
+def _needs(config) -> list[str]:
+    """What the run will need, or why that cannot be told yet."""
+    if config.stage == "judge":
+        return []
+    from eqldm.budget import budget, report
+
+    try:
+        return report(config, budget(config))
+    except (ValueError, OSError) as error:
+        return [f"what it will need cannot be told yet: {error}"]
+
+
 def _train(config):
-    """Run the config's stage. The stages are imported here, so that --help and dry_run=true answer at once."""
+    """Run the config's stage. The stages are imported here, so that --help and errors in options answer at once."""
     if config.stage == "autoencoder":
         from eqldm.autoencoder.module import train_autoencoder
 

@@ -56,16 +56,18 @@ def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
         pieces[i : i + 2] = ["".join(first)]
 
 
+TEXT_ENCODER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}  # unless sizes are given
+
+
 def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
     """A random CLIPTextModel for a tokenizer; `sizes` are arguments of CLIPTextConfig (hidden_size, ...)."""
-    defaults = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{**defaults, **sizes},
+        **{**TEXT_ENCODER, **sizes},
     )
     text_encoder = CLIPTextModel(config)
     # CLIP's scale of .02 suits its size and training; at this one, words would hardly show in the first outputs

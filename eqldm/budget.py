@@ -1,0 +1,319 @@
+"""What a run will need: parameters, computation, memory per GPU, hours, disk. Nothing is trained and no weight is read.
+
+    python -m eqldm.budget CONFIG [key=value ...]
+
+The networks are built as fake tensors (shapes without memory) and taken through one training step, of which the floating-point
+operations and the tensors kept for the backward pass are counted. `python train.py CONFIG dry_run=true` ends with the same.
+
+Counted as for CUDA under bf16 autocast, without torch.compile (which keeps less). On top come the CUDA context, buffers that live within
+one operation, and fragmentation: leave a tenth of the memory free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from eqldm.autoencoder.discriminator import PatchDiscriminator
+from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig, load_config, micro_batch_size
+from eqldm.data.samples import LatentSamples, PictureSamples
+from eqldm.data.shards import MANIFEST, read_manifest
+from eqldm.diffusion.adaptation import add_lora
+from eqldm.diffusion.conditioning import TEXT_ENCODER
+from eqldm.model_folder import check_model_folder, load_autoencoder
+
+GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989)}  # GB of memory; TFLOP/s of dense bf16, by NVIDIA's data sheets
+UTILISATION = 0.25  # of these TFLOP/s: MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
+COUNTS = (1, 8, 32)  # GPUs
+VOCABULARY = {
+    "vocab_size": 1000,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}  # of a text encoder from scratch, as long as no captions are read
+STABLE_DIFFUSION = {  # 1.5, to count with where a config's model is not on this disk
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+    },
+    "unet": {
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one run needs. Bytes, floating-point operations, parameters; activations and operations per picture."""
+
+    networks: dict[str, tuple[int, int]]  # name: parameters, those of them that train
+    averaged: int  # parameters that the EMA of single processes and DDP copies; ZeRO's averages what trains
+    operations: float
+    activations: float
+    casts: float  # the bf16 copies of weights that autocast keeps for the backward pass
+    disk: dict[str, float]  # what: bytes
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(count for count, _ in self.networks.values())
+
+    @property
+    def trained(self) -> int:
+        return sum(trained for _, trained in self.networks.values())
+
+    def memory(self, strategy: str, processes: int, micro_batch: int) -> float:
+        """Bytes on each GPU: weights, gradients, AdamW's moments and the EMA in float32, and the activations of a micro-batch."""
+        frozen, stage = self.parameters - self.trained, int(strategy[-1]) if strategy.startswith("zero") else 0
+        weights = self.trained / (processes if stage == 3 else 1)
+        gradients = self.trained / (processes if stage >= 2 else 1)
+        moments = 2 * self.trained / (processes if stage else 1)
+        average = self.trained / processes if stage else self.averaged
+        flat = self.trained / processes if stage else 0  # ZeRO steps a copy of its share
+        return 4 * (frozen + weights + gradients + moments + average + flat) + self.casts + micro_batch * self.activations
+
+
+def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
+    """What the run needs. Raises ValueError where the pictures' size is not known; FileNotFoundError, ValueError as the loaders."""
+    size, notes = _image_size(config), []
+    with torch.device("meta"):
+        build = _autoencoder if isinstance(config, AutoencoderConfig) else _diffusion
+        networks, step, kept = build(config, size, notes)
+    with FakeTensorMode():
+        for network in networks.values():
+            _fake(network)
+        one, two = _measure(step, networks, 1), _measure(step, networks, 2)
+    disk = {"a checkpoint": 4 * (sum(sum(p.numel() for p in n.parameters() if p.requires_grad) * 3 for n in networks.values()) + kept)}
+    if isinstance(config, DiffusionConfig) and config.vae != "pixels":
+        disk |= _latent_disk(networks, size)
+    return Budget(
+        networks={name: (_count(network), _count(network, trained=True)) for name, network in networks.items()},
+        averaged=kept if config.optimizer.ema_decay else 0,
+        operations=two[0] - one[0],
+        activations=two[1] - one[1],
+        casts=max(0.0, 2 * one[1] - two[1]),
+        disk=disk,
+        notes=tuple(notes),
+    )
+
+
+def report(config: StageConfig, need: Budget) -> list[str]:
+    """The lines of a run's budget, in Markdown."""
+    micro, pictures = micro_batch_size(config), config.run.num_steps * config.data.batch_size
+    strategies = ("ddp",) if isinstance(config, AutoencoderConfig) else ("ddp", "zero1", "zero2", "zero3")
+    lines = [f"{note}" for note in need.notes]
+    lines += _table(
+        ["network", "parameters, M", "of them trained, M"],
+        [[name, f"{count / 1e6:.1f}", f"{trained / 1e6:.1f}"] for name, (count, trained) in need.networks.items()],
+    )
+    lines += ["", f"{pictures / 1e6:.2f} M pictures ({config.run.num_steps} steps of {config.data.batch_size}); a picture takes "
+              f"{need.operations / 1e12:.3g} TFLOP and, for the backward pass, {need.activations / 1e9:.3g} GB"]  # fmt: skip
+    lines += ["", f"GB on each GPU, {micro} pictures at a time:", ""]
+    rows = [[name, *(f"{need.memory(name, count, micro) / 1e9:.1f}" for count in COUNTS)] for name in strategies]
+    lines += _table(["strategy", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)], rows)
+    lines += ["", f"Hours, and pictures/s to be read, at {UTILISATION:.0%} of the GPUs' bf16 peak:", ""]
+    rows = []
+    for name, (_, peak) in GPUS.items():
+        rates = [count * UTILISATION * peak * 1e12 / need.operations for count in COUNTS]
+        rows.append([name, *(f"{pictures / rate / 3600:.1f} h, {rate:.0f}/s" for rate in rates)])
+    lines += _table(["GPU", *map(str, COUNTS)], rows)
+    lines += ["", "Disk: " + "; ".join(f"{name} {_size(count)}" for name, count in need.disk.items())]
+    return lines
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _size(count: float) -> str:
+    unit, divisor = next(pair for pair in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)) if count >= pair[1] or pair[0] == "KB")
+    return f"{count / divisor:.3g} {unit}"
+
+
+def _count(network: nn.Module, trained: bool = False) -> int:
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad or not trained)
+
+
+def _image_size(config: StageConfig) -> int:
+    """The pictures' side, px: of the shards, or where they are not made yet as the options say."""
+    if (Path(config.data.train) / MANIFEST).is_file():
+        if read_manifest(config.data.train).get("kind") != "latents":
+            return PictureSamples(config.data.train).image_size[0]
+        return LatentSamples(config.data.train)[0]["moments"].shape[-1] * _factor(_network_config(config.vae, "vae", []))
+    if config.data.image_size:
+        return config.data.image_size
+    raise ValueError(f"'{config.data.train}' holds no shards yet: set data.image_size to the pictures' side, px")
+
+
+def _factor(vae: dict) -> int:
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _network_config(model: str, part: str, notes: list[str]) -> dict:
+    """The arguments of a part of a model folder (or VAE of a file); Stable Diffusion 1.5's, with a note, where it is not on this disk."""
+    folder = Path(model)
+    if not folder.exists():
+        note = f"'{model}' is not on this disk: counted as Stable Diffusion 1.5's"
+        notes += [] if note in notes else [note]
+        return STABLE_DIFFUSION[part]
+    if part == "vae":
+        return dict(load_autoencoder(folder).config)
+    kind = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextConfig}[part]
+    path = check_model_folder(folder, (part,)) / part
+    return kind.load_config(path) if part == "unet" else CLIPTextConfig.from_pretrained(path).to_dict()
+
+
+def _autoencoder(config: AutoencoderConfig, size: int, notes: list[str]) -> tuple[dict[str, nn.Module], Callable, int]:
+    """The networks of stage 1, a training step on pictures of a count, and the parameters that the EMA copies."""
+    arguments = config.architecture if config.init == "scratch" else _network_config(config.model, "vae", notes)
+    vae = AutoencoderKL(**{name: value for name, value in arguments.items() if not name.startswith("_")}).train()
+    networks: dict[str, nn.Module] = {"vae": vae}
+    loss, vgg = config.loss, None
+    if loss.adversarial_weight > 0:
+        networks["discriminator"] = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
+    if loss.perceptual_weight > 0:
+        from torchvision.models import vgg16
+
+        vgg = networks["lpips"] = vgg16().features.eval().requires_grad_(False)
+    side = size if config.crop_until is not None else config.crop_size or size
+    notes.append("rescaled and cropped pictures are counted as whole ones" if side == size else f"crops of {side} px")
+
+    def step(count: int) -> list[Tensor]:
+        x = torch.randn(count, 3, side, side)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample.float()
+        total = (y - x).abs().mean() + posterior.kl().mean()
+        if config.equivariance.consistency_weight > 0:
+            total = total + (vae.encode(x).latent_dist.mean - posterior.mean).square().mean()
+        if vgg is not None:
+            with torch.no_grad():
+                target = vgg(x)
+            total = total + (vgg(y) - target).square().mean()
+        if "discriminator" not in networks:
+            return [total]
+        critic = networks["discriminator"]
+        return [total + critic(y).mean(), critic(y.detach()).mean() - critic(x).mean()]
+
+    return networks, step, sum(_count(networks[name]) for name in networks if name != "lpips")
+
+
+def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[dict[str, nn.Module], Callable, int]:
+    """As `_autoencoder`, of stage 2. The step begins at the latents: their shards, and those of prompts, are made once, before."""
+    vae = None if config.vae == "pixels" else _network_config(config.vae, "vae", notes)
+    channels, side = (3, size) if vae is None else (vae["latent_channels"], size // _factor(vae))
+    if config.init == "scratch":
+        text = {**TEXT_ENCODER, **config.text_encoder, **VOCABULARY}
+        notes.append(
+            "the vocabulary is made of the captions: counted as {vocab_size} words, captions of {max_position_embeddings}".format_map(text)
+        )
+    else:
+        text = _network_config(config.model, "text_encoder", notes)
+    text = CLIPTextModel(CLIPTextConfig(**text)).requires_grad_(config.train_text_encoder)
+    width, length = text.config.hidden_size, text.config.max_position_embeddings
+    unet = config.unet or _network_config(config.model, "unet", notes)
+    sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+    unet = UNet2DConditionModel(**{**{name: value for name, value in unet.items() if not name.startswith("_")}, **sizes}).train()
+    if config.adapt == "lora":
+        add_lora(unet, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text}
+    if vae is not None:
+        networks["vae"] = AutoencoderKL(**{name: value for name, value in vae.items() if not name.startswith("_")}).requires_grad_(False)
+
+    def step(count: int) -> list[Tensor]:
+        if config.train_text_encoder:
+            embeds = text(torch.zeros(count, length, dtype=torch.long)).last_hidden_state
+        else:
+            embeds = torch.randn(count, length, width)
+        noisy = torch.randn(count, channels, side, side)
+        return [unet(noisy, torch.zeros(count, dtype=torch.long), embeds).sample.float().square().mean()]
+
+    return networks, step, _count(unet) + (_count(text) if config.train_text_encoder else 0)
+
+
+def _latent_disk(networks: dict[str, nn.Module], size: int) -> dict[str, float]:
+    """Bytes of the latent shards that data/encode_latents.py makes, in float16."""
+    vae, text = networks["vae"].config, networks["text_encoder"].config
+    moments = 2 * 2 * vae.latent_channels * (size // _factor(vae)) ** 2
+    embeds = 2 * text.max_position_embeddings * text.hidden_size
+    return {"latents of 1 M pictures": 1e6 * moments, "with prompt embeddings": 1e6 * (moments + embeds)}
+
+
+def _measure(step: Callable[[int], list[Tensor]], networks: dict[str, nn.Module], count: int) -> tuple[float, float]:
+    """Operations of a step on `count` pictures, and bytes that are kept between its forward and its backward pass."""
+    weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept.setdefault(storage, tensor)
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            losses = step(count)
+        for loss in losses:
+            loss.backward()  # recomputes, where gradients are checkpointed
+    for network in networks.values():
+        network.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _fake(network: nn.Module) -> None:
+    """Moves a network from the meta device, which knows no autocast, to fake tensors of the CPU, which autocasts as CUDA does but for
+    the normalisations: CUDA's computes them in float32."""
+    for module in network.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file that states its stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        print("\n".join(report(config, budget(config))))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What a run will need: counts against networks that are really built, run and trained; and the configs of real scale."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.autograd.graph import saved_tensors_hooks
+
+from eqldm.budget import GPUS, Budget, budget, report
+from eqldm.config import load_config
+from eqldm.diffusion.adaptation import build_networks
+from eqldm.model_folder import load_unet, load_vae
+
+ROOT = Path(__file__).parents[1]
+SD15 = sorted((ROOT / "configs" / "sd15").glob("*.yaml"))
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_model_folder):
+    """`tiny(*overrides)`: options of the tiny model, whose shards are not made yet."""
+    path = tmp_path / "options.yaml"
+    file = {
+        "stage": "diffusion",
+        "init": "pretrained",
+        "model": str(tiny_model_folder),
+        "vae": str(tiny_model_folder),
+        "data": {"train": "absent", "val": "absent", "batch_size": 4, "image_size": 32},
+        "run": {"dir": str(tmp_path / "run"), "num_steps": 10},
+    }
+    path.write_text(yaml.safe_dump(file))
+    return lambda *overrides: load_config(path, list(overrides))
+
+
+def kept_bytes(unet: torch.nn.Module, count: int) -> int:
+    """Bytes that a real forward pass keeps, in float32, weights left out."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in unet.parameters()}, {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        loss = unet(torch.randn(count, 4, 8, 8), torch.zeros(count, dtype=torch.long), torch.randn(count, 8, 16)).sample.square().mean()
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_counts_are_those_of_the_networks(tiny, tiny_model_folder):
+    need, unet = budget(tiny()), load_unet(tiny_model_folder)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    assert need.networks["unet"] == (count, count)
+    assert need.networks["vae"] == (sum(parameter.numel() for parameter in load_vae(tiny_model_folder).parameters()), 0)
+    assert need.networks["text_encoder"][1] == 0
+    # under bf16 a picture keeps between half and all of what it keeps in float32
+    whole = kept_bytes(unet.train(), 3) - kept_bytes(unet.train(), 2)
+    assert 0.5 * whole <= need.activations <= whole
+    assert need.casts <= 2 * count + 1e5
+    assert need.disk["latents of 1 M pictures"] == 1e6 * 8 * 8 * 8 * 2
+
+
+def test_low_rank_updates_and_checkpointed_gradients(tiny, tiny_model_folder):
+    plain, lora, checkpointed = budget(tiny()), budget(tiny("adapt=lora", "lora.rank=2")), budget(tiny("gradient_checkpointing=true"))
+    config = tiny("adapt=lora", "lora.rank=2")
+    unet = build_networks(config, load_vae(tiny_model_folder), 32, []).unet
+    assert lora.networks["unet"] == tuple(sum(p.numel() for p in unet.parameters() if p.requires_grad or every) for every in (True, False))
+    assert checkpointed.activations < plain.activations and checkpointed.operations > plain.operations
+    assert lora.memory("ddp", 1, 1) < plain.memory("ddp", 1, 1)
+
+
+def test_memory_by_strategy():
+    """Bytes for each trained parameter: 16 in one process with the EMA, and what ZeRO shards of them."""
+    need = Budget({"unet": (1000, 1000), "vae": (10, 0)}, averaged=1000, operations=1, activations=7, casts=2000, disk={}, notes=())
+    assert need.memory("ddp", 8, 3) == need.memory("ddp", 1, 3) == 20 * 1000 + 40 + 2000 + 21
+    assert need.memory("zero1", 8, 3) == 4 * 1010 + 4 * 1000 + 16 * 1000 / 8 + 2000 + 21
+    assert need.memory("zero2", 8, 3) == 4 * 1010 + 20 * 1000 / 8 + 2000 + 21
+    assert need.memory("zero3", 8, 3) == 40 + 24 * 1000 / 8 + 2000 + 21
+    assert replace(need, averaged=0).memory("ddp", 1, 0) == 16 * 1000 + 40 + 2000
+
+
+def test_shards_tell_the_size(tiny, tiny_pictures):
+    assert budget(tiny("data.image_size=null", f"data.train={tiny_pictures}")) == budget(tiny())
+    with pytest.raises(ValueError, match="'absent' holds no shards yet: set data.image_size"):
+        budget(tiny("data.image_size=null"))
+
+
+@pytest.mark.parametrize("path", SD15, ids=lambda path: path.stem)
+def test_configs_of_real_scale(path):
+    """Full-size networks, in seconds; the header's hours and pictures are the report's."""
+    config = load_config(path)
+    need = budget(config)
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    unet = need.networks.get("unet")
+    assert need.networks["vae"][0] == 83_653_863  # Stable Diffusion 1.5's
+    assert unet is None or unet[0] - (unet[1] if config.adapt == "lora" else 0) == 859_520_964
+    pictures = config.run.num_steps * config.data.batch_size
+    assert int(re.search(r"pictures\s+(\d+) M", header)[1]) == pytest.approx(pictures / 1e6, rel=0.06)
+    hours, count = map(int, re.search(r"(\d+) hours on (\d+) A100", header).groups())
+    assert count == config.run.devices
+    row = next(line for line in report(config, need) if line.startswith("| A100"))
+    assert float(row.split("|")[2 if count == 1 else 3].split()[0]) == pytest.approx(hours, rel=0.06)
+    assert need.memory("ddp", count, config.data.micro_batch_size) < 0.9 * GPUS["A100"][0] * 1e9
