@@ -32,7 +32,9 @@ def main() -> None:
         folder = _train(config)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    print(f"done: {folder}")
+    from pytorch_lightning.utilities import rank_zero_only
+
+    rank_zero_only(print)(f"done: {folder}")
 
 
 def _boolean(item: str) -> bool:
@@ -61,19 +63,27 @@ def _needs(config) -> list[str]:
 
 def _train(config):
     """Run the config's stage. The stages are imported here, so that --help and errors in options answer at once."""
+    if config.stage == "judge":
+        from eqldm.evaluation.judge import train_judge
+
+        return train_judge(config)
+    import torch
+
+    callbacks = []
+    if config.run.accelerator != "cpu" and torch.cuda.is_available():
+        from eqldm.budget import operations
+        from eqldm.training.speed import Utilisation
+
+        callbacks.append(Utilisation(operations(config)))
     if config.stage == "autoencoder":
         from eqldm.autoencoder.module import train_autoencoder
 
-        return train_autoencoder(config)
-    if config.stage == "diffusion":
-        from eqldm.anagram.preview import SampleGrid
-        from eqldm.diffusion.module import train_diffusion
-        from eqldm.evaluation.monitor import LetterMonitor
+        return train_autoencoder(config, callbacks)
+    from eqldm.anagram.preview import SampleGrid
+    from eqldm.diffusion.module import train_diffusion
+    from eqldm.evaluation.monitor import LetterMonitor
 
-        return train_diffusion(config, callbacks=[SampleGrid(), *([LetterMonitor(config)] if config.val_letters else [])])
-    from eqldm.evaluation.judge import train_judge
-
-    return train_judge(config)
+    return train_diffusion(config, [*callbacks, SampleGrid(), *([LetterMonitor(config)] if config.val_letters else [])])
 
 
 if __name__ == "__main__":

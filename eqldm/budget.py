@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -121,6 +121,13 @@ def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
         disk=disk,
         notes=tuple(notes),
     )
+
+
+def operations(config: AutoencoderConfig | DiffusionConfig) -> float:
+    """Floating-point operations of a training step, per picture; what gradient checkpointing recomputes is not counted again."""
+    if isinstance(config, DiffusionConfig):
+        config = replace(config, gradient_checkpointing=False)
+    return budget(config).operations
 
 
 def report(config: StageConfig, need: Budget) -> list[str]:

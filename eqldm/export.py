@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from eqldm.autoencoder.fold import fold_map
+from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
 from eqldm.single_file import WRITTEN, write_single_file
 
@@ -40,7 +41,8 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
     for name in ("vae", "unet", "text_encoder"):
         if name in parts:
             _in_dtype(parts[name], dtype, f"{name}/ of '{model}'")
-    return save_model_folder(out, **parts)
+    card = carried_card(model, f"stored in {str(dtype).removeprefix('torch.')} (`python -m eqldm.export`).")
+    return save_model_folder(out, card, **parts)
 
 
 def export_single_file(model: Path, out: Path, dtype: torch.dtype, scale_factor: float | None = None) -> Path:

@@ -27,6 +27,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from eqldm.model_card import CARD
 from eqldm.single_file import read_single_file
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
@@ -159,8 +160,8 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
     return scheduler
 
 
-def save_model_folder(folder: str | Path, **parts) -> Path:
-    """Write a model folder from `vae` alone, or from all of `vae, unet, text_encoder, tokenizer, scheduler`.
+def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> Path:
+    """Write a model folder from `vae` alone, or from all of `vae, unet, text_encoder, tokenizer, scheduler`; and its card.
 
     Written beside its name and renamed, so that a reader never opens half a model; a folder that stood there is replaced.
     """
@@ -182,6 +183,8 @@ def save_model_folder(folder: str | Path, **parts) -> Path:
         # diffusers opens weights in float32 whatever they are, transformers in the dtype that config.json states: say float32 too
         path = partial / "text_encoder" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    if card is not None:
+        (partial / CARD).write_text(card)
     replace_folder(folder, partial)
     return folder
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
 
 
@@ -33,7 +34,8 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
             f"the VAE of '{vae}' has a shift_factor, which Stable Diffusion's pipeline does not undo: fold it in with "
             "python -m eqldm.autoencoder.fold"
         )
-    return save_model_folder(out, vae=new, **vars(networks))
+    card = carried_card(model, f"the VAE of `{vae}` was put in the place of its own (`python -m eqldm.swap`), and nothing trained.")
+    return save_model_folder(out, card, vae=new, **vars(networks))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import math
@@ -20,6 +21,7 @@ from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.model_folder import load_vae
 from eqldm.training.callbacks import STOPPED, AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, prepare_run
+from eqldm.training.speed import Utilisation
 from eqldm.training.trainer import learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,16 @@ def test_learning_rate_factor():
         0.01 + 0.99 * math.cos(math.pi / 8) ** 2
     )
     assert learning_rate_factor(5, OptimizerConfig(warmup_steps=100), 2) == pytest.approx(6 / 101)  # shorter than its warm-up
+
+
+def test_utilisation_is_of_the_devices_peak(configured, tmp_path):
+    train_autoencoder(configured("run.log_every=1"), callbacks=[Utilisation(operations=2e9, peak=1e12)])
+    with open(tmp_path / "run" / "logs" / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("train/mfu")]
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["train/mfu"]) == pytest.approx(float(row["train/samples_per_second"]) * 2e9 / 1e12, rel=1e-5)
+    assert "train/max_memory_gb" not in rows[0]  # no CUDA device
 
 
 def test_check_finite():

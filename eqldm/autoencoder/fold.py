@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from eqldm.data.samples import PictureSamples, collate
+from eqldm.model_card import carried_card
 from eqldm.model_folder import encode, load_vae, save_model_folder
 
 
@@ -140,7 +141,9 @@ def main() -> None:
         vae = load_vae(args.model)
         align = load_vae(args.align_to) if args.align_to else None
         fold_channels(vae, PictureSamples(args.data), args.num_images, align, args.keep_origin)
-        print(save_model_folder(args.out, vae=vae))
+        onto = f" and turned towards those of `{args.align_to}`" if args.align_to else ""
+        card = carried_card(args.model, f"its latents normalised{onto}, over {args.num_images} pictures of `{args.data}`, by folding.")
+        print(save_model_folder(args.out, card, vae=vae))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

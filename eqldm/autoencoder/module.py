@@ -7,6 +7,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
@@ -34,7 +35,7 @@ from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.training.callbacks import check_finite
-from eqldm.training.run_folder import finish_run, finished_model, prepare_run
+from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
 
@@ -278,7 +279,7 @@ def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
     return vae.train()
 
 
-def train_autoencoder(config: AutoencoderConfig) -> Path:
+def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ()) -> Path:
     """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
 
     Raises: ValueError where the pictures are not square; as the data module, `build_vae`, `prepare_run`;
@@ -299,7 +300,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     if module.discriminator is not None:
         _check_discriminator(config, module.discriminator, config.crop_size or data.train_samples.image_size[0])
     checkpoint = prepare_run(config)
-    trainer = make_trainer(config, automatic_accumulation=False, unused_parameters=module.discriminator is not None)
+    unused = module.discriminator is not None
+    trainer = make_trainer(config, automatic_accumulation=False, callbacks=callbacks, unused_parameters=unused)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
@@ -308,7 +310,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             align = load_vae(config.fold.align_to).to(vae.device) if config.fold.align_to else None
             keep_origin = config.equivariance.negate_prob > 0  # an offset would end D(-z) = -D(z)
             fold_channels(vae, data.train_samples, config.fold.num_images, align, keep_origin)
-        save_model_folder(folder, vae=vae.cpu())
+        about = "An autoencoder trained so that its latents turn with the picture, with normalised latents (scaling_factor 1)."
+        save_model_folder(folder, run_card(config, about, trainer), vae=vae.cpu())
         finish_run(config)
     trainer.strategy.barrier()
     return folder

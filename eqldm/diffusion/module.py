@@ -19,7 +19,7 @@ from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
-from eqldm.training.run_folder import finish_run, finished_model, prepare_run
+from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
 
 
@@ -112,13 +112,14 @@ class LatentDiffusion(pl.LightningModule):
         loss = self.denoising_loss(batch, 0, self.unweighted)
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
 
-    def export(self, folder: Path) -> Path:
+    def export(self, folder: Path, card: str | None = None) -> Path:
         """Write the whole model folder, low-rank updates merged, and these by themselves under `lora` beside it."""
         if self.config.adapt == "lora":
             save_lora(self.unet, folder.parent / "lora")
             merge_lora(self.unet)
         return save_model_folder(
             folder,
+            card,
             vae=self.vae.cpu(),
             unet=self.unet.cpu().eval(),
             text_encoder=(self.text_encoder or self.frozen[1]).cpu().eval(),
@@ -157,7 +158,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
-        module.export(folder)
+        module.export(folder, run_card(config, f"A UNet trained on the latents of the VAE of `{config.vae}`.", trainer))
         finish_run(config)
     trainer.strategy.barrier()
     return folder

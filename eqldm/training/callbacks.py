@@ -1,12 +1,10 @@
-"""Callbacks of every run: seeds, NaN guard, throughput, EMA, checkpoints."""
+"""Callbacks of every run: seeds, NaN guard, EMA, checkpoints."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -15,7 +13,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from eqldm.config import StageConfig
 from eqldm.data.order import position_seed
 
 
@@ -99,31 +96,6 @@ class EMA(EMAWeightAveraging):
 
     def on_fit_end(self, trainer, pl_module) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class Throughput(Callback):
-    """Logs `train/samples_per_second`, over all processes; prints a line of progress where no bar can be drawn."""
-
-    def __init__(self, config: StageConfig):
-        self.config, self.start, self.start_step = config, 0.0, 0
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        self.start, self.start_step = time.perf_counter(), trainer.global_step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if step % self.config.run.log_every or step == self.start_step:
-            return
-        now = time.perf_counter()
-        rate = (step - self.start_step) * self.config.data.batch_size / (now - self.start)
-        pl_module.log("train/samples_per_second", rate)
-        if trainer.is_global_zero and not sys.stderr.isatty():
-            loss = trainer.callback_metrics.get("train/loss", float("nan"))
-            print(f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} samples/s", flush=True)
-        self.start, self.start_step = now, step
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        self.start, self.start_step = time.perf_counter(), trainer.global_step  # leave validation out of the rate
 
 
 class StepSeed(Callback):

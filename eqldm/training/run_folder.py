@@ -19,12 +19,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
+from eqldm.model_card import model_card
 from eqldm.model_folder import recover_folder
 from eqldm.training.zero import ABOUT
 
@@ -78,6 +80,27 @@ def finished_model(config: StageConfig) -> Path | None:
 def finish_run(config: StageConfig) -> None:
     """Note in the run folder that the model there holds all of the run's steps."""
     write_json(Path(config.run.dir) / DONE, {"num_steps": config.run.num_steps})
+
+
+def run_card(config: StageConfig, about: str, trainer: pl.Trainer) -> str:
+    """The card of the model that a run exports, with the metrics of its last validation."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    folder, run = Path(config.run.dir), config.run
+    commit = (folder / "git.txt").read_text().strip() if (folder / "git.txt").exists() else "unknown"
+    changed = (folder / "git.diff").exists() and (folder / "git.diff").read_text()
+    facts = {
+        "data": f"`{config.data.train}`",
+        "command": f"`{(folder / 'command.txt').read_text().strip()}`",
+        "commit of eqldm": commit + (" and changes that are not committed" if changed else ""),
+        "training": f"{run.num_steps} steps of {config.data.batch_size}, seed {run.seed}",
+        "hardware": f"{run.num_nodes * run.devices} x {_device_name(trainer.strategy.root_device)}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    return model_card(folder.name, about, facts, metrics, to_yaml(config), getattr(config, "model", None))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.processor() or platform.machine()})"
 
 
 @rank_zero_only

@@ -19,19 +19,10 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from eqldm.config import OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
-from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed, Throughput
+from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.run_folder import LAST, checkpoint_step
+from eqldm.training.speed import Throughput, resolved_precision
 from eqldm.training.zero import STAGES, AdamWEMA, ZeRO, ZeROWeights, zero_config
-
-
-def native_precision(accelerator: str) -> str:
-    """bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times slower."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities()
-        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-    return "bf16-mixed" if native else "32-true"
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -103,7 +94,7 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
-    precision = native_precision(run.accelerator) if run.precision == "auto" else run.precision
+    precision = resolved_precision(run)
     strategy = run.strategy
     if run.strategy in STAGES:
         overlap = run.accelerator != "cpu" and torch.cuda.is_available()

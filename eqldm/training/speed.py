@@ -1,0 +1,80 @@
+"""How fast a run computes: its precision, its samples per second, the share of the device's peak."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from lightning_fabric.utilities.throughput import get_available_flops
+from pytorch_lightning.callbacks import Callback
+
+from eqldm.config import RunConfig, StageConfig
+
+
+def resolved_precision(run: RunConfig) -> str:
+    """The run's precision; for auto bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times
+    slower."""
+    if run.precision != "auto":
+        return run.precision
+    if run.accelerator != "cpu" and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = torch.cpu.get_capabilities()
+        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
+    return "bf16-mixed" if native else "32-true"
+
+
+class Throughput(Callback):
+    """Logs `train/samples_per_second`, over all processes; prints a line of progress where no bar can be drawn."""
+
+    def __init__(self, config: StageConfig):
+        self.config, self.start, self.start_step = config, 0.0, 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.start, self.start_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step % self.config.run.log_every or step == self.start_step:
+            return
+        now = time.perf_counter()
+        rate = (step - self.start_step) * self.config.data.batch_size / (now - self.start)
+        pl_module.log("train/samples_per_second", rate)
+        if trainer.is_global_zero and not sys.stderr.isatty():
+            loss = trainer.callback_metrics.get("train/loss", float("nan"))
+            print(f"step {step}/{trainer.max_steps}  loss {float(loss):.4f}  {rate:.0f} samples/s", flush=True)
+        self.start, self.start_step = now, step
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.start, self.start_step = time.perf_counter(), trainer.global_step  # leave validation out of the rate
+
+
+class Utilisation(Callback):
+    """Logs `train/mfu`, the share of the device's peak that the training's own operations come to, and `train/max_memory_gb`, the most
+    that tensors have taken of the device since the last log line.
+
+    operations: floating-point operations of a step, per sample, nothing counted twice that is recomputed.
+    peak: FLOP/s of one device; None: by Lightning's table of devices; where that lacks the device, mfu is not logged.
+    Source: model FLOPs utilisation, arXiv 2204.02311, appendix B.
+    """
+
+    def __init__(self, operations: float, peak: float | None = None):
+        self.operations, self.peak = operations, peak
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        device = trainer.strategy.root_device
+        if self.peak is None and device.type == "cuda":
+            bf16 = resolved_precision(pl_module.config.run) == "bf16-mixed"
+            self.peak = get_available_flops(device, torch.bfloat16 if bf16 else torch.float32)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        rate = trainer.callback_metrics.get("train/samples_per_second")
+        if rate is None or trainer.global_step % pl_module.config.run.log_every:
+            return
+        if self.peak:
+            pl_module.log("train/mfu", float(rate) / trainer.world_size * self.operations / self.peak)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            pl_module.log("train/max_memory_gb", torch.cuda.max_memory_allocated(device) / 1e9)
+            torch.cuda.reset_peak_memory_stats(device)
