@@ -77,6 +77,7 @@ class Budget:
     operations: float
     activations: float
     casts: float  # the bf16 copies of weights that autocast keeps for the backward pass
+    encoding: float  # operations to make a picture's latents and prompt embeddings, once; 0 where there are none to make
     disk: dict[str, float]  # what: bytes
     notes: tuple[str, ...]
 
@@ -109,6 +110,7 @@ def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
         for network in networks.values():
             _fake(network)
         one, two = _measure(step, networks, 1), _measure(step, networks, 2)
+        encoding = _encoding(networks, size) if isinstance(config, DiffusionConfig) and "vae" in networks else 0.0
     disk = {"a checkpoint": 4 * (sum(sum(p.numel() for p in n.parameters() if p.requires_grad) * 3 for n in networks.values()) + kept)}
     if isinstance(config, DiffusionConfig) and config.vae != "pixels":
         disk |= _latent_disk(networks, size)
@@ -118,6 +120,7 @@ def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
         operations=two[0] - one[0],
         activations=two[1] - one[1],
         casts=max(0.0, 2 * one[1] - two[1]),
+        encoding=encoding,
         disk=disk,
         notes=tuple(notes),
     )
@@ -134,7 +137,7 @@ def report(config: StageConfig, need: Budget) -> list[str]:
     """The lines of a run's budget, in Markdown."""
     micro, pictures = micro_batch_size(config), config.run.num_steps * config.data.batch_size
     strategies = ("ddp",) if isinstance(config, AutoencoderConfig) else ("ddp", "zero1", "zero2", "zero3")
-    lines = [f"{note}" for note in need.notes]
+    lines = [line for note in need.notes for line in (note, "")]
     lines += _table(
         ["network", "parameters, M", "of them trained, M"],
         [[name, f"{count / 1e6:.1f}", f"{trained / 1e6:.1f}"] for name, (count, trained) in need.networks.items()],
@@ -150,6 +153,12 @@ def report(config: StageConfig, need: Budget) -> list[str]:
         rates = [count * UTILISATION * peak * 1e12 / need.operations for count in COUNTS]
         rows.append([name, *(f"{pictures / rate / 3600:.1f} h, {rate:.0f}/s" for rate in rates)])
     lines += _table(["GPU", *map(str, COUNTS)], rows)
+    if need.encoding:
+        hours = 1e6 * need.encoding / (UTILISATION * GPUS["A100"][1] * 1e12) / 3600
+        lines += [
+            "",
+            f"Latents and prompt embeddings, once: {need.encoding / 1e12:.3g} TFLOP a picture, {hours:.1f} hours of an A100 for 1 M",
+        ]
     lines += ["", "Disk: " + "; ".join(f"{name} {_size(count)}" for name, count in need.disk.items())]
     return lines
 
@@ -263,6 +272,15 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
         return [unet(noisy, torch.zeros(count, dtype=torch.long), embeds).sample.float().square().mean()]
 
     return networks, step, _count(unet) + (_count(text) if config.train_text_encoder else 0)
+
+
+def _encoding(networks: dict[str, nn.Module], size: int) -> float:
+    """Operations that data/encode_latents.py --prompt-embeds spends on a picture."""
+    vae, text = networks["vae"], networks["text_encoder"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.encode(torch.randn(1, 3, size, size))
+        text(torch.zeros(1, text.config.max_position_embeddings, dtype=torch.long))
+    return counter.get_total_flops()
 
 
 def _latent_disk(networks: dict[str, nn.Module], size: int) -> dict[str, float]:

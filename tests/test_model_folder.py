@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from eqldm.anagram.sampling import Sampler
 from eqldm.model_folder import (
     check_model_folder,
     decode,
@@ -24,6 +27,7 @@ from eqldm.model_folder import (
     text_hash,
     vae_hash,
 )
+from eqldm.views import IDENTITY
 
 
 def test_the_hash_changes_with_any_weight_and_with_the_normalisation(make_tiny_vae):
@@ -188,3 +192,34 @@ def test_latents_are_normalised_as_stock_pipelines_do(make_tiny_vae):
     assert torch.equal(encode(vae, x), (mean - 0.2) * 0.5)
     torch.testing.assert_close(denormalise(vae, normalise(vae, mean)), mean)
     torch.testing.assert_close(decode(vae, encode(vae, x)), vae.decode(mean).sample, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_as_stable_diffusion_1_5_was_published(tmp_path, make_tiny_vae, make_model_folder):
+    """In 2022: the VAE's attention under old names, no scaling_factor, and PNDM. Our samples are the stock pipeline's."""
+    vae = make_tiny_vae(mid_block_add_attention=True)
+    new, old = (make_model_folder(tmp_path / name, vae=vae) for name in ("new", "old"))
+    path = next((old / "vae").glob("*.safetensors"))
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for key, value in load_file(path).items():
+        for now, before in names.items():
+            key = key.replace(f"attentions.0.{now}.", f"attentions.0.{before}.")
+        weights[key] = value
+    assert any("proj_attn" in key for key in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((old / "vae" / "config.json").read_text())
+    scale = config.pop("scaling_factor")
+    (old / "vae" / "config.json").write_text(json.dumps(config))
+    scheduler = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                 "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}  # fmt: skip
+    (old / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    a, b = load_vae(new).state_dict(), load_vae(old).state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert load_vae(old).config.scaling_factor == 0.18215 and scale == load_vae(new).config.scaling_factor
+    model_index = json.loads((old / "model_index.json").read_text())
+    (old / "model_index.json").write_text(json.dumps({**model_index, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    stock = StableDiffusionPipeline.from_pretrained(old, safety_checker=None)
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0}
+    expected = stock("picture 1", generator=torch.Generator().manual_seed(3), height=32, width=32, output_type="latent", **options).images
+    assert type(stock.scheduler).__name__ == "PNDMScheduler"
+    torch.testing.assert_close(Sampler.open(old, "cpu").latents(["picture 1"], [IDENTITY], [3], **options), expected, atol=1e-4, rtol=1e-4)
