@@ -70,10 +70,10 @@ def autoencoders(config: str, folder: Path, args: argparse.Namespace, options: S
     return found
 
 
-def encode(data: Path, vae: Path, out: Path) -> Path:
-    """Latent shards `out/train` and `out/val` of a picture set's."""
+def encode(data: Path, vae: Path, out: Path, *options: str) -> Path:
+    """Latent shards `out/train` and `out/val` of a picture set's. options: further ones of data/encode_latents.py."""
     for split in ("train", "val"):
-        call("data/encode_latents.py", "--data", data / split, "--model", vae, "--out", out / split)
+        call("data/encode_latents.py", "--data", data / split, "--model", vae, "--out", out / split, *options)
     return out
 
 

@@ -21,6 +21,7 @@ from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normali
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
+from eqldm.training.zero import ZERO
 
 
 class LatentDiffusion(pl.LightningModule):
@@ -40,7 +41,8 @@ class LatentDiffusion(pl.LightningModule):
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
         self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
         self.unweighted = Objective.of(networks.scheduler)  # of the validation: it compares, whatever the training's weights
-        if config.run.channels_last:
+        # DeepSpeed takes contiguous weights alone; the layout of the latents is enough for the convolutions to choose theirs
+        if config.run.channels_last and config.run.strategy not in ZERO:
             self.unet.to(memory_format=torch.channels_last)
         if config.run.compile:
             self.unet.compile()
@@ -99,7 +101,10 @@ class LatentDiffusion(pl.LightningModule):
             dropped = float(torch.rand((), generator=generator)) < caption_dropout
             captions.append("" if dropped else caption)
         t, eps = torch.stack(times).to(z.device), torch.stack(noises).to(z)
-        output = self.unet(objective.add_noise(z, eps, t), t, self.prompt_embeds(batch, captions)).sample
+        noisy = objective.add_noise(z, eps, t)
+        if self.config.run.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        output = self.unet(noisy, t, self.prompt_embeds(batch, captions)).sample
         return objective.loss(output, z, eps, t)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

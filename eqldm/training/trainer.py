@@ -22,7 +22,7 @@ from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.run_folder import LAST, checkpoint_step
 from eqldm.training.speed import Throughput, resolved_precision
-from eqldm.training.zero import STAGES, AdamWEMA, ZeRO, ZeROWeights, zero_config
+from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -38,7 +38,7 @@ def make_optimizer(parameters, config: OptimizerConfig, strategy: str = "auto") 
     """AdamW with the options' learning rate, betas and weight decay; under ZeRO it keeps the EMA too."""
     # Fused: on a CPU a step over a small UNet's weights otherwise takes a quarter of the time
     options = {"lr": config.learning_rate, "betas": tuple(config.betas), "weight_decay": config.weight_decay, "fused": True}
-    if strategy in STAGES and config.ema_decay:
+    if strategy in ZERO and config.ema_decay:
         return AdamWEMA(parameters, config.ema_decay, **options)
     return torch.optim.AdamW(parameters, **options)
 
@@ -76,7 +76,7 @@ def make_trainer(
     workers = run.devices * run.num_nodes
     micro = accumulation(config)
     averaging = [EMA(decay=config.optimizer.ema_decay)] if config.optimizer.ema_decay else []
-    if run.strategy in STAGES:
+    if run.strategy in ZERO:
         averaging = [ZeROWeights(ema=bool(averaging))]
     callbacks = [
         StepSeed(),
@@ -96,7 +96,7 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
     precision = resolved_precision(run)
     strategy = run.strategy
-    if run.strategy in STAGES:
+    if run.strategy in ZERO:
         overlap = run.accelerator != "cpu" and torch.cuda.is_available()
         strategy, precision = ZeRO(config=zero_config(config, precision, overlap)), "32-true"  # DeepSpeed autocasts by itself
     elif strategy == "ddp" or workers > 1:

@@ -23,7 +23,7 @@ from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.model_folder import replace_folder
 from eqldm.training.callbacks import check_finite
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
 AVERAGE = "ema"  # among the optimizer's state
 
@@ -38,7 +38,7 @@ def zero_config(config: DiffusionConfig, precision: str, overlap: bool) -> dict:
         "train_micro_batch_size_per_gpu": micro_batch_size(config),
         "gradient_clipping": clip_norm if math.isfinite(clip_norm) else 0.0,
         "zero_allow_untested_optimizer": True,  # of ours it asks no more than of any: a step over flat tensors
-        "zero_optimization": {"stage": STAGES[config.run.strategy], "contiguous_gradients": True, "overlap_comm": overlap},
+        "zero_optimization": {"stage": ZERO[config.run.strategy], "contiguous_gradients": True, "overlap_comm": overlap},
         "torch_autocast": {"enabled": precision == "bf16-mixed", "dtype": "bfloat16"},
     }
 
