@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from eqldm.data.making import UNFINISHED
 from eqldm.data.samples import PictureSamples, collate, pack_array
-from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_shard
+from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
 from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
 
@@ -85,7 +85,7 @@ class Encoder:
                     unreadable.append(key)
                     continue
                 sample = {"__key__": key, "moments.npy": pack_array(moments[i].cpu().to(self.dtype))}
-                if self.pictures.shards.has("txt")[position]:
+                if self.pictures.shards.holds(position, "txt"):
                     sample["txt"] = batch["caption"][i]
                 if embeds is not None:
                     sample["prompt_embeds.npy"] = pack_array(embeds[i].to(self.dtype))
@@ -180,6 +180,7 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
         return
     skipped = [key for entry in shards for key in entry.pop("skipped")]
     held = [entry for entry in shards if entry["count"]]
+    write_index(out, held)
     _write_whole(out / MANIFEST, {**about, "skipped": skipped, "count": sum(entry["count"] for entry in held), "shards": held})
     for path in (*entries, out / UNFINISHED):
         path.unlink(missing_ok=True)

@@ -67,6 +67,24 @@ def test_processes_and_micro_batches_share_the_global_batch_without_overlap(worl
             assert shown == list(range(shown[0], shown[0] + micro * world))
 
 
+WORLDS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+
+
+@pytest.mark.parametrize("first", WORLDS)
+@pytest.mark.parametrize("second", [1, 8, 64])
+def test_no_sample_is_lost_or_shown_twice_from_1_to_64_processes_that_may_change(first, second):
+    """Two epochs and a half of 1,000 samples, stopped in the middle and gone on with by another number of processes."""
+    shown, stop, steps = [], 5, 13
+    for world, start, end in ((first, 0, stop), (second, stop, steps)):
+        of_rank = [batches(192, 192 // world if world < 64 else 1, rank, world, end - start, start) for rank in range(world)]
+        assert len({sum(map(len, rank)) for rank in of_rank}) == 1  # balanced to the sample
+        shown += [position for rank in of_rank for batch in rank for position in batch]
+    assert sorted(shown) == list(range(steps * 192))
+    orders = [epoch_order(np.arange(0, 1001, 100), 0, epoch, 4) for epoch in range(3)]
+    samples = [int(orders[position // 1000][position % 1000]) for position in sorted(shown)]
+    assert sorted(samples[:1000]) == sorted(samples[1000:2000]) == list(range(1000))
+
+
 @pytest.mark.parametrize("start", [1, 7])
 def test_starting_at_a_step_equals_skipping_to_it(start):
     assert batches(12, 3, 1, 2, 4, start) == batches(12, 3, 1, 2, start + 4)[start * 2 :]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import webdataset as wds
 
-from eqldm.data.shards import MANIFEST, ShardSet, index_tar, read_manifest, write_manifest, write_shard
+from eqldm.data import shards as module
+from eqldm.data.shards import INDEX, MANIFEST, ShardSet, index_tar, read_manifest, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -31,13 +33,41 @@ def truncate(folder, name: str, size: int, tell_manifest: bool) -> None:
 
 def test_stock_webdataset_reads_what_the_index_reads(folder):
     shards = ShardSet.open(folder)
-    assert len(shards) == 10 and shards.starts.tolist() == [0, 4, 8, 10] and shards.shard_of.tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    assert len(shards) == 10 and shards.starts.tolist() == [0, 4, 8, 10]
+    assert [shards.shard_of(number) for number in range(10)] == [0] * 4 + [1] * 4 + [2] * 2
     urls = [str(folder / entry["name"]) for entry in shards.manifest["shards"]]
     stock = list(wds.WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in stock] == shards.keys.tolist()
     for number, sample in enumerate(stock):
         for extension in ("png", "txt", "json"):
             assert shards.read(number, extension) == sample[extension]
+
+
+def equal(a: ShardSet, b: ShardSet) -> bool:
+    same = a.places.keys() == b.places.keys() and all(np.array_equal(a.places[name], b.places[name]) for name in a.places)
+    return same and np.array_equal(a.keys, b.keys) and np.array_equal(a.starts, b.starts) and a.starts.dtype == b.starts.dtype
+
+
+def test_the_index_is_what_the_headers_say_and_opens_without_them(folder, monkeypatch):
+    by_index = ShardSet.open(folder)
+    assert all(isinstance(places, np.memmap) for places in by_index.places.values())
+    monkeypatch.setattr(module, "MANY", 3)  # by several processes
+    shutil.move(folder / INDEX, folder / "aside")
+    assert equal(ShardSet.open(folder), by_index)
+    shutil.move(folder / "aside", folder / INDEX)
+    monkeypatch.setattr(module, "index_tar", lambda path: pytest.fail("a tar was opened"))
+    assert equal(ShardSet.open(folder), by_index)
+
+
+def test_the_index_of_other_tars_is_not_used(folder):
+    entries = read_manifest(folder)["shards"]
+    (folder / "pictures-000002.tar").unlink()
+    (folder / MANIFEST).write_text(json.dumps({"count": 8, "shards": entries[:2]}))
+    shards = ShardSet.open(folder)
+    assert len(shards) == 8 and not isinstance(shards.keys, np.memmap)
+    write_manifest(folder, entries[:2])
+    assert equal(ShardSet.open(folder), shards) and isinstance(ShardSet.open(folder).keys, np.memmap)
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX, MANIFEST, "pictures-000000.tar", "pictures-000001.tar"]
 
 
 def test_equal_samples_give_equal_bytes_and_no_half_shard_is_left(tmp_path):
@@ -112,6 +142,7 @@ def test_a_truncated_tar_is_named_though_the_manifest_agrees(folder, size):
 
 def test_a_tar_with_a_damaged_header_is_named(folder):
     path = folder / "pictures-000001.tar"
+    shutil.rmtree(folder / INDEX)
     with open(path, "r+b") as file:
         file.seek(index_tar(path)[-1]["json"][0] - 512)  # the last file's header: the count of samples stays right
         file.write(b"x" * 512)
@@ -120,6 +151,7 @@ def test_a_tar_with_a_damaged_header_is_named(folder):
 
 
 def test_a_file_that_is_no_tar_is_named(folder):
+    shutil.rmtree(folder / INDEX)
     size = (folder / "pictures-000002.tar").stat().st_size
     (folder / "pictures-000002.tar").write_bytes(b"x" * size)
     with pytest.raises(ValueError, match="pictures-000002.tar' cannot be read as a tar"):

@@ -121,7 +121,7 @@ class PictureSamples(ShardSamples):
                 f"picture '{self.shards.keys[number]}' of '{self.shards.folder}' is {tuple(x.shape[-2:])}, the first one "
                 f"{self.image_size}: make the shards with data/make_shards.py --size"
             )
-        has_label = self.shards.has("json")[number]
+        has_label = self.shards.holds(number, "json")
         label = json.loads(self.shards.read(number, "json")).get("label", -1) if has_label else -1
         return {
             "x": x,
@@ -201,7 +201,7 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _caption(shards: ShardSet, number: int) -> str:
-    return shards.read(number, "txt").decode() if shards.has("txt")[number] else ""
+    return shards.read(number, "txt").decode() if shards.holds(number, "txt") else ""
 
 
 def _check_captions(shards: ShardSet) -> None:

@@ -1,24 +1,35 @@
 """WebDataset shards on disk: tars, their manifest, and an index that makes every sample addressable.
 
-A shard folder holds `NAME-000000.tar`, `NAME-000001.tar`, ... and a `manifest.json`. Inside a tar, the files of one
-sample share a key: `000000007.png`, `000000007.txt` (the caption), `000000007.json` (labels). Any WebDataset reader
-opens them. Ours addresses samples by number, which is what makes exact resume possible (see `order.py`).
+A shard folder holds `NAME-000000.tar`, `NAME-000001.tar`, ..., a `manifest.json`, and under `index/` where each file of each sample lies.
+Inside a tar, the files of one sample share a key: `000000007.png`, `000000007.txt` (the caption), `000000007.json` (labels). Any
+WebDataset reader opens them. Ours addresses samples by number, which is what makes exact resume possible (see `order.py`).
+
+The index is mapped into memory: millions of samples open at once, and all processes of a machine share its pages. Without one (or with one
+of other tars) the tars' headers are read, which gives the same and takes minutes for thousands of tars.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import tarfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import webdataset as wds
 
+from eqldm.model_folder import replace_folder
+
 MANIFEST = "manifest.json"
+INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy
+MANY = 64  # tars, from which on their headers are read by several processes
 
 
 def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
@@ -29,9 +40,9 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
     a killed process leaves no half shard. Equal samples give equal bytes: owner and time stamps are fixed.
     """
     path = Path(path)
-    partial = path.with_suffix(".tar.partial")
+    beside = path.with_suffix(".tar.partial")
     count = 0
-    with open(partial, "wb") as file:
+    with open(beside, "wb") as file:
         with wds.TarWriter(file, mtime=0, user="eqldm", group="eqldm") as tar:
             for sample in samples:
                 tar.write(sample)
@@ -39,8 +50,8 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
         file.flush()
         os.fsync(file.fileno())
     digest = hashlib.sha256()
-    hash_file(digest, partial)
-    os.replace(partial, path)
+    hash_file(digest, beside)
+    os.replace(beside, path)
     return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
@@ -54,13 +65,14 @@ def hash_file(digest: hashlib._Hash, path: Path) -> None:
 def write_json(path: str | Path, content: dict) -> None:
     """Write JSON beside its name and rename it, so that a reader never sees half a file."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(beside, path)
 
 
 def write_manifest(folder: str | Path, shards: list[dict], **about) -> dict:
-    """Write `manifest.json`: the shards' entries, the total `count`, and whatever `about` states of their making."""
+    """Write the index, and `manifest.json`: the shards' entries, the total `count`, and whatever `about` states of their making."""
+    write_index(folder, shards)
     manifest = {**about, "count": sum(entry["count"] for entry in shards), "shards": shards}
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest
@@ -123,37 +135,87 @@ def index_tar(path: str | Path) -> list[dict]:
     return samples
 
 
+def index_tars(folder: Path, shards: list[dict]) -> dict:
+    """The index of a folder's tars, by their manifest entries: `{starts, keys, places: {extension: ...}}` as `ShardSet` has them.
+
+    Raises ValueError as `index_tar`, and where a tar holds another number of samples than its entry says.
+    """
+    tars = [folder / entry["name"] for entry in shards]
+    if len(tars) < MANY:
+        found = [index_tar(tar) for tar in tars]
+    else:  # spawn, not fork: this process may run threads, which a fork would leave half-locked
+        with ProcessPoolExecutor(min(32, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(index_tar, tars, chunksize=8))
+    for tar, samples, entry in zip(tars, found, shards):
+        if len(samples) != entry["count"]:
+            raise ValueError(f"shard '{tar}' holds {len(samples)} samples, the manifest says {entry['count']}")
+    samples = [sample for part in found for sample in part]
+    extensions = sorted({name for sample in samples for name in sample} - {"__key__"})
+    return {
+        "starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
+        "keys": np.array([sample["__key__"] for sample in samples]),
+        "places": {name: np.array([sample.get(name, (0, -1)) for sample in samples], np.int64) for name in extensions},
+    }
+
+
+def _stamp(shards: list[dict]) -> str:
+    return hashlib.sha256(
+        json.dumps([[entry[name] for name in ("name", "count", "bytes", "sha256")] for entry in shards]).encode()
+    ).hexdigest()
+
+
+def write_index(folder: str | Path, shards: list[dict]) -> None:
+    """Write the index of a folder's tars, beside its name and then renamed; several processes may do so at once. Raises as `index_tars`."""
+    folder = Path(folder)
+    found = index_tars(folder, shards)
+    with TemporaryDirectory(dir=folder, prefix=f".{INDEX}-") as own:
+        index = Path(own) / INDEX
+        (index / "places").mkdir(parents=True)
+        for name in ("starts", "keys"):
+            np.save(index / f"{name}.npy", found[name])
+        for name, places in found["places"].items():
+            np.save(index / "places" / f"{name}.npy", places)
+        write_json(index / "about.json", {"shards": _stamp(shards)})
+        try:
+            replace_folder(folder / INDEX, index)
+        except OSError:
+            if read_index(folder, shards) is None:  # else another process has just put the same one there
+                raise
+
+
+def read_index(folder: Path, shards: list[dict]) -> dict | None:
+    """The index that was written, mapped into memory; None where there is none of these tars."""
+    index = folder / INDEX
+    try:
+        if json.loads((index / "about.json").read_text())["shards"] != _stamp(shards):
+            return None
+        read = partial(np.load, mmap_mode="r", allow_pickle=False)
+        places = {path.name.removesuffix(".npy"): read(path) for path in sorted((index / "places").iterdir())}
+        return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
+    except FileNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """The samples of a shard folder, addressed by number, with each file's place in its tar.
 
-    `shard_of`, `keys`: [N]. `places[extension]`: [N, 2] of (offset, size), size -1 where a sample lacks that file.
+    `keys`: [N]. `places[extension]`: [N, 2] of (offset, size), size -1 where a sample lacks that file.
     `starts`: [num_shards + 1], the number of the first sample of each shard.
     """
 
     folder: Path
     manifest: dict
-    shard_of: np.ndarray
     keys: np.ndarray
     places: dict[str, np.ndarray]
     starts: np.ndarray
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Open a shard folder; reads the tars' headers, not their contents. Raises as `read_manifest`, `index_tar`."""
+        """Open a shard folder by its index, or by the tars' headers. Raises as `read_manifest`, `index_tars`."""
         folder, manifest = Path(folder), read_manifest(folder)
-        samples, shard_of, starts = [], [], [0]
-        for number, entry in enumerate(manifest["shards"]):
-            found = index_tar(folder / entry["name"])
-            if len(found) != entry["count"]:
-                raise ValueError(f"shard '{folder / entry['name']}' holds {len(found)} samples, the manifest says {entry['count']}")
-            samples += found
-            shard_of += [number] * len(found)
-            starts.append(len(samples))
-        extensions = sorted({name for sample in samples for name in sample} - {"__key__"})
-        places = {name: np.array([s.get(name, (0, -1)) for s in samples], np.int64) for name in extensions}
-        keys = np.array([s["__key__"] for s in samples])
-        return cls(folder, manifest, np.array(shard_of, np.int32), keys, places, np.array(starts, np.int64))
+        index = read_index(folder, manifest["shards"]) or index_tars(folder, manifest["shards"])
+        return cls(folder, manifest, **index)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -162,10 +224,18 @@ class ShardSet:
         """[N] bool: which samples hold a file of this extension."""
         return self.places[extension][:, 1] >= 0 if extension in self.places else np.zeros(len(self), bool)
 
+    def holds(self, number: int, extension: str) -> bool:
+        """Whether one sample holds a file of this extension."""
+        return extension in self.places and bool(self.places[extension][number, 1] >= 0)
+
+    def shard_of(self, number: int) -> int:
+        """Which shard, of the manifest's, a sample lies in."""
+        return int(np.searchsorted(self.starts, number, side="right")) - 1
+
     def read(self, number: int, extension: str) -> bytes:
         """The bytes of one file of one sample. Raises ValueError that names the tar where it ends too early."""
         offset, size = self.places[extension][number]
-        path = self.folder / self.manifest["shards"][self.shard_of[number]]["name"]
+        path = self.folder / self.manifest["shards"][self.shard_of(number)]["name"]
         with open(path, "rb") as file:
             file.seek(offset)
             content = file.read(size)
