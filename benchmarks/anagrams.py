@@ -40,7 +40,7 @@ from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
 from eqldm.evaluation.report import letter_matrix, markdown, models_sheet, reading_sheet
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
-from eqldm.training.trainer import native_precision
+from eqldm.training.speed import native_precision
 from eqldm.views import View, parse_view
 
 

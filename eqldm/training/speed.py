@@ -12,17 +12,19 @@ from pytorch_lightning.callbacks import Callback
 from eqldm.config import RunConfig, StageConfig
 
 
-def resolved_precision(run: RunConfig) -> str:
-    """The run's precision; for auto bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times
-    slower."""
-    if run.precision != "auto":
-        return run.precision
-    if run.accelerator != "cpu" and torch.cuda.is_available():
+def native_precision(accelerator: str) -> str:
+    """bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times slower."""
+    if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         flags = torch.cpu.get_capabilities()
         native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
     return "bf16-mixed" if native else "32-true"
+
+
+def resolved_precision(run: RunConfig) -> str:
+    """The run's precision, `auto` resolved."""
+    return native_precision(run.accelerator) if run.precision == "auto" else run.precision
 
 
 class Throughput(Callback):
