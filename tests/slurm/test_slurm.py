@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from eqldm.model_folder import load_vae
+from eqldm.model_folder import load_unet, load_vae
+from eqldm.training.run_folder import LAST
 
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(program) is None]
@@ -113,6 +115,36 @@ def test_a_job_that_is_told_that_time_is_up_and_then_requeued_loses_nothing(slur
     assert done.returncode == 0, done.stdout + done.stderr
     a, b = (load_vae(tmp_path / name / "model").state_dict() for name in ("run", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_at_its_time_limit_a_job_saves_requeues_itself_and_goes_on(slurm, tiny, tmp_path):
+    """Slurm's own warning, before a limit of a minute."""
+    steps = 10**6
+    job = Job(slurm, tmp_path, ["--time=1", "--signal=USR1@20", *TRAIN, tiny, f"run.num_steps={steps}", "run.log_every=1"])
+    job.wait(lambda: "stopped by SIGUSR1" in job.rank(0), 120)
+    stopped = int(re.search(r"stopped by SIGUSR1 at step (\d+), with a checkpoint", job.rank(0))[1])
+    job.wait(lambda: f"step {stopped + 1}/{steps}" in job.rank(0))
+    assert job.about("Restarts") == "1" and "stopped to go on later; the job is RUNNING" in job.log
+    assert job.rank(0).count(f"step {stopped + 1}/{steps}") == 1  # no step was lost, none was taken twice
+    job.call("scancel", job.number)
+    job.wait(job.ended)
+
+
+def test_zero_on_two_nodes(slurm, tiny_pictures, tiny_model_folder, tmp_path):
+    options = {
+        "stage": "diffusion",
+        "init": "pretrained",
+        "model": str(tiny_model_folder),
+        "vae": str(tiny_model_folder),
+        "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 4},
+        "run": {"dir": str(tmp_path / "run"), "num_steps": 3, "precision": "32-true", "accelerator": "cpu", "strategy": "zero2"},
+    }
+    (tmp_path / "unet.yaml").write_text(yaml.safe_dump(options))
+    job = Job(slurm, tmp_path, [*TRAIN, tmp_path / "unet.yaml"])
+    job.wait(job.ended, 300)
+    assert job.about("JobState") == "COMPLETED", job.log
+    assert json.loads((tmp_path / "run" / LAST / "about.json").read_text()) == {"global_step": 3, "processes": 2}
+    load_unet(tmp_path / "run" / "model")
 
 
 def test_a_killed_rank_ends_the_job_with_its_reason(slurm, tiny, tmp_path):
