@@ -1,128 +1,45 @@
-"""Shards from a folder of captioned pictures.
+"""Shards of squares from captioned pictures of any size.
 
-    python data/make_shards.py --pictures FOLDER --out FOLDER --size 512
-    python data/make_shards.py --index FOLDER              # a manifest for tars of other origin
+    python data/make_shards.py --pictures FOLDER --out FOLDER --size 512    # a folder of pictures
+    python data/make_shards.py --tars FOLDER --out FOLDER --size 512        # tars, as img2dataset and WebDataset write them
+    python data/make_shards.py --dataset FOLDER --out FOLDER --size 512     # a data set of Hugging Face's `datasets`, saved to disk
+    python data/make_shards.py --index FOLDER                               # no new shards: a manifest for tars of squares
 
-Captions come from a `.txt` beside each picture, or from a `metadata.jsonl` or `metadata.csv` (columns `file_name` and
-`text` or `caption`, as in Hugging Face's imagefolder). The same input gives the same bytes, whatever `--workers`.
+Captions come, in a folder, from a `.txt` beside each picture, or from a `metadata.jsonl` or `metadata.csv` (columns `file_name` and
+`text` or `caption`, as in Hugging Face's imagefolder); in tars from a sample's `.txt`, or the `caption` of its `.json`. What does not fit
+is skipped, counted by reason, and named in the manifest. The same input gives the same bytes, whatever `--workers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import io
-import json
-import struct
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.shards import MANIFEST, index_tar, write_manifest, write_shard
+from eqldm.data.sources import PICTURES, PictureFolder, PictureTars, SavedDataset, Source, UnfitPicture
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEFAULT_QUALITY = 95  # of jpg and webp
-# What Pillow raises on broken files: its decoders let the errors of the modules they use through.
-CORRUPT = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-def find_pictures(folder: Path) -> list[str]:
-    """Names of all pictures under a folder, relative to it, sorted; hidden files are left out.
-
-    Raises: FileNotFoundError where it is no folder; ValueError where it holds no picture.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"'{folder}' is not a folder: name the folder that holds the pictures")
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    names = sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
-    if not names:
-        raise ValueError(f"'{folder}' holds no pictures, wanted files that end in {', '.join(PICTURES)}")
-    return names
-
-
-def _metadata(path: Path) -> list[dict]:
-    """The rows of a metadata.jsonl or metadata.csv."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        rows = []
-        for number, line in enumerate(file, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"'{path}' line {number} is not JSON ({error}): one JSON object per line is wanted") from error
-        return rows
-
-
-def read_captions(folder: Path, names: list[str]) -> tuple[dict[str, str], list[dict]]:
-    """Captions by picture name, and `{file, reason}` of the pictures that metadata names but the folder lacks.
-
-    Raises: ValueError where metadata lacks a column, or two sources give one picture different captions.
-    """
-    captions: dict[str, str] = {}
-    absent, present = [], set(names)
-
-    def add(name: str, caption: str | None, source: Path) -> None:
-        caption = (caption or "").strip()
-        if caption and captions.setdefault(name, caption) != caption:
-            raise ValueError(f"picture '{name}' has two captions, the second from '{source}': keep one of the two")
-
-    for name in names:
-        side_car = (folder / name).with_suffix(".txt")
-        if side_car.is_file():
-            try:
-                add(name, side_car.read_text(encoding="utf-8-sig"), side_car)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"caption '{side_car}' is not UTF-8 ({error}): save it as UTF-8") from error
-    for path in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
-        for row in _metadata(path):
-            column = next((column for column in ("text", "caption") if column in row), None)
-            if column is None or not row.get("file_name"):
-                raise ValueError(f"'{path}' has the columns {sorted(map(str, row))}, wanted 'file_name' and 'text' or 'caption'")
-            name = (path.parent.relative_to(folder) / row["file_name"]).as_posix()
-            if name in present:
-                add(name, row[column], path)
-            else:
-                absent.append({"file": name, "reason": f"named in {path.relative_to(folder).as_posix()}, but not there"})
-    return captions, absent
 
 
 def _crop_rng(seed: int, name: str) -> np.random.Generator:  # of the name, not the index: adding pictures moves no crop
     return np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}/{name}".encode()).digest(), np.uint32))
 
 
-class UnfitPicture(ValueError):
-    """A picture that is skipped, counted and named in the manifest."""
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture in RGB, turned upright (EXIF), transparency over white. Raises: UnfitPicture where it cannot be read."""
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
-    except CORRUPT as error:
-        # Without the path: the manifest names files relative to the folder
-        raise UnfitPicture(f"corrupt: {str(error).replace(repr(str(path)), 'it') or type(error).__name__}") from error
-    if picture.mode.startswith(("I", "F")):  # Pillow would clip these to white
-        raise UnfitPicture(f"more than 8 bits a channel: mode {picture.mode}")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, dict]:
     """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where too small."""
     size, (width, height) = options["size"], picture.size
+    if options["max_aspect"] and max(width, height) > options["max_aspect"] * min(width, height):
+        raise UnfitPicture(f"too long: {width}x{height}, wanted at most {options['max_aspect']:g} times as long as wide")
     if min(width, height) < size and not options["upscale"]:
         raise UnfitPicture(f"too small: {width}x{height}, wanted at least {size}x{size} (or --upscale)")
     scale = size / min(width, height)
@@ -143,31 +60,37 @@ def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, 
     return buffer.getvalue(), about
 
 
-def write_picture_shard(job: tuple, source: Path, options: dict) -> dict:
-    """Write one shard of `job = (tar path, first number, [(name, caption), ...])`; entry with the `skipped` pictures."""
-    path, first, pictures = job
-    skipped = []
+def write_picture_shard(job: tuple, source: Source, options: dict) -> dict:
+    """Write one shard of `job = (tar path, what the source reads for it)`; entry with the `skipped` pictures."""
+    path, part = job
+    skipped, without_caption = [], 0
 
     def samples() -> Iterator[dict]:
-        for number, (name, caption) in enumerate(pictures, first):
+        nonlocal without_caption
+        for key, name, open_picture, caption in source.samples(part):
             try:
-                content, about = make_square(read_picture(source / name), name, options)
+                if caption is None and not options["allow_missing_captions"]:
+                    raise UnfitPicture("no caption (or --allow-missing-captions)")
+                content, about = make_square(open_picture(), name, options)
             except UnfitPicture as error:
                 skipped.append({"file": name, "reason": str(error)})
                 continue
-            yield {"__key__": f"{number:09d}", options["format"]: content, "txt": caption, "json": about}
+            without_caption += caption is None
+            yield {"__key__": key, options["format"]: content, "txt": caption or "", "json": about}
 
-    return {**write_shard(path, samples()), "skipped": skipped}
+    entry = write_shard(path, samples())
+    return {**entry, "skipped": skipped, "without_caption": without_caption}
 
 
 def make_shards(
-    pictures: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     size: int,
     *,
     crop: str = "center",
     format: str = "jpg",
     quality: int | None = None,
+    max_aspect: float | None = None,
     shard_size: int = 1000,
     seed: int = 0,
     upscale: bool = False,
@@ -175,30 +98,24 @@ def make_shards(
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict:
-    """Make shards of `size` px squares from a folder of captioned pictures; returns the manifest.
+    """Make shards of `size` px squares from a source of captioned pictures, or a folder of them; returns the manifest.
 
-    Raises: ValueError before anything is written where options are wrong, captions are missing or no picture is found;
+    max_aspect: pictures whose longer side is more times the shorter one are skipped.
+    shard_size: pictures in a shard; tars keep theirs.
+    Raises: ValueError before anything is written where options are wrong, a folder lacks captions or no picture is found;
     after reading, where no picture could be used.
     """
-    pictures, out = Path(pictures), Path(out)
+    out = Path(out)
     if size < 1 or shard_size < 1:
         raise ValueError(f"size and shard-size must be at least 1, got {size} and {shard_size}")
     if format == "png" and quality is not None:
         raise ValueError("png has no quality: leave --quality out, or use --format jpg or webp")
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, got {quality}")
-    names = find_pictures(pictures)
-    captions, absent = read_captions(pictures, names)
-    missing = [name for name in names if name not in captions]
-    if missing and not allow_missing_captions:
-        raise ValueError(
-            f"{len(missing)} of {len(names)} pictures in '{pictures}' have no caption: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Put a .txt beside each, or a metadata.csv with file_name and text, "
-            f"or pass --allow-missing-captions"
-        )
-    source = hashlib.sha256(
-        json.dumps([(name, (pictures / name).stat().st_size, captions.get(name, "")) for name in names]).encode()
-    ).hexdigest()
+    if max_aspect is not None and not max_aspect >= 1:
+        raise ValueError(f"max-aspect is the longer side over the shorter one, at least 1, got {max_aspect}")
+    if not isinstance(source, Source):
+        source = PictureFolder.open(source, allow_missing_captions)
     options = {
         "size": size,
         "crop": crop,
@@ -206,28 +123,21 @@ def make_shards(
         "upscale": upscale,
         "seed": seed,
         "quality": None if format == "png" else quality or DEFAULT_QUALITY,
+        "max_aspect": max_aspect,
+        "allow_missing_captions": allow_missing_captions,
     }
-    generator = {
-        "name": "make_shards",
-        "version": 1,
-        **options,
-        "shard_size": shard_size,
-        "num_pictures": len(names),
-        "source_sha256": source,
-    }
-    jobs = {}
-    for first in range(0, len(names), shard_size):
-        name = f"pictures-{first // shard_size:06d}.tar"
-        jobs[name] = out / name, first, [(n, captions.get(n, "")) for n in names[first : first + shard_size]]
-    about = {"kind": "pictures", "image_size": size, "generator": generator, "num_without_caption": len(missing), "skipped": absent}
-    write = partial(write_picture_shard, source=pictures, options=options)
+    generator = {"name": "make_shards", "version": 2, **options, "shard_size": shard_size, **source.describe()}
+    names = ((f"pictures-{number:06d}.tar", part) for number, part in enumerate(source.parts(shard_size)))
+    jobs = {name: (out / name, part) for name, part in names}
+    about = {"kind": "pictures", "image_size": size, "generator": generator, "skipped": source.absent}
+    write = partial(write_picture_shard, source=source, options=options)
     manifest = make_folder(out, jobs, write, about, workers=workers, overwrite=overwrite)
     reasons = Counter(item["reason"].split(":")[0] for item in manifest["skipped"])
     console.print(f"{out}: {manifest['count']} pictures; skipped: {dict(reasons) if reasons else 'none'}", highlight=False)
     for item in manifest["skipped"][:10]:
         console.print(f"  skipped {item['file']}: {item['reason']}", markup=False, highlight=False)
     if manifest["count"] == 0:
-        raise ValueError(f"none of the {len(names)} pictures in '{pictures}' could be used: see 'skipped' in {out / MANIFEST}")
+        raise ValueError(f"none of the pictures of {source} could be used: see 'skipped' in {out / MANIFEST}")
     return manifest
 
 
@@ -275,28 +185,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=Path, metavar="FOLDER", help="only write manifest.json for the tars there")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures, searched through all its subfolders")
+    parser.add_argument("--tars", type=Path, metavar="FOLDER", help="tars of pictures of any size, each of which gives a shard")
+    parser.add_argument("--dataset", type=Path, metavar="FOLDER", help="what save_to_disk of Hugging Face's datasets wrote")
+    parser.add_argument("--image-column", default="image", help="of --dataset")
+    parser.add_argument("--text-column", default="text", help="of --dataset")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--size", type=int, default=512, help="side of the squares, px")
     parser.add_argument("--crop", choices=("center", "random"), default="center")
     parser.add_argument("--format", choices=("png", "jpg", "webp"), default="jpg")
     parser.add_argument("--quality", type=int, help=f"of jpg and webp, 1 to 100 (default {DEFAULT_QUALITY})")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard")
+    parser.add_argument("--max-aspect", type=float, help="skip pictures whose longer side is more times the shorter one")
+    parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (--tars: as they are)")
     parser.add_argument("--seed", type=int, default=0, help="of random crops")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
     parser.add_argument("--upscale", action="store_true", help="enlarge pictures that are too small, instead of skipping them")
     parser.add_argument("--allow-missing-captions", action="store_true", help="an empty caption where there is none")
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args(argv)
-    if arguments.index is None and not (arguments.pictures and arguments.out):
-        parser.error("--pictures and --out are needed (or --index)")
+    sources = [name for name in ("pictures", "tars", "dataset") if getattr(arguments, name)]
+    if arguments.index is None and (len(sources) != 1 or not arguments.out):
+        parser.error("one of --pictures, --tars and --dataset, and --out, are needed (or --index)")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     options = vars(parse_arguments(argv))
-    index = options.pop("index")
+    index, pictures, tars, dataset = (options.pop(name) for name in ("index", "pictures", "tars", "dataset"))
+    columns = options.pop("image_column"), options.pop("text_column")
     try:
-        index_folder(index, options["overwrite"]) if index else make_shards(**options)
+        if index:
+            index_folder(index, options["overwrite"])
+        elif pictures:
+            make_shards(pictures, **options)
+        else:
+            make_shards(PictureTars.open(tars) if tars else SavedDataset.open(dataset, *columns), **options)
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
         return 130

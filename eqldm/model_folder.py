@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from eqldm.atomic import recover_folder, replace_folder
 from eqldm.model_card import CARD
 from eqldm.single_file import read_single_file
 
@@ -196,23 +196,6 @@ def check_replaceable(folder: Path, *inputs: Path) -> None:
             raise ValueError(f"--out '{folder}' is the model to read: give another folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "vae" / "config.json").is_file():
         raise ValueError(f"--out '{folder}' exists and is no model folder: it would be deleted. Give another, or empty it first")
-
-
-def replace_folder(folder: Path, partial: Path) -> None:
-    """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Puts back what `replace_folder` had set aside when its process was killed between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
 
 
 def downsampling(vae: AutoencoderKL) -> int:

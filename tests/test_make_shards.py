@@ -134,7 +134,7 @@ def test_corrupt_and_small_pictures_are_skipped_and_listed(folder, tmp_path, cap
 def test_nothing_usable_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the pictures of"):
         make_shards(tmp_path, tmp_path / "out", 16)
 
 
@@ -145,7 +145,7 @@ def test_missing_captions(folder, tmp_path):
         make_shards(folder, tmp_path / "out", 16)
     assert not (tmp_path / "out").exists()
     manifest = make_shards(folder, tmp_path / "out", 16, allow_missing_captions=True)
-    assert manifest["count"] == 7 and manifest["num_without_caption"] == 2
+    assert manifest["count"] == 7 and sum(entry["without_caption"] for entry in manifest["shards"]) == 2
     assert ShardSet.open(tmp_path / "out").read(3, "txt") == b""
 
 
@@ -174,6 +174,80 @@ def test_second_run_does_nothing_unless_the_pictures_changed(folder, tmp_path):
         make_shards(folder, tmp_path / "out", 16)
     make_shards(folder, tmp_path / "out", 16, overwrite=True)
     assert ShardSet.open(tmp_path / "out").read(0, "txt") == b"another caption"
+
+
+def jpeg(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(width, height).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Two tars as img2dataset writes them: pictures of any size, `.json` of all, also of what could not be fetched."""
+    root = tmp_path / "laion"
+    root.mkdir()
+    samples = [
+        {"__key__": "000000000", "jpg": jpeg(40, 32), "txt": "a caption", "json": {"caption": "not this one"}},
+        {"__key__": "000000001", "json": {"caption": "gone", "status": "failed_to_download"}},
+        {"__key__": "000000002", "webp": jpeg(32, 32), "json": {"caption": "of the json"}},
+        {"__key__": "000000003", "jpg": jpeg(100, 32), "txt": "a panorama"},
+        {"__key__": "000000004", "jpg": jpeg(40, 8), "txt": "a ribbon"},
+        {"__key__": "000000005", "jpg": b"no picture", "txt": "broken"},
+        {"__key__": "000000006", "jpg": jpeg(32, 40), "json": {"caption": None}},
+    ]
+    for number, part in enumerate((samples[:4], samples[4:])):
+        write_shard(root / f"{number:05d}.tar", part)
+    return root
+
+
+def test_tars_of_pictures_of_any_size(tars, tmp_path):
+    arguments = ["--tars", str(tars), "--out", str(tmp_path / "out"), "--size", "16", "--max-aspect", "2.5", "--workers", "2"]
+    assert main(arguments) == 0
+    manifest, shards = read_manifest(tmp_path / "out"), ShardSet.open(tmp_path / "out")
+    assert [shards.read(number, "txt") for number in range(len(shards))] == [b"a caption", b"of the json"]
+    assert shards.keys.tolist() == ["000000000", "000000002"] and read(tmp_path / "out", 1, "jpg").shape == (16, 16, 3)
+    reasons = {item["file"]: item["reason"].split(":")[0] for item in manifest["skipped"]}
+    assert reasons == {
+        "00000.tar/000000001": "no picture",
+        "00000.tar/000000003": "too long",
+        "00001.tar/000000004": "too long",
+        "00001.tar/000000005": "corrupt",
+        "00001.tar/000000006": "no caption (or --allow-missing-captions)",
+    }
+    assert main([*arguments, "--overwrite", "--allow-missing-captions"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["count"] == 3 and sum(entry["without_caption"] for entry in manifest["shards"]) == 1
+
+
+def test_a_broken_tar_is_named(tars, tmp_path, capsys):
+    path = tars / "00001.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert main(["--tars", str(tars), "--out", str(tmp_path / "out"), "--size", "16"]) == 2
+    assert "00001.tar' is truncated" in capsys.readouterr().err
+
+
+def test_a_data_set_of_hugging_face(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    pictures = [picture(40, 32, seed=n) for n in range(3)] + [None]
+    columns = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": pictures, "text": ["one", " ", "three", "four"]}, features=columns)
+    rows.save_to_disk(tmp_path / "rows")
+    common = ["--out", str(tmp_path / "out"), "--size", "32", "--format", "png", "--shard-size", "2"]
+    assert main(["--dataset", str(tmp_path / "rows"), *common, "--workers", "2"]) == 0
+    shards, manifest = ShardSet.open(tmp_path / "out"), read_manifest(tmp_path / "out")
+    assert [shards.read(number, "txt") for number in range(len(shards))] == [b"one", b"three"]
+    assert np.array_equal(read(tmp_path / "out", 1), np.asarray(pictures[2])[:, 4:36])
+    assert {item["file"]: item["reason"].split(" (")[0] for item in manifest["skipped"]} == {"row 1": "no caption", "row 3": "no picture"}
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    other = [*common[:1], str(tmp_path / "other"), *common[2:]]
+    for words, message in [
+        (["splits"], "holds the splits train: give one, such as"),
+        (["rows", "--text-column", "caption"], "no column 'caption', only image, text: give --text-column"),
+        (["absent"], "absent"),
+    ]:
+        assert main(["--dataset", str(tmp_path / words[0]), *words[1:], *other]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_index(tmp_path):
@@ -225,7 +299,9 @@ def test_errors_are_one_line_with_exit_code_2(folder, tmp_path, capsys):
         (["--pictures", str(folder), *common, "--format", "png", "--quality", "80"], "png has no quality"),
         (["--pictures", str(folder), *common, "--format", "jpg", "--quality", "0"], "quality must be 1 to 100, got 0"),
         (["--pictures", str(folder), "--out", str(tmp_path / "out"), "--size", "0"], "must be at least 1"),
+        (["--pictures", str(folder), *common, "--max-aspect", "0.5"], "max-aspect is the longer side over the shorter one, at least 1"),
         (["--index", str(tmp_path / "empty")], "holds no tars"),
+        (["--tars", str(tmp_path / "empty"), *common], "holds no tars"),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import webdataset as wds
 
-from eqldm.model_folder import replace_folder
+from eqldm.atomic import replace_folder
 
 MANIFEST = "manifest.json"
 INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy

@@ -24,10 +24,10 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from eqldm.atomic import recover_folder
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
 from eqldm.model_card import model_card
-from eqldm.model_folder import recover_folder
 from eqldm.training.zero import ABOUT
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may

@@ -19,8 +19,8 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
-from eqldm.model_folder import replace_folder
 from eqldm.training.callbacks import check_finite
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}

@@ -1,0 +1,24 @@
+"""Folders that appear whole: written beside their name, then renamed, so that a reader never opens half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def replace_folder(folder: Path, partial: Path) -> None:
+    """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Puts back what `replace_folder` had set aside when its process was killed between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
