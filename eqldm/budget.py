@@ -144,9 +144,10 @@ def report(config: StageConfig, need: Budget) -> list[str]:
     )
     lines += ["", f"{pictures / 1e6:.2f} M pictures ({config.run.num_steps} steps of {config.data.batch_size}); a picture takes "
               f"{need.operations / 1e12:.3g} TFLOP and, for the backward pass, {need.activations / 1e9:.3g} GB"]  # fmt: skip
-    lines += ["", f"GB on each GPU, {micro} pictures at a time:", ""]
-    rows = [[name, *(f"{need.memory(name, count, micro) / 1e9:.1f}" for count in COUNTS)] for name in strategies]
-    lines += _table(["strategy", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)], rows)
+    micros = [max(1, min(micro, config.data.batch_size // count)) for count in COUNTS]
+    lines += ["", f"GB on each GPU, of {' or '.join(map(str, dict.fromkeys(micros)))} pictures at a time:", ""]
+    rows = [[name, *(f"{need.memory(name, count, m) / 1e9:.1f}" for count, m in zip(COUNTS, micros))] for name in strategies]
+    lines += _table(["strategy", *(f"{count} GPU{'s' * (count > 1)} x {m}" for count, m in zip(COUNTS, micros))], rows)
     lines += ["", f"Hours, and pictures/s to be read, at {UTILISATION:.0%} of the GPUs' bf16 peak:", ""]
     rows = []
     for name, (_, peak) in GPUS.items():

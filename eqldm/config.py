@@ -364,7 +364,7 @@ def _check_run(config: StageConfig) -> None:
     if data.batch_size % (micro * processes):
         raise ValueError(
             f"data.batch_size={data.batch_size} does not divide into {processes} processes x {micro} "
-            f"(data.micro_batch_size): choose a multiple of {micro * processes}"
+            f"(data.micro_batch_size): choose a multiple of {micro * processes}, or a smaller data.micro_batch_size"
         )
     if data.val_samples % processes:
         raise ValueError(f"data.val_samples={data.val_samples} does not divide over {processes} processes")

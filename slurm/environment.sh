@@ -17,8 +17,8 @@ mkdir -p "$LOGS"
 run() {
     local status state
     echo "start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, logs in $LOGS"
-    # A task that ends leaves the others a minute: told to stop, they save together; after a crash they would wait for ever
-    srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$LOGS/%t.log" "$PY" "$@"
+    # A task that ends leaves the others a minute (WAIT): told to stop, they save together; after a crash they would wait for ever
+    srun --kill-on-bad-exit=0 --wait="${WAIT:-60}" --open-mode=append --output="$LOGS/%t.log" "$PY" "$@"
     status=$?
     if [ $status -eq 75 ] || [ $status -eq 138 ]; then
         state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
