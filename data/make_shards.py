@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.shards import MANIFEST, index_tar, write_manifest, write_shard
+from eqldm.data.shards import MANIFEST, index_tar, read_index, read_manifest, write_index, write_manifest, write_shard
 from eqldm.data.sources import PICTURES, PictureFolder, PictureTars, SavedDataset, Source, UnfitPicture
 
 DEFAULT_QUALITY = 95  # of jpg and webp
@@ -142,12 +142,19 @@ def make_shards(
 
 
 def index_folder(folder: str | Path, overwrite: bool = False) -> dict:
-    """Write the manifest of a folder of tars that has none; `kind` and `image_size` are told from the samples.
+    """Write the manifest of a folder of tars that has none; `kind` and `image_size` are told from the samples. Where there is a manifest
+    and no index of its tars, write the index.
 
     `image_size` is the side of each shard's first picture where these are equal squares, else None.
     Raises: FileNotFoundError where there is no tar; ValueError where a manifest exists, a tar is broken or kinds mix.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).is_file() and not overwrite:
+        manifest = read_manifest(folder)
+        if read_index(folder, manifest["shards"]) is None:
+            write_index(folder, manifest["shards"])
+            console.print(f"{folder}: index of {manifest['count']} samples in {len(manifest['shards'])} shards", highlight=False)
+            return manifest
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise FileNotFoundError(f"'{folder}' holds no tars, wanted files that end in .tar")

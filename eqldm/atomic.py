@@ -18,7 +18,11 @@ def replace_folder(folder: Path, partial: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Puts back what `replace_folder` had set aside when its process was killed between its two renames."""
+    """Puts back what `replace_folder` had set aside when its process was killed between its two renames. Several processes may do so."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
-        os.replace(old, folder)
+        try:
+            os.replace(old, folder)
+        except OSError:
+            if not folder.exists():  # else another process has just put it back
+                raise

@@ -32,8 +32,9 @@ from eqldm.data.shards import MANIFEST, read_manifest
 from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER
 from eqldm.model_folder import check_model_folder, load_autoencoder
+from eqldm.training.speed import GPUS
+from eqldm.training.zero import BUCKET, LIVE
 
-GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989)}  # GB of memory; TFLOP/s of dense bf16, by NVIDIA's data sheets
 UTILISATION = 0.25  # of these TFLOP/s: MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
 COUNTS = (1, 8, 32)  # GPUs
 VOCABULARY = {
@@ -73,7 +74,7 @@ class Budget:
     """What one run needs. Bytes, floating-point operations, parameters; activations and operations per picture."""
 
     networks: dict[str, tuple[int, int]]  # name: parameters, those of them that train
-    averaged: int  # parameters that the EMA of single processes and DDP copies; ZeRO's averages what trains
+    averaged: int  # parameters that the EMA of single processes and DDP copies, 0 without one; ZeRO's averages what trains
     operations: float
     activations: float
     casts: float  # the bf16 copies of weights that autocast keeps for the backward pass
@@ -92,12 +93,15 @@ class Budget:
     def memory(self, strategy: str, processes: int, micro_batch: int) -> float:
         """Bytes on each GPU: weights, gradients, AdamW's moments and the EMA in float32, and the activations of a micro-batch."""
         frozen, stage = self.parameters - self.trained, int(strategy[-1]) if strategy.startswith("zero") else 0
-        weights = self.trained / (processes if stage == 3 else 1)
-        gradients = self.trained / (processes if stage >= 2 else 1)
-        moments = 2 * self.trained / (processes if stage else 1)
-        average = self.trained / processes if stage else self.averaged
-        flat = self.trained / processes if stage else 0  # ZeRO steps a copy of its share
-        return 4 * (frozen + weights + gradients + moments + average + flat) + self.casts + micro_batch * self.activations
+        share = self.trained / processes
+        weights = share + min(LIVE, self.trained) if stage == 3 else self.trained
+        gradients = share if stage >= 2 else self.trained
+        moments = 2 * (share if stage else self.trained)
+        average = (share if self.averaged else 0) if stage else self.averaged
+        flat = share if stage in (1, 2) else 0  # a copy of their share, which these step
+        buckets = 2 * min(BUCKET, self.trained) if stage else 0
+        parts = frozen + weights + gradients + moments + average + flat + buckets
+        return 4 * parts + self.casts + micro_batch * self.activations
 
 
 def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
@@ -111,12 +115,14 @@ def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
             _fake(network)
         one, two = _measure(step, networks, 1), _measure(step, networks, 2)
         encoding = _encoding(networks, size) if isinstance(config, DiffusionConfig) and "vae" in networks else 0.0
-    disk = {"a checkpoint": 4 * (sum(sum(p.numel() for p in n.parameters() if p.requires_grad) * 3 for n in networks.values()) + kept)}
+    average = bool(config.optimizer.ema_decay)
+    trained = sum(_count(network, trained=True) for network in networks.values())
+    disk = {"a checkpoint": 4.0 * (kept * (1 + average) + 2 * trained)}
     if isinstance(config, DiffusionConfig) and config.vae != "pixels":
         disk |= _latent_disk(networks, size)
     return Budget(
         networks={name: (_count(network), _count(network, trained=True)) for name, network in networks.items()},
-        averaged=kept if config.optimizer.ema_decay else 0,
+        averaged=kept if average else 0,
         operations=two[0] - one[0],
         activations=two[1] - one[1],
         casts=max(0.0, 2 * one[1] - two[1]),
@@ -223,6 +229,10 @@ def _autoencoder(config: AutoencoderConfig, size: int, notes: list[str]) -> tupl
 
     def step(count: int) -> list[Tensor]:
         x = torch.randn(count, 3, side, side)
+        if config.equivariance.preset == "eqvae_paper" and "discriminator" in networks:  # whose pictures are decoded once more
+            with torch.no_grad():
+                again = vae.decode(vae.encode(x).latent_dist.sample()).sample
+                _ = vgg(again) if vgg is not None else None
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
         total = (y - x).abs().mean() + posterior.kl().mean()

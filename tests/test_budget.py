@@ -11,10 +11,13 @@ import torch
 import yaml
 from torch.autograd.graph import saved_tensors_hooks
 
-from eqldm.budget import GPUS, Budget, budget, report
+from eqldm.budget import Budget, budget, report
 from eqldm.config import load_config
 from eqldm.diffusion.adaptation import build_networks
+from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_unet, load_vae
+from eqldm.training.run_folder import LAST
+from eqldm.training.speed import GPUS
 
 ROOT = Path(__file__).parents[1]
 SD15 = sorted((ROOT / "configs" / "sd15").glob("*.yaml"))
@@ -75,15 +78,33 @@ def test_low_rank_updates_and_checkpointed_gradients(tiny, tiny_model_folder):
 
 
 def test_memory_by_strategy():
-    """Bytes for each trained parameter: 16 in one process with the EMA, and what ZeRO shards of them."""
+    """Bytes for each trained parameter: 16 in one process, 20 with the EMA, and what ZeRO shards of them."""
     need = Budget(
         {"unet": (1000, 1000), "vae": (10, 0)}, averaged=1000, operations=1, activations=7, casts=2000, encoding=0, disk={}, notes=()
     )
-    assert need.memory("ddp", 8, 3) == need.memory("ddp", 1, 3) == 20 * 1000 + 40 + 2000 + 21
-    assert need.memory("zero1", 8, 3) == 4 * 1010 + 4 * 1000 + 16 * 1000 / 8 + 2000 + 21
-    assert need.memory("zero2", 8, 3) == 4 * 1010 + 20 * 1000 / 8 + 2000 + 21
-    assert need.memory("zero3", 8, 3) == 40 + 24 * 1000 / 8 + 2000 + 21
+    rest, buckets = 40 + 2000 + 21, 8 * 1000
+    assert need.memory("ddp", 8, 3) == need.memory("ddp", 1, 3) == 20 * 1000 + rest
+    assert need.memory("zero1", 8, 3) == 4 * 1000 + 4 * 1000 + 16 * 1000 / 8 + buckets + rest
+    assert need.memory("zero2", 8, 3) == 4 * 1000 + 20 * 1000 / 8 + buckets + rest
+    assert need.memory("zero3", 8, 3) == 4 * 1000 + 20 * 1000 / 8 + buckets + rest  # all of a small network stays gathered
     assert replace(need, averaged=0).memory("ddp", 1, 0) == 16 * 1000 + 40 + 2000
+    assert need.memory("zero2", 8, 3) - replace(need, averaged=0).memory("zero2", 8, 3) == 4 * 1000 / 8
+
+
+def tensor_bytes(tree) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    return sum(map(tensor_bytes, tree.values() if isinstance(tree, dict) else tree)) if isinstance(tree, (dict, list, tuple)) else 0
+
+
+def test_a_checkpoint_is_as_large_as_told(tiny, tmp_path, tiny_pictures):
+    for name, options in {"full": [], "lora": ["adapt=lora", "lora.rank=2"], "plain": ["optimizer.ema_decay=0"]}.items():
+        where = [f"data.train={tiny_pictures}", f"data.val={tiny_pictures}", "data.val_samples=4", "data.num_workers=0"]
+        config = tiny(*where, *options, "run.num_steps=1", f"run.dir={tmp_path / name}", "run.accelerator=cpu", "run.precision=32-true")
+        train_diffusion(config)
+        held = tensor_bytes(torch.load(tmp_path / name / LAST, weights_only=True))
+        assert held == pytest.approx(budget(config).disk["a checkpoint"], rel=0.05), name
 
 
 def test_shards_tell_the_size(tiny, tiny_pictures):

@@ -55,6 +55,7 @@ class Autoencoder(pl.LightningModule):
         loss = config.loss
         self.discriminator = None
         if loss.adversarial_weight > 0:
+            torch.manual_seed(config.run.seed)
             self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
         self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
         channels = vae.config.latent_channels
@@ -65,7 +66,9 @@ class Autoencoder(pl.LightningModule):
             self.vae.to(memory_format=torch.channels_last)
         if config.run.compile:
             self.vae.encoder.compile()
-            self.vae.decoder.compile()
+            # Not the decoder as a whole: the adaptive weight takes gradients at its last layer alone, and twice of one graph
+            for block in (self.vae.decoder.mid_block, *self.vae.decoder.up_blocks):
+                block.compile()
 
     @property
     def step(self) -> int:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import tarfile
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def index_tars(folder: Path, shards: list[dict]) -> dict:
     if len(tars) < MANY:
         found = [index_tar(tar) for tar in tars]
     else:  # spawn, not fork: this process may run threads, which a fork would leave half-locked
-        with ProcessPoolExecutor(min(32, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
             found = list(pool.map(index_tar, tars, chunksize=8))
     for tar, samples, entry in zip(tars, found, shards):
         if len(samples) != entry["count"]:
@@ -214,7 +215,15 @@ class ShardSet:
     def open(cls, folder: str | Path) -> ShardSet:
         """Open a shard folder by its index, or by the tars' headers. Raises as `read_manifest`, `index_tars`."""
         folder, manifest = Path(folder), read_manifest(folder)
-        index = read_index(folder, manifest["shards"]) or index_tars(folder, manifest["shards"])
+        index = read_index(folder, manifest["shards"])
+        if index is None:
+            if len(manifest["shards"]) >= MANY:
+                warnings.warn(
+                    f"'{folder}' has no index of its {len(manifest['shards'])} tars: each process now reads their headers. Write one: "
+                    f"python data/make_shards.py --index '{folder}'",
+                    stacklevel=2,
+                )
+            index = index_tars(folder, manifest["shards"])
         return cls(folder, manifest, **index)
 
     def __len__(self) -> int:

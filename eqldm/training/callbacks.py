@@ -92,7 +92,12 @@ class SaveLast(Checkpoint):
 
 
 class EMA(EMAWeightAveraging):
-    """Lightning's EMA; its weights also take over where a resumed run has no step left to train, only to export."""
+    """Lightning's EMA, on the device that trains (Lightning sets it up before the weights are there, on the CPU); its weights also take
+    over where a resumed run has no step left to train, only to export."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
     def on_fit_end(self, trainer, pl_module) -> None:
         self.on_train_end(trainer, pl_module)

@@ -47,7 +47,7 @@ def prepare_run(config: StageConfig) -> Path | None:
     Raises ValueError where the folder holds a run with other options, or one that is past run.num_steps.
     """
     folder = Path(config.run.dir)
-    rank_zero_only(recover_folder)(folder / LAST)
+    recover_folder(folder / LAST)
     checkpoint = folder / LAST if (folder / LAST).exists() else None
     if checkpoint:
         _check_same_run(config)

@@ -11,6 +11,8 @@ from pytorch_lightning.callbacks import Callback
 
 from eqldm.config import RunConfig, StageConfig
 
+GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989)}  # GB of memory; TFLOP/s of dense bf16, by NVIDIA's data sheets
+
 
 def native_precision(accelerator: str) -> str:
     """bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times slower."""
@@ -57,7 +59,7 @@ class Utilisation(Callback):
     that tensors have taken of the device since the last log line.
 
     operations: floating-point operations of a step, per sample, nothing counted twice that is recomputed.
-    peak: FLOP/s of one device; None: by Lightning's table of devices; where that lacks the device, mfu is not logged.
+    peak: FLOP/s of one device; None: by Lightning's table of devices, or ours; where both lack the device, mfu is not logged.
     Source: model FLOPs utilisation, arXiv 2204.02311, appendix B.
     """
 
@@ -69,6 +71,9 @@ class Utilisation(Callback):
         if self.peak is None and device.type == "cuda":
             bf16 = resolved_precision(pl_module.config.run) == "bf16-mixed"
             self.peak = get_available_flops(device, torch.bfloat16 if bf16 else torch.float32)
+            if self.peak is None and bf16:  # Lightning's table knows an H200 by other names than its driver gives
+                name = torch.cuda.get_device_name(device)
+                self.peak = next((1e12 * peak for known, (_, peak) in GPUS.items() if known in name), None)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         rate = trainer.callback_metrics.get("train/samples_per_second")

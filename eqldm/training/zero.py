@@ -26,6 +26,8 @@ from eqldm.training.callbacks import check_finite
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
 AVERAGE = "ema"  # among the optimizer's state
+BUCKET = 50_000_000  # gradients reduced at once, of each of two buffers; DeepSpeed's 500 million would take gigabytes
+LIVE = 100_000_000  # weights that stage 3 keeps gathered; DeepSpeed's thousand million are more than Stable Diffusion's UNet has
 
 
 def zero_config(config: DiffusionConfig, precision: str, overlap: bool) -> dict:
@@ -33,13 +35,22 @@ def zero_config(config: DiffusionConfig, precision: str, overlap: bool) -> dict:
 
     precision: 32-true or bf16-mixed.  overlap: reduce gradients beside the backward pass, which needs CUDA's streams.
     """
-    clip_norm = config.optimizer.clip_norm
+    clip_norm, stage = config.optimizer.clip_norm, ZERO[config.run.strategy]
+    live = {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE} if stage == 3 else {}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size(config),
         "gradient_clipping": clip_norm if math.isfinite(clip_norm) else 0.0,
         "zero_allow_untested_optimizer": True,  # of ours it asks no more than of any: a step over flat tensors
-        "zero_optimization": {"stage": ZERO[config.run.strategy], "contiguous_gradients": True, "overlap_comm": overlap},
-        "torch_autocast": {"enabled": precision == "bf16-mixed", "dtype": "bfloat16"},
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": overlap,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            **live,
+        },
+        # No module may be sent in bfloat16: DeepSpeed would sum the gradients of convolutions in it, DDP does not
+        "torch_autocast": {"enabled": precision == "bf16-mixed", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
 
 
@@ -135,6 +146,7 @@ class ZeROWeights(Callback):
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         if self.ema:
+            _link_state(trainer.strategy.deepspeed_engine)
             self.kept, self.swapped = whole_weights(pl_module), True
             _put(pl_module, whole_weights(pl_module, AVERAGE))
 
@@ -144,10 +156,38 @@ class ZeROWeights(Callback):
             self.kept, self.swapped = {}, False
 
     def on_fit_end(self, trainer, pl_module) -> None:
+        if self.ema:
+            _link_state(trainer.strategy.deepspeed_engine)
         weights = whole_weights(pl_module, AVERAGE if self.ema else None)
+        weights |= frozen_weights(pl_module)
         if trainer.is_global_zero:
             for name, parameter in pl_module.named_parameters():
                 parameter.data = weights.get(name, parameter.data)
+
+
+def _link_state(engine) -> None:
+    """Lets DeepSpeed find the optimizer's state of each weight. Stages 1 and 2 look for it once, after the first group of weights has
+    taken its first step, when the other groups have none; and not at all where a resumed run takes no step."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_hp_optimizer_states_linked"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def frozen_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights by name that do not train and that stage 3 has sharded, whole, on process 0's CPU; {} on the others.
+
+    To be called by all processes.
+    """
+    import deepspeed
+
+    weights, main = {}, torch.distributed.get_rank() == 0
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if main:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
 
 
 def whole_weights(module: nn.Module, state: str | None = None) -> dict[str, Tensor]:
