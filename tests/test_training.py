@@ -246,3 +246,13 @@ def test_errors_of_train_are_one_line(configured, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="^error: .*'/nowhere' is not a folder"):
         importlib.import_module("train").main()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_autoencoder_with_a_late_discriminator_computes_the_same(configured, tmp_path):
+    options = ["run.num_steps=3", "loss.adversarial_weight=0.5", "loss.adversarial_start=1", "loss.discriminator_layers=1",
+               "loss.discriminator_channels=8", "equivariance.group=d4", "equivariance.consistency_weight=0.1"]  # fmt: skip
+    folders = [train_autoencoder(configured(*options, f"run.compile={on}", f"run.dir={tmp_path / on}")) for on in ("false", "true")]
+    a, b = (load_vae(folder).state_dict() for folder in folders)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
