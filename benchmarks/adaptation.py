@@ -7,14 +7,13 @@ fold) with nothing trained. Every part runs once: a second call goes on. Writes 
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from steps import BASE, call, encode, evaluate, path, shards, slug, spread, spreads, study, table, train
+from steps import BASE, call, encode, evaluate, logged, path, shards, slug, spread, spreads, study, table, train
 
 METHODS = {  # name: (config, whether the VAE is aligned, options)
     "scratch": ("configs/glyphs/base_unet.yaml", False, []),
@@ -28,8 +27,7 @@ SWAP = {"letters read right": "generation/read_right", "KID": "generation/kid", 
 
 def curve(run: Path) -> dict[int, dict[str, float]]:
     """What a run logged at each validation, by step."""
-    with open(run / "logs" / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/loss")]
+    rows = logged(run, "val/loss")
     return {int(row["step"]) + 1: {name: float(row[column]) for name, column in CURVES.items()} for row in rows}
 
 

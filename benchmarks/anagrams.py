@@ -38,7 +38,8 @@ from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, letter_p
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.report import letter_matrix, markdown, models_sheet, reading_sheet
+from eqldm.evaluation.report import letter_matrix, models_sheet, reading_sheet
+from eqldm.markdown import markdown
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.training.speed import native_precision
 from eqldm.views import View, parse_view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import shlex
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eqldm.evaluation.report import markdown
+from eqldm.markdown import markdown
 from eqldm.model_folder import PRETRAINED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,12 @@ def evaluate(out: Path, model: Path, data: Path, *options) -> dict[str, float]:
         sys.exit(f"error: '{out}' holds an evaluation with other options ({shlex.join(before)}): remove it, or give another --out")
     (metrics,) = out.glob("*/metrics.json")
     return json.loads(metrics.read_text())
+
+
+def logged(run: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a run's log that hold a metric."""
+    with open(run / "logs" / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get(name)]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -12,7 +12,6 @@ On a CPU it shows that it works: give a small model (--model) and small pictures
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from steps import call, encode, path, shards, table
+from steps import call, encode, logged, path, shards, table
 from torchvision.models import VGG16_Weights, vgg16
 
 from eqldm.budget import STABLE_DIFFUSION
@@ -105,8 +104,7 @@ def make_vgg(home: Path) -> None:
 
 def measured(run: Path) -> dict[str, float]:
     """The medians of what a run logged, its first third left out: compilation, and memory that is still to be found."""
-    with open(run / "logs" / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train/samples_per_second")]
+    rows = logged(run, "train/samples_per_second")
     rows = rows[len(rows) // 3 :]
     found = {}
     for name in ("train/samples_per_second", "train/mfu", "train/max_memory_gb"):

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.shards import MANIFEST, index_tar, read_index, read_manifest, write_index, write_manifest, write_shard
+from eqldm.data.shards import MANIFEST, hash_file, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
 from eqldm.data.sources import PICTURES, PictureFolder, PictureTars, SavedDataset, Source, UnfitPicture
 
 DEFAULT_QUALITY = 95  # of jpg and webp
@@ -161,29 +161,28 @@ def index_folder(folder: str | Path, overwrite: bool = False) -> dict:
     if (folder / MANIFEST).exists() and not overwrite:
         raise ValueError(f"'{folder}' has a {MANIFEST} already: use --overwrite to write it anew")
     entries, kinds, sizes = [], {}, set()
-    for tar in tars:
-        samples = index_tar(tar)
+    found = index_tars(tars)
+    for tar, samples in zip(tars, found):
         digest = hashlib.sha256()
-        with open(tar, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            entries.append({"name": tar.name, "count": len(samples), "bytes": file.tell(), "sha256": digest.hexdigest()})
-            for sample in samples[:1]:
-                picture = next((ext for ext in sample if f".{ext}" in PICTURES), None)
-                if picture:
+        hash_file(digest, tar)
+        entries.append({"name": tar.name, "count": len(samples), "bytes": tar.stat().st_size, "sha256": digest.hexdigest()})
+        for sample in samples[:1]:
+            picture = next((ext for ext in sample if f".{ext}" in PICTURES), None)
+            if picture:
+                with open(tar, "rb") as file:
                     file.seek(sample[picture][0])
                     with Image.open(io.BytesIO(file.read(sample[picture][1]))) as opened:
                         sizes.add(opened.size)
-                elif not {"npy", "npz", "safetensors", "pt", "pth"} & sample.keys():
-                    raise ValueError(f"shard '{tar}' holds neither pictures nor latents: its files end in {sorted(sample)[1:]}")
-                kinds.setdefault("pictures" if picture else "latents", tar.name)
+            elif not {"npy", "npz", "safetensors", "pt", "pth"} & sample.keys():
+                raise ValueError(f"shard '{tar}' holds neither pictures nor latents: its files end in {sorted(sample)[1:]}")
+            kinds.setdefault("pictures" if picture else "latents", tar.name)
     if len(kinds) != 1:
         raise ValueError(f"'{folder}' must hold one kind of samples, got {kinds or 'none'}: one folder for each kind is wanted")
     square = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
     about = {"kind": next(iter(kinds)), "generator": {"name": "index"}}
     if "pictures" in kinds:
         about["image_size"] = next(iter(sizes))[0] if square else None
-    manifest = write_manifest(folder, entries, **about)
+    manifest = write_manifest(folder, entries, found, **about)
     console.print(f"{folder}: {manifest['count']} samples in {len(entries)} shards, kind {about['kind']}", highlight=False)
     return manifest
 

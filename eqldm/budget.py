@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,9 +32,10 @@ from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import MANIFEST, read_manifest
 from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER
-from eqldm.model_folder import check_model_folder, load_autoencoder
+from eqldm.markdown import markdown
+from eqldm.model_folder import check_model_folder, downsampling, unet_arguments, vae_arguments
 from eqldm.training.speed import GPUS
-from eqldm.training.zero import BUCKET, LIVE
+from eqldm.training.zero import BUCKET, LIVE, ZERO
 
 UTILISATION = 0.25  # of these TFLOP/s: MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
 COUNTS = (1, 8, 32)  # GPUs
@@ -92,7 +94,7 @@ class Budget:
 
     def memory(self, strategy: str, processes: int, micro_batch: int) -> float:
         """Bytes on each GPU: weights, gradients, AdamW's moments and the EMA in float32, and the activations of a micro-batch."""
-        frozen, stage = self.parameters - self.trained, int(strategy[-1]) if strategy.startswith("zero") else 0
+        frozen, stage = self.parameters - self.trained, ZERO.get(strategy, 0)
         share = self.trained / processes
         weights = share + min(LIVE, self.trained) if stage == 3 else self.trained
         gradients = share if stage >= 2 else self.trained
@@ -107,21 +109,16 @@ class Budget:
 def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
     """What the run needs. Raises ValueError where the pictures' size is not known; FileNotFoundError, ValueError as the loaders."""
     size, notes = _image_size(config), []
-    with torch.device("meta"):
-        build = _autoencoder if isinstance(config, AutoencoderConfig) else _diffusion
-        networks, step, kept = build(config, size, notes)
-    with FakeTensorMode():
-        for network in networks.values():
-            _fake(network)
+    with _fakes(config, size, notes) as (networks, step, kept):
         one, two = _measure(step, networks, 1), _measure(step, networks, 2)
         encoding = _encoding(networks, size) if isinstance(config, DiffusionConfig) and "vae" in networks else 0.0
     average = bool(config.optimizer.ema_decay)
-    trained = sum(_count(network, trained=True) for network in networks.values())
-    disk = {"a checkpoint": 4.0 * (kept * (1 + average) + 2 * trained)}
-    if isinstance(config, DiffusionConfig) and config.vae != "pixels":
+    counts = {name: (_count(network), _count(network, trained=True)) for name, network in networks.items()}
+    disk = {"a checkpoint": 4.0 * (kept * (1 + average) + 2 * sum(trained for _, trained in counts.values()))}
+    if isinstance(config, DiffusionConfig) and "vae" in networks:
         disk |= _latent_disk(networks, size)
     return Budget(
-        networks={name: (_count(network), _count(network, trained=True)) for name, network in networks.items()},
+        networks=counts,
         averaged=kept if average else 0,
         operations=two[0] - one[0],
         activations=two[1] - one[1],
@@ -136,15 +133,20 @@ def operations(config: AutoencoderConfig | DiffusionConfig) -> float:
     """Floating-point operations of a training step, per picture; what gradient checkpointing recomputes is not counted again."""
     if isinstance(config, DiffusionConfig):
         config = replace(config, gradient_checkpointing=False)
-    return budget(config).operations
+    with _fakes(config, _image_size(config), []) as (networks, step, _):
+        return _measure(step, networks, 1)[0]
 
 
 def report(config: StageConfig, need: Budget) -> list[str]:
     """The lines of a run's budget, in Markdown."""
+
+    def table(heading: list[str], rows: list[list[str]]) -> list[str]:
+        return markdown(heading, rows).splitlines()
+
     micro, pictures = micro_batch_size(config), config.run.num_steps * config.data.batch_size
-    strategies = ("ddp",) if isinstance(config, AutoencoderConfig) else ("ddp", "zero1", "zero2", "zero3")
+    strategies = ("ddp",) if isinstance(config, AutoencoderConfig) else ("ddp", *ZERO)
     lines = [line for note in need.notes for line in (note, "")]
-    lines += _table(
+    lines += table(
         ["network", "parameters, M", "of them trained, M"],
         [[name, f"{count / 1e6:.1f}", f"{trained / 1e6:.1f}"] for name, (count, trained) in need.networks.items()],
     )
@@ -153,13 +155,13 @@ def report(config: StageConfig, need: Budget) -> list[str]:
     micros = [max(1, min(micro, config.data.batch_size // count)) for count in COUNTS]
     lines += ["", f"GB on each GPU, of {' or '.join(map(str, dict.fromkeys(micros)))} pictures at a time:", ""]
     rows = [[name, *(f"{need.memory(name, count, m) / 1e9:.1f}" for count, m in zip(COUNTS, micros))] for name in strategies]
-    lines += _table(["strategy", *(f"{count} GPU{'s' * (count > 1)} x {m}" for count, m in zip(COUNTS, micros))], rows)
+    lines += table(["strategy", *(f"{count} GPU{'s' * (count > 1)} x {m}" for count, m in zip(COUNTS, micros))], rows)
     lines += ["", f"Hours, and pictures/s to be read, at {UTILISATION:.0%} of the GPUs' bf16 peak:", ""]
     rows = []
     for name, (_, peak) in GPUS.items():
         rates = [count * UTILISATION * peak * 1e12 / need.operations for count in COUNTS]
         rows.append([name, *(f"{pictures / rate / 3600:.1f} h, {rate:.0f}/s" for rate in rates)])
-    lines += _table(["GPU", *map(str, COUNTS)], rows)
+    lines += table(["GPU", *map(str, COUNTS)], rows)
     if need.encoding:
         hours = 1e6 * need.encoding / (UTILISATION * GPUS["A100"][1] * 1e12) / 3600
         lines += [
@@ -168,10 +170,6 @@ def report(config: StageConfig, need: Budget) -> list[str]:
         ]
     lines += ["", "Disk: " + "; ".join(f"{name} {_size(count)}" for name, count in need.disk.items())]
     return lines
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _size(count: float) -> str:
@@ -188,14 +186,10 @@ def _image_size(config: StageConfig) -> int:
     if (Path(config.data.train) / MANIFEST).is_file():
         if read_manifest(config.data.train).get("kind") != "latents":
             return PictureSamples(config.data.train).image_size[0]
-        return LatentSamples(config.data.train)[0]["moments"].shape[-1] * _factor(_network_config(config.vae, "vae", []))
+        return LatentSamples(config.data.train)[0]["moments"].shape[-1] * downsampling(_vae(_network_config(config.vae, "vae", [])))
     if config.data.image_size:
         return config.data.image_size
     raise ValueError(f"'{config.data.train}' holds no shards yet: set data.image_size to the pictures' side, px")
-
-
-def _factor(vae: dict) -> int:
-    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def _network_config(model: str, part: str, notes: list[str]) -> dict:
@@ -205,17 +199,34 @@ def _network_config(model: str, part: str, notes: list[str]) -> dict:
         note = f"'{model}' is not on this disk: counted as Stable Diffusion 1.5's"
         notes += [] if note in notes else [note]
         return STABLE_DIFFUSION[part]
-    if part == "vae":
-        return dict(load_autoencoder(folder).config)
-    kind = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextConfig}[part]
-    path = check_model_folder(folder, (part,)) / part
-    return kind.load_config(path) if part == "unet" else CLIPTextConfig.from_pretrained(path).to_dict()
+    if part == "text_encoder":
+        return CLIPTextConfig.from_pretrained(check_model_folder(folder, (part,)) / part).to_dict()
+    return vae_arguments(folder) if part == "vae" else unet_arguments(folder)
+
+
+def _vae(arguments: dict) -> AutoencoderKL:
+    with torch.device("meta"):
+        return AutoencoderKL(**arguments)
+
+
+@contextmanager
+def _fakes(
+    config: AutoencoderConfig | DiffusionConfig, size: int, notes: list[str]
+) -> Iterator[tuple[dict[str, nn.Module], Callable, int]]:
+    """What `_autoencoder` or `_diffusion` gives, as fake tensors, within whose mode the block runs."""
+    build = _autoencoder if isinstance(config, AutoencoderConfig) else _diffusion
+    with torch.device("meta"):
+        networks, step, kept = build(config, size, notes)
+    with FakeTensorMode():
+        for network in networks.values():
+            _fake(network)
+        yield networks, step, kept
 
 
 def _autoencoder(config: AutoencoderConfig, size: int, notes: list[str]) -> tuple[dict[str, nn.Module], Callable, int]:
     """The networks of stage 1, a training step on pictures of a count, and the parameters that the EMA copies."""
     arguments = config.architecture if config.init == "scratch" else _network_config(config.model, "vae", notes)
-    vae = AutoencoderKL(**{name: value for name, value in arguments.items() if not name.startswith("_")}).train()
+    vae = _vae(arguments).train()
     networks: dict[str, nn.Module] = {"vae": vae}
     loss, vgg = config.loss, None
     if loss.adversarial_weight > 0:
@@ -252,8 +263,8 @@ def _autoencoder(config: AutoencoderConfig, size: int, notes: list[str]) -> tupl
 
 def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[dict[str, nn.Module], Callable, int]:
     """As `_autoencoder`, of stage 2. The step begins at the latents: their shards, and those of prompts, are made once, before."""
-    vae = None if config.vae == "pixels" else _network_config(config.vae, "vae", notes)
-    channels, side = (3, size) if vae is None else (vae["latent_channels"], size // _factor(vae))
+    vae = None if config.vae == "pixels" else _vae(_network_config(config.vae, "vae", notes)).requires_grad_(False)
+    channels, side = (3, size) if vae is None else (vae.config.latent_channels, size // downsampling(vae))
     if config.init == "scratch":
         text = {**TEXT_ENCODER, **config.text_encoder, **VOCABULARY}
         notes.append(
@@ -265,14 +276,14 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     width, length = text.config.hidden_size, text.config.max_position_embeddings
     unet = config.unet or _network_config(config.model, "unet", notes)
     sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
-    unet = UNet2DConditionModel(**{**{name: value for name, value in unet.items() if not name.startswith("_")}, **sizes}).train()
+    unet = UNet2DConditionModel(**{**unet, **sizes}).train()
     if config.adapt == "lora":
         add_lora(unet, config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text}
     if vae is not None:
-        networks["vae"] = AutoencoderKL(**{name: value for name, value in vae.items() if not name.startswith("_")}).requires_grad_(False)
+        networks["vae"] = vae
 
     def step(count: int) -> list[Tensor]:
         if config.train_text_encoder:
@@ -296,8 +307,8 @@ def _encoding(networks: dict[str, nn.Module], size: int) -> float:
 
 def _latent_disk(networks: dict[str, nn.Module], size: int) -> dict[str, float]:
     """Bytes of the latent shards that data/encode_latents.py makes, in float16."""
-    vae, text = networks["vae"].config, networks["text_encoder"].config
-    moments = 2 * 2 * vae.latent_channels * (size // _factor(vae)) ** 2
+    vae, text = networks["vae"], networks["text_encoder"].config
+    moments = 2 * 2 * vae.config.latent_channels * (size // downsampling(vae)) ** 2
     embeds = 2 * text.max_position_embeddings * text.hidden_size
     return {"latents of 1 M pictures": 1e6 * moments, "with prompt embeddings": 1e6 * (moments + embeds)}
 

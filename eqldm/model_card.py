@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from eqldm.markdown import markdown
+
 CARD = "README.md"
 TAGS = ["equivariant-latents", "visual-anagrams"]
 
@@ -36,13 +38,11 @@ def model_card(title: str, about: str, facts: dict[str, str], metrics: dict[str,
     if base:
         facts = {"base": f"{base} (licence: {found or 'it states none; look it up, for it binds this model too'})", **facts}
     data = ModelCardData(license=found, base_model=base, library_name="diffusers", tags=TAGS)
-    rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    measured = [f"| `{name}` | {value:.4g} |" for name, value in sorted(metrics.items())]
-    return "\n".join(
-        ["---", data.to_yaml().strip(), "---", "", f"# {title}", "", about, "", "| | |", "|---|---|", *rows]
-        + (["", "At the last validation of the training:", "", "| metric | |", "|---|---|", *measured] if measured else [])
-        + ["", "All options:", "", "```yaml", options.strip(), "```", ""]
-    )
+    parts = ["---", data.to_yaml().strip(), "---", "", f"# {title}", "", about, "", markdown(["", ""], list(facts.items()))]
+    if metrics:
+        measured = [[f"`{name}`", f"{value:.4g}"] for name, value in sorted(metrics.items())]
+        parts += ["At the last validation of the training:", "", markdown(["metric", ""], measured)]
+    return "\n".join([*parts, "All options:", "", "```yaml", options.strip(), "```", ""])
 
 
 def carried_card(source: str | Path, then: str) -> str | None:

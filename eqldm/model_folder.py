@@ -100,11 +100,31 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
     folder = Path(folder)
     if folder.is_file():
         return read_single_file(folder)
-    alone = not (folder / "vae").is_dir() and _class_name(folder) == "AutoencoderKL"
-    folder = folder if alone else check_model_folder(folder, ("vae",)) / "vae"
+    folder = _vae_folder(folder)
     if _class_name(folder) == "Pixels":
         return Pixels().eval()
     return _load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+
+
+def _vae_folder(folder: Path) -> Path:
+    """Where the VAE of a model folder lies; an AutoencoderKL folder itself."""
+    alone = not (folder / "vae").is_dir() and _class_name(folder) == "AutoencoderKL"
+    return folder if alone else check_model_folder(folder, ("vae",)) / "vae"
+
+
+def vae_arguments(folder: str | Path) -> dict:
+    """The arguments that the VAE of `load_vae` was made with; no weights are read but a single file's. Raises as the loaders."""
+    folder = Path(folder)
+    return _arguments(read_single_file(folder).config if folder.is_file() else AutoencoderKL.load_config(_vae_folder(folder)))
+
+
+def unet_arguments(folder: str | Path) -> dict:
+    """The arguments that a model folder's UNet was made with; no weights are read. Raises as the loaders."""
+    return _arguments(UNet2DConditionModel.load_config(check_model_folder(folder, ("unet",)) / "unet"))
+
+
+def _arguments(config: dict) -> dict:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _class_name(folder: Path) -> str | None:

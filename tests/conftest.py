@@ -168,3 +168,24 @@ def write_tiny_options(path: Path, shards: Path, **run) -> Path:
 def _write_tiny_options() -> Callable[..., Path]:
     """The function above: `write_tiny_options(path, shards, **run)`."""
     return write_tiny_options
+
+
+def write_tiny_unet_options(path: Path, pictures: Path, model: Path, **run) -> Path:
+    """A config of stage 2 at `path`: the tiny model's UNet, on pictures; for the run folder `run` beside it. `run`: options of the run."""
+    options = {
+        "stage": "diffusion",
+        "init": "pretrained",
+        "model": str(model),
+        "vae": str(model),
+        "data": {"train": str(pictures), "val": str(pictures), "batch_size": 4, "num_workers": 0, "val_samples": 8},
+        "run": {"precision": "32-true", "accelerator": "cpu", "dir": str(path.parent / "run"), "log_every": 1, **run},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.5, "clip_norm": 0.1},
+    }
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+@pytest.fixture(name="write_tiny_unet_options", scope="session")
+def _write_tiny_unet_options() -> Callable[..., Path]:
+    """The function above: `write_tiny_unet_options(path, pictures, model, **run)`."""
+    return write_tiny_unet_options

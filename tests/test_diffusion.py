@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import os
 import subprocess
@@ -16,7 +15,6 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
 
 from eqldm.anagram.preview import SampleGrid
 from eqldm.anagram.sampling import Sampler
@@ -28,6 +26,7 @@ from eqldm.diffusion.module import LatentDiffusion, train_diffusion
 from eqldm.model_folder import load_unet, load_vae
 from eqldm.training.run_folder import LAST
 from eqldm.views import IDENTITY
+from runs import logged, weights
 
 ROOT = Path(__file__).parents[1]
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -102,15 +101,6 @@ def configure(tmp_path, tiny_latents, tiny_model_folder):
 def module_of(config) -> LatentDiffusion:
     vae = load_vae(config.vae)
     return LatentDiffusion(config, vae, build_networks(config, vae, 32, ["picture 1"]))
-
-
-def weights(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
-    return load_file(next((folder / part).glob("*.safetensors")))
-
-
-def logged(run: Path, name: str) -> list[float]:
-    with open(run / "logs" / "metrics.csv", newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def difference(start: Path, one: Path, other: Path, part: str = "unet") -> float:

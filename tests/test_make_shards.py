@@ -251,9 +251,9 @@ def test_a_data_set_of_hugging_face(tmp_path, capsys):
 
 
 def test_index(tmp_path):
-    entry = write_shard(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": _jpeg(24), "txt": "x"} for n in range(3)])
+    entry = write_shard(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": jpeg(24, 24), "txt": "x"} for n in range(3)])
     with tarfile.open(tmp_path / "b.tar", "w") as tar:  # as `tar -cf` names things: a leading folder, dots in it
-        for name, content in (("./v1.0/7.jpg", _jpeg(24)), ("./v1.0/7.txt", b"seven"), ("./v1.0/8.jpg", _jpeg(24))):
+        for name, content in (("./v1.0/7.jpg", jpeg(24, 24)), ("./v1.0/7.txt", b"seven"), ("./v1.0/8.jpg", jpeg(24, 24))):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -268,17 +268,11 @@ def test_index(tmp_path):
     assert index_folder(tmp_path, overwrite=True) == read_manifest(tmp_path)
 
 
-def _jpeg(size: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(size, size).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 def test_index_tells_kinds(tmp_path):
     write_shard(tmp_path / "a.tar", [{"__key__": "0", "npy": np.zeros(3)}])
     manifest = index_folder(tmp_path)
     assert manifest["kind"] == "latents" and "image_size" not in manifest
-    write_shard(tmp_path / "b.tar", [{"__key__": "0", "jpg": _jpeg(8)}])
+    write_shard(tmp_path / "b.tar", [{"__key__": "0", "jpg": jpeg(8, 8)}])
     with pytest.raises(ValueError, match="must hold one kind"):
         index_folder(tmp_path, overwrite=True)
     (tmp_path / "b.tar").unlink()

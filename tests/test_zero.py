@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -11,47 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from eqldm.config import load_config
 from eqldm.diffusion.module import train_diffusion
 from eqldm.training.run_folder import LAST, checkpoint_step
 from eqldm.training.zero import ZERO, AdamWEMA, zero_config
+from runs import logged, weights
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory, tiny_pictures, tiny_model_folder) -> Path:
+def options(tmp_path_factory, tiny_pictures, tiny_model_folder, write_tiny_unet_options) -> Path:
     """A config of three steps of the tiny model, on pictures."""
     path = tmp_path_factory.mktemp("zero") / "options.yaml"
-    file = {
-        "stage": "diffusion",
-        "init": "pretrained",
-        "model": str(tiny_model_folder),
-        "vae": str(tiny_model_folder),
-        "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 8},
-        "run": {"dir": str(path.parent / "run"), "num_steps": 3, "precision": "32-true", "accelerator": "cpu",
-                "log_every": 1, "val_every": 3},
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": 0.5, "clip_norm": 0.1},
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(file))
-    return path
+    return write_tiny_unet_options(path, tiny_pictures, tiny_model_folder, num_steps=3, val_every=3)
+
+
+def python(*words) -> subprocess.CompletedProcess:
+    """A process of one thread, in the repository."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def train(options: Path, run: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
-    words = [sys.executable, "train.py", str(options), f"run.dir={run}", f"run.devices={processes}", *overrides]
-    return subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "unet").glob("*.safetensors")))
-
-
-def logged(run: Path, name: str) -> list[float]:
-    with open(run / "logs" / "metrics.csv", newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+    return python("train.py", options, f"run.dir={run}", f"run.devices={processes}", *overrides)
 
 
 @pytest.mark.parametrize("strategy", ZERO)
@@ -96,7 +80,7 @@ def test_adamw_with_the_average_steps_as_adamw_and_averages(tmp_path):
 def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
     """A run that a signal of the scheduler ends at a step, with a checkpoint."""
     code = (
-        "import os, signal, sys, train, pytorch_lightning as pl\n"
+        "import signal, train\n"
         "from eqldm.training.callbacks import SaveLast\n"
         "def told(self, trainer, *_, go_on=SaveLast.on_train_batch_end):\n"
         f"    self.told = signal.SIGUSR1 if trainer.global_step == {step} else None\n"
@@ -106,10 +90,7 @@ def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
     )
     script = run.parent / f"{run.name}_stop.py"
     script.write_text(code)
-    words = [sys.executable, str(script), str(options), f"run.dir={run}", "run.devices=2", *overrides]
-    done = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = python(script, options, f"run.dir={run}", "run.devices=2", *overrides)
     assert done.returncode == 75 and f"at step {step}, with a checkpoint" in done.stdout, done.stderr[-3000:]
 
 
@@ -181,10 +162,8 @@ def test_groups_of_weights_frozen_ones_and_an_export_that_was_missed(options, tm
         "t.zero_config = sharded\n"
         "train.main()\n"
     )
-    words = [sys.executable, str(script), str(options), f"run.dir={run}", "run.devices=2", *chosen]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for again in (False, True):
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = python(script, options, f"run.dir={run}", "run.devices=2", *chosen)
         assert done.returncode == 0, done.stderr[-3000:]
         check_same(options, one, run, least=1e-4 if trained == "lora" else 0.01)
         if not again:  # as if killed in its export
@@ -198,9 +177,8 @@ def test_deepspeeds_own_consolidation_gives_the_exported_weights(options, tmp_pa
     """`zero_to_fp32`, which lies in each of its checkpoints, without our code; and a run with no step left exports the same again."""
     run, chosen = tmp_path / "run", [f"run.strategy={strategy}", "optimizer.ema_decay=0"]
     assert train(options, run, *chosen).returncode == 0
-    script = run / LAST / "zero_to_fp32.py"
-    words = [sys.executable, str(script), str(run / LAST), str(tmp_path / "whole"), "--safe_serialization", "-t", "checkpoint"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    checkpoint = run / LAST
+    done = python(checkpoint / "zero_to_fp32.py", checkpoint, tmp_path / "whole", "--safe_serialization", "-t", "checkpoint")
     assert done.returncode == 0, done.stderr[-3000:]
     whole, exported = load_file(next((tmp_path / "whole").glob("*.safetensors"))), weights(run / "model")
     assert {name.removeprefix("unet.") for name in whole} == exported.keys()

@@ -71,9 +71,12 @@ def write_json(path: str | Path, content: dict) -> None:
     os.replace(beside, path)
 
 
-def write_manifest(folder: str | Path, shards: list[dict], **about) -> dict:
-    """Write the index, and `manifest.json`: the shards' entries, the total `count`, and whatever `about` states of their making."""
-    write_index(folder, shards)
+def write_manifest(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None, **about) -> dict:
+    """Write the index, and `manifest.json`: the shards' entries, the total `count`, and whatever `about` states of their making.
+
+    found: what `index_tars` gave for them, where it was read already.
+    """
+    write_index(folder, shards, found)
     manifest = {**about, "count": sum(entry["count"] for entry in shards), "shards": shards}
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest
@@ -136,17 +139,22 @@ def index_tar(path: str | Path) -> list[dict]:
     return samples
 
 
-def index_tars(folder: Path, shards: list[dict]) -> dict:
+def index_tars(tars: list[Path]) -> list[list[dict]]:
+    """`index_tar` of each, many of them by several processes."""
+    if len(tars) < MANY:
+        return [index_tar(tar) for tar in tars]
+    # spawn, not fork: this process may run threads, which a fork would leave half-locked
+    with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(index_tar, tars, chunksize=8))
+
+
+def make_index(folder: Path, shards: list[dict], found: list[list[dict]] | None = None) -> dict:
     """The index of a folder's tars, by their manifest entries: `{starts, keys, places: {extension: ...}}` as `ShardSet` has them.
 
     Raises ValueError as `index_tar`, and where a tar holds another number of samples than its entry says.
     """
     tars = [folder / entry["name"] for entry in shards]
-    if len(tars) < MANY:
-        found = [index_tar(tar) for tar in tars]
-    else:  # spawn, not fork: this process may run threads, which a fork would leave half-locked
-        with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(index_tar, tars, chunksize=8))
+    found = index_tars(tars) if found is None else found
     for tar, samples, entry in zip(tars, found, shards):
         if len(samples) != entry["count"]:
             raise ValueError(f"shard '{tar}' holds {len(samples)} samples, the manifest says {entry['count']}")
@@ -165,16 +173,16 @@ def _stamp(shards: list[dict]) -> str:
     ).hexdigest()
 
 
-def write_index(folder: str | Path, shards: list[dict]) -> None:
-    """Write the index of a folder's tars, beside its name and then renamed; several processes may do so at once. Raises as `index_tars`."""
+def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None) -> None:
+    """Write the index of a folder's tars, beside its name and then renamed; several processes may do so at once. Raises as `make_index`."""
     folder = Path(folder)
-    found = index_tars(folder, shards)
+    made = make_index(folder, shards, found)
     with TemporaryDirectory(dir=folder, prefix=f".{INDEX}-") as own:
         index = Path(own) / INDEX
         (index / "places").mkdir(parents=True)
         for name in ("starts", "keys"):
-            np.save(index / f"{name}.npy", found[name])
-        for name, places in found["places"].items():
+            np.save(index / f"{name}.npy", made[name])
+        for name, places in made["places"].items():
             np.save(index / "places" / f"{name}.npy", places)
         write_json(index / "about.json", {"shards": _stamp(shards)})
         try:
@@ -213,7 +221,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Open a shard folder by its index, or by the tars' headers. Raises as `read_manifest`, `index_tars`."""
+        """Open a shard folder by its index, or by the tars' headers. Raises as `read_manifest`, `make_index`."""
         folder, manifest = Path(folder), read_manifest(folder)
         index = read_index(folder, manifest["shards"])
         if index is None:
@@ -223,7 +231,7 @@ class ShardSet:
                     f"python data/make_shards.py --index '{folder}'",
                     stacklevel=2,
                 )
-            index = index_tars(folder, manifest["shards"])
+            index = make_index(folder, manifest["shards"])
         return cls(folder, manifest, **index)
 
     def __len__(self) -> int:

@@ -144,7 +144,7 @@ class PictureTars(Source):
                 picture = next((extension for extension in sample if f".{extension}" in PICTURES), None)
                 caption = None
                 if "txt" in sample:
-                    caption = content(sample["txt"]).decode(errors="replace").strip() or None
+                    caption = _text(content(sample["txt"]).decode(errors="replace"))
                 elif "json" in sample:
                     caption = _caption_of(content(sample["json"]))
                 yield key, name, lambda picture=picture, sample=sample: _picture_of(sample, picture, content), caption
@@ -164,8 +164,12 @@ def _caption_of(content: bytes) -> str | None:
         found = json.loads(content)
     except ValueError:
         return None
-    caption = found.get("caption") or found.get("text") if isinstance(found, dict) else None
-    return caption.strip() or None if isinstance(caption, str) else None
+    return _text(found.get("caption") or found.get("text")) if isinstance(found, dict) else None
+
+
+def _text(value: Any) -> str | None:
+    """A caption without the space around it; None for what is no text, or empty."""
+    return value.strip() or None if isinstance(value, str) else None
 
 
 @dataclass
@@ -203,9 +207,8 @@ class SavedDataset(Source):
         rows = _load_dataset(self.folder).cast_column(self.image_column, datasets.Image(decode=False))
         for number in range(*part):
             row = rows[number]
-            image, text = row[self.image_column], row[self.text_column]
-            caption = text.strip() or None if isinstance(text, str) else None
-            yield f"{number:09d}", f"row {number}", lambda image=image: _image_of(image), caption
+            image = row[self.image_column]
+            yield f"{number:09d}", f"row {number}", lambda image=image: _image_of(image), _text(row[self.text_column])
 
     def __str__(self) -> str:
         return f"the data set '{self.folder}'"

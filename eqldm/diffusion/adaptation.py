@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from eqldm.config import DiffusionConfig
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import Networks, Pixels, check_model_folder, downsampling, load_scheduler, load_text, make_scheduler
+from eqldm.model_folder import Networks, Pixels, downsampling, load_scheduler, load_text, make_scheduler, unet_arguments
 
 
 def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_size: int, captions: Iterable[str]) -> Networks:
@@ -34,7 +34,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
         scheduler = {"_class_name": "DDIMScheduler", **config.scheduler}
         if config.init == "scratch_unet":
             tokenizer, text_encoder = load_text(config.model)
-            architecture = config.unet or _architecture(config.model)
+            architecture = config.unet or unet_arguments(config.model)
             noise = make_scheduler(scheduler) if config.scheduler else load_scheduler(config.model)
         else:
             tokenizer = make_tokenizer(captions)
@@ -61,12 +61,6 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
         networks.unet.enable_gradient_checkpointing()
     networks.text_encoder.requires_grad_(config.train_text_encoder)
     return networks
-
-
-def _architecture(folder: str) -> dict:
-    """The arguments that a model folder's UNet was made with."""
-    config = UNet2DConditionModel.load_config(check_model_folder(folder, ("unet",)) / "unet")
-    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def start_unconditional(unet: UNet2DConditionModel) -> None:

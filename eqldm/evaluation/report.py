@@ -18,6 +18,7 @@ from torch import Tensor
 from eqldm.anagram.render import picture_sheet
 from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.judge import ANSWERS, LETTERS
+from eqldm.markdown import markdown
 from eqldm.model_folder import decode, encode
 from eqldm.views import View
 
@@ -45,11 +46,6 @@ def metric_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
 def markdown_table(results: dict[str, dict[str, float]]) -> str:
     """The metrics of all models as a Markdown table."""
     return markdown(["metric", *results], metric_rows(results))
-
-
-def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "".join("| " + " | ".join(line) + " |\n" for line in (heading, ["---"] * len(heading), *rows))
 
 
 def console_table(results: dict[str, dict[str, float]], title: str) -> Table:

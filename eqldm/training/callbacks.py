@@ -16,6 +16,13 @@ from torch import Tensor
 from eqldm.data.order import position_seed
 
 
+def not_written(path: Path, error: Exception) -> OSError:
+    """What to raise where a checkpoint could not be written."""
+    return OSError(
+        f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
+    )
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints written beside their name, then renamed; loaded with `weights_only=True`.
 
@@ -33,9 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             partial.unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
-            ) from error
+            raise not_written(path, error) from error
         os.replace(partial, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):

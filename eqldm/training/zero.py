@@ -13,6 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import Callback
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
-from eqldm.training.callbacks import check_finite
+from eqldm.training.callbacks import check_finite, not_written
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
@@ -86,9 +87,7 @@ class ZeRO(DeepSpeedStrategy):
         try:
             super().save_checkpoint(checkpoint, partial, storage_options)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            raise OSError(
-                f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
-            ) from error
+            raise not_written(path, error) from error
         self.barrier()
         if self.is_global_zero:
             about = {"global_step": checkpoint["global_step"], "processes": self.world_size}
@@ -146,9 +145,8 @@ class ZeROWeights(Callback):
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         if self.ema:
-            _link_state(trainer.strategy.deepspeed_engine)
             self.kept, self.swapped = whole_weights(pl_module), True
-            _put(pl_module, whole_weights(pl_module, AVERAGE))
+            _put(pl_module, averaged_weights(trainer, pl_module))
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         if self.swapped:
@@ -156,22 +154,24 @@ class ZeROWeights(Callback):
             self.kept, self.swapped = {}, False
 
     def on_fit_end(self, trainer, pl_module) -> None:
-        if self.ema:
-            _link_state(trainer.strategy.deepspeed_engine)
-        weights = whole_weights(pl_module, AVERAGE if self.ema else None)
+        weights = averaged_weights(trainer, pl_module) if self.ema else whole_weights(pl_module)
         weights |= frozen_weights(pl_module)
         if trainer.is_global_zero:
             for name, parameter in pl_module.named_parameters():
                 parameter.data = weights.get(name, parameter.data)
 
 
-def _link_state(engine) -> None:
-    """Lets DeepSpeed find the optimizer's state of each weight. Stages 1 and 2 look for it once, after the first group of weights has
-    taken its first step, when the other groups have none; and not at all where a resumed run takes no step."""
-    optimizer = engine.optimizer
+def averaged_weights(trainer: pl.Trainer, module: nn.Module) -> dict[str, Tensor]:
+    """The average of the trained weights by name, as `whole_weights`.
+
+    Stages 1 and 2 look for the optimizer's state of each weight once, after the first group of weights has taken its first step, when
+    the other groups have none; and not at all where a resumed run takes no step: here they look again.
+    """
+    optimizer = trainer.strategy.deepspeed_engine.optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+    return whole_weights(module, AVERAGE)
 
 
 def frozen_weights(module: nn.Module) -> dict[str, Tensor]:

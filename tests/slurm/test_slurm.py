@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from eqldm.model_folder import load_unet, load_vae
 from eqldm.training.run_folder import LAST
@@ -130,17 +129,9 @@ def test_at_its_time_limit_a_job_saves_requeues_itself_and_goes_on(slurm, tiny, 
     job.wait(job.ended)
 
 
-def test_zero_on_two_nodes(slurm, tiny_pictures, tiny_model_folder, tmp_path):
-    options = {
-        "stage": "diffusion",
-        "init": "pretrained",
-        "model": str(tiny_model_folder),
-        "vae": str(tiny_model_folder),
-        "data": {"train": str(tiny_pictures), "val": str(tiny_pictures), "batch_size": 4, "num_workers": 0, "val_samples": 4},
-        "run": {"dir": str(tmp_path / "run"), "num_steps": 3, "precision": "32-true", "accelerator": "cpu", "strategy": "zero2"},
-    }
-    (tmp_path / "unet.yaml").write_text(yaml.safe_dump(options))
-    job = Job(slurm, tmp_path, [*TRAIN, tmp_path / "unet.yaml"])
+def test_zero_on_two_nodes(slurm, tiny_pictures, tiny_model_folder, write_tiny_unet_options, tmp_path):
+    options = write_tiny_unet_options(tmp_path / "unet.yaml", tiny_pictures, tiny_model_folder, num_steps=3, strategy="zero2")
+    job = Job(slurm, tmp_path, [*TRAIN, options])
     job.wait(job.ended, 300)
     assert job.about("JobState") == "COMPLETED", job.log
     assert json.loads((tmp_path / "run" / LAST / "about.json").read_text()) == {"global_step": 3, "processes": 2}
