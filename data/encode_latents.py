@@ -125,7 +125,8 @@ def encode(args: argparse.Namespace) -> Path:
             done += count - len(unreadable)
             progress.update(task, advance=count, rate=f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
-        for n in mine:
+        for n, following in zip(mine, [*mine[1:], None]):
+            shards.fetch_ahead([n] if following is None else [n, following])
             before = len(skipped)
             samples = encoder.samples(int(shards.starts[n]), int(shards.starts[n + 1]), on_batch)
             try:
@@ -195,7 +196,7 @@ def _write_whole(path: Path, content: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="shard folder of pictures")
+    parser.add_argument("--data", required=True, help="shard folder of pictures, or the address of one")
     parser.add_argument("--model", required=True, help="model folder whose VAE encodes")
     parser.add_argument("--out", required=True, help="shard folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored moments")

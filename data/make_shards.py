@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.shards import MANIFEST, hash_file, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
+from eqldm.data.shards import MANIFEST, file_sha256, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
 from eqldm.data.sources import PICTURES, PictureFolder, PictureTars, SavedDataset, Source, UnfitPicture
 
 DEFAULT_QUALITY = 95  # of jpg and webp
@@ -163,9 +163,7 @@ def index_folder(folder: str | Path, overwrite: bool = False) -> dict:
     entries, kinds, sizes = [], {}, set()
     found = index_tars(tars)
     for tar, samples in zip(tars, found):
-        digest = hashlib.sha256()
-        hash_file(digest, tar)
-        entries.append({"name": tar.name, "count": len(samples), "bytes": tar.stat().st_size, "sha256": digest.hexdigest()})
+        entries.append({"name": tar.name, "count": len(samples), "bytes": tar.stat().st_size, "sha256": file_sha256(tar)})
         for sample in samples[:1]:
             picture = next((ext for ext in sample if f".{ext}" in PICTURES), None)
             if picture:

@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 @dataclass
 class DataConfig:
     train: str = MISSING
-    """Shard folder to train on."""
+    """Shard folder to train on, or the address of one (https://, s3://, pipe:COMMAND {name}; see eqldm/data/remote.py)."""
     val: str = MISSING
-    """Shard folder to validate on."""
+    """Shard folder to validate on, or the address of one."""
     image_size: Optional[int] = None
     """Side of the pictures, px, which the shards are checked against; None: whatever they hold."""
     batch_size: int = 32

@@ -148,7 +148,7 @@ def _file_name(view: View) -> str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder, whole or with vae/ alone")
-    parser.add_argument("--data", required=True, help="shard folder of held-out pictures")
+    parser.add_argument("--data", required=True, help="shard folder of held-out pictures, or the address of one")
     parser.add_argument("--out", required=True, help="folder for reports")
     parser.add_argument("--judge", help="judge folder, or none (pictures that are no letters); default: the shipped one, if any")
     parser.add_argument("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams; also of the equivariance")

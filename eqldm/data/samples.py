@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eqldm.data.order import epoch_order
+from eqldm.data.remote import check_cache, is_remote
 from eqldm.data.shards import ShardSet
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -55,7 +57,10 @@ class ShardSamples(Dataset):
 
     def __init__(self, folder: str | Path, seed: int | None, window: int):
         self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
+        if is_remote(folder):
+            check_cache(folder, self.shards.manifest["shards"], 1 if seed is None else window)
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a batch may straddle them
+        self._ahead = -1  # window of the stream, counted over epochs, up to which tars are being fetched
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -65,10 +70,30 @@ class ShardSamples(Dataset):
         epoch, place = divmod(position, len(self))
         if self.seed is None:
             return place
+        if is_remote(self.shards.folder):
+            self._fetch_ahead(position)
+        return int(self._order(epoch)[place])
+
+    def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders = {k: order for k, order in self._orders.items() if k == epoch - 1}
+            self._orders = {k: order for k, order in self._orders.items() if abs(k - epoch) == 1}
             self._orders[epoch] = epoch_order(self.shards.starts, self.seed, epoch, self.window)
-        return int(self._orders[epoch][place])
+        return self._orders[epoch]
+
+    def _fetch_ahead(self, position: int) -> None:
+        """At the start of each window of the stream: has its tars, and those of the next one, fetched in the background."""
+        num_shards = len(self.shards.starts) - 1
+        length = max(1, len(self) * min(self.window, num_shards) // num_shards)
+        if position // length <= self._ahead:
+            return
+        self._ahead = position // length
+        epoch, place = divmod(position, len(self))
+        order = self._order(epoch)[place : place + 2 * length]
+        if len(order) < 2 * length:
+            order = np.concatenate([order, self._order(epoch + 1)[: 2 * length - len(order)]])
+        shards = list(dict.fromkeys((np.searchsorted(self.shards.starts, order, side="right") - 1).tolist()))
+        first = os.getpid() % len(shards)  # reader processes begin with different ones
+        self.shards.fetch_ahead(shards[first:] + shards[:first])
 
 
 class PictureSamples(ShardSamples):

@@ -1,4 +1,4 @@
-"""WebDataset shards on disk: tars, their manifest, and an index that makes every sample addressable.
+"""WebDataset shards: tars, their manifest, and an index that makes every sample addressable.
 
 A shard folder holds `NAME-000000.tar`, `NAME-000001.tar`, ..., a `manifest.json`, and under `index/` where each file of each sample lies.
 Inside a tar, the files of one sample share a key: `000000007.png`, `000000007.txt` (the caption), `000000007.json` (labels). Any
@@ -27,6 +27,8 @@ import numpy as np
 import webdataset as wds
 
 from eqldm.atomic import replace_folder
+from eqldm.data import remote
+from eqldm.data.remote import is_remote
 
 MANIFEST = "manifest.json"
 INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy
@@ -50,10 +52,16 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
                 count += 1
         file.flush()
         os.fsync(file.fileno())
-    digest = hashlib.sha256()
-    hash_file(digest, beside)
+    sha256 = file_sha256(beside)
     os.replace(beside, path)
-    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": sha256}
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    hash_file(digest, path)
+    return digest.hexdigest()
 
 
 def hash_file(digest: hashlib._Hash, path: Path) -> None:
@@ -83,12 +91,22 @@ def write_manifest(folder: str | Path, shards: list[dict], found: list[list[dict
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a shard folder.
+    """The manifest of a shard folder, or of an address (see `remote`).
 
     Raises: FileNotFoundError where the folder, its manifest or one of the tars is missing; ValueError where a tar's
-    size differs from the manifest's (truncated or replaced), or the set is empty.
+    size differs from the manifest's (truncated or replaced), or the set is empty; OSError where an address gives no manifest.
     """
-    folder = Path(folder)
+    if is_remote(folder):
+        manifest = remote.fetch_json(folder, MANIFEST)
+        remote.check_entries(folder, manifest["shards"])
+    else:
+        manifest = _local_manifest(Path(folder))
+    if manifest["count"] == 0:
+        raise ValueError(f"data set '{folder}' is empty: its manifest counts 0 samples")
+    return manifest
+
+
+def _local_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         what = "has no manifest.json" if folder.is_dir() else "is not a folder"
@@ -106,8 +124,6 @@ def read_manifest(folder: str | Path) -> dict:
                 f"shard '{tar}' is truncated or was replaced: got {tar.stat().st_size} bytes, the manifest says "
                 f"{entry['bytes']}. Copy it again, or make the shards anew"
             )
-    if manifest["count"] == 0:
-        raise ValueError(f"data set '{folder}' is empty: its manifest counts 0 samples")
     return manifest
 
 
@@ -184,7 +200,8 @@ def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] 
             np.save(index / f"{name}.npy", made[name])
         for name, places in made["places"].items():
             np.save(index / "places" / f"{name}.npy", places)
-        write_json(index / "about.json", {"shards": _stamp(shards)})
+        files = {path.relative_to(own).as_posix(): file_sha256(path) for path in sorted(index.rglob("*.npy"))}
+        write_json(index / "about.json", {"shards": _stamp(shards), "files": files})
         try:
             replace_folder(folder / INDEX, index)
         except OSError:
@@ -196,13 +213,28 @@ def read_index(folder: Path, shards: list[dict]) -> dict | None:
     """The index that was written, mapped into memory; None where there is none of these tars."""
     index = folder / INDEX
     try:
-        if json.loads((index / "about.json").read_text())["shards"] != _stamp(shards):
-            return None
-        read = partial(np.load, mmap_mode="r", allow_pickle=False)
-        places = {path.name.removesuffix(".npy"): read(path) for path in sorted((index / "places").iterdir())}
-        return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
-    except FileNotFoundError:
+        about = json.loads((index / "about.json").read_text())
+        return _map(index, about["files"]) if about["shards"] == _stamp(shards) else None
+    except (FileNotFoundError, KeyError):  # none, or one that an early version wrote
         return None
+
+
+def _map(index: Path, files: Iterable[str]) -> dict:
+    read = partial(np.load, mmap_mode="r", allow_pickle=False)
+    places = {Path(name).stem: read(index / "places" / Path(name).name) for name in files if Path(name).parent.name == "places"}
+    return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
+
+
+def _remote_index(address: str, shards: list[dict]) -> dict:
+    """The index of a remote folder, in the cache. Raises OSError, ValueError where it is not there, or of other tars."""
+    how = "write it where the tars lie (python data/make_shards.py --index FOLDER), and put its folder beside them"
+    try:
+        about = remote.fetch_json(address, f"{INDEX}/about.json")
+    except OSError as error:
+        raise OSError(f"{error}. Shards elsewhere are read by their index: {how}") from error
+    if about["shards"] != _stamp(shards) or "files" not in about:
+        raise ValueError(f"the index of '{address}' is of other tars than its manifest: {how}")
+    return _map(remote.fetch_files(address, about["files"], f"index-{_stamp(shards)}"), about["files"])
 
 
 @dataclass(frozen=True)
@@ -213,7 +245,7 @@ class ShardSet:
     `starts`: [num_shards + 1], the number of the first sample of each shard.
     """
 
-    folder: Path
+    folder: Path | str
     manifest: dict
     keys: np.ndarray
     places: dict[str, np.ndarray]
@@ -221,8 +253,14 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Open a shard folder by its index, or by the tars' headers. Raises as `read_manifest`, `make_index`."""
-        folder, manifest = Path(folder), read_manifest(folder)
+        """Open a shard folder by its index, or by the tars' headers; or an address (see `remote`), by its index.
+
+        Raises as `read_manifest`, `make_index`; OSError, ValueError where an address has no index, or the cache is not set up.
+        """
+        manifest = read_manifest(folder)
+        if is_remote(folder):
+            return cls(folder, manifest, **_remote_index(folder, manifest["shards"]))
+        folder = Path(folder)
         index = read_index(folder, manifest["shards"])
         if index is None:
             if len(manifest["shards"]) >= MANY:
@@ -252,10 +290,15 @@ class ShardSet:
     def read(self, number: int, extension: str) -> bytes:
         """The bytes of one file of one sample. Raises ValueError that names the tar where it ends too early."""
         offset, size = self.places[extension][number]
-        path = self.folder / self.manifest["shards"][self.shard_of(number)]["name"]
-        with open(path, "rb") as file:
+        entry = self.manifest["shards"][self.shard_of(number)]
+        with remote.open_tar(self.folder, entry) if is_remote(self.folder) else open(self.folder / entry["name"], "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise ValueError(f"shard '{path}' ended while reading sample '{self.keys[number]}': it was truncated after the start")
+            raise ValueError(f"shard '{file.name}' ended while reading sample '{self.keys[number]}': it was truncated after the start")
         return content
+
+    def fetch_ahead(self, numbers: Iterable[int]) -> None:
+        """Has a remote folder's shards, by number, fetched in the background, in this order."""
+        if is_remote(self.folder):
+            remote.fetch_ahead(self.folder, [self.manifest["shards"][number] for number in numbers])

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from eqldm.anagram.preview import validation_sampler
 from eqldm.config import DiffusionConfig
+from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import read_manifest
 from eqldm.evaluation.anagram import generation_metrics, plain_letters, read_letters
@@ -26,16 +27,16 @@ class LetterMonitor(pl.Callback):
     """
 
     def __init__(self, config: DiffusionConfig):
-        self.config, self.folder = config, Path(config.data.val)
+        self.config, self.folder = config, config.data.val
         manifest = read_manifest(self.folder)
         if manifest.get("kind") == "latents":
             pictures = manifest.get("pictures")
-            if not pictures or not Path(pictures).is_dir():
+            if not pictures or not (is_remote(pictures) or Path(pictures).is_dir()):
                 raise ValueError(
                     f"val_letters={config.val_letters} needs the pictures of data.val, but '{pictures}', which its latents were "
                     "made of, is not there: bring it back, or set val_letters=0"
                 )
-            self.folder = Path(pictures)
+            self.folder = pictures
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -26,6 +26,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.atomic import recover_folder
 from eqldm.config import StageConfig, to_yaml
+from eqldm.data.remote import is_remote
 from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
 from eqldm.model_card import model_card
 from eqldm.training.zero import ABOUT
@@ -155,13 +156,13 @@ def input_digests(config: StageConfig) -> dict[str, str]:
     Raises FileNotFoundError where one is missing.
     """
     flat = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-    return {name: _digest(Path(flat[name])) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
+    return {name: _digest(flat[name]) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
 
 
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    if (folder / MANIFEST).is_file():
-        digest.update(json.dumps([entry["sha256"] for entry in read_manifest(folder)["shards"]]).encode())
+def _digest(source: str) -> str:
+    digest, folder = hashlib.sha256(), Path(source)
+    if is_remote(source) or (folder / MANIFEST).is_file():
+        digest.update(json.dumps([entry["sha256"] for entry in read_manifest(source)["shards"]]).encode())
         return digest.hexdigest()[:16]
     weights = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     if not weights:
