@@ -8,7 +8,7 @@ from pathlib import Path
 import glyphs
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples, collate
@@ -64,3 +64,13 @@ def test_stock_diffusers_opens_them(name):
     picture = pipeline("the letter A", num_inference_steps=15, guidance_scale=5.0, generator=generator, output_type="pt").images
     letter = Judge.open()(picture.float() * 2 - 1)
     assert letter.tolist() == [0]
+    # Image to image: a little noise gives the picture back, much of it the other letter
+    from_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    from_image.set_progress_bar_config(disable=True)
+
+    def redrawn(prompt: str, strength: float) -> torch.Tensor:
+        options = {"strength": strength, "num_inference_steps": 20, "guidance_scale": 5.0, "generator": generator}
+        return from_image(prompt, image=picture.float(), output_type="pt", **options).images.float()
+
+    assert (redrawn("the letter A", 0.1) - picture).square().mean() < 10**-2.2  # 22 dB
+    assert Judge.open()(redrawn("the letter B", 0.9) * 2 - 1).tolist() == [1]
