@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from eqldm.data.making import UNFINISHED
 from eqldm.data.samples import PictureSamples, collate, pack_array
@@ -53,26 +53,33 @@ def pick_device(rank: int) -> torch.device:
 
 
 class Encoder:
-    """Encodes one shard at a time: `encoder.samples(first, last)` yields the latent samples of a range of pictures."""
+    """Encodes shards in turn: `encoder.samples(n)` yields the latent samples of shard n, the next of those that `encoder.read` was given.
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.pictures = PictureSamples(args.data, need_captions=args.prompt_embeds)
+    stride: of the shards of one process.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, stride: int = 1):
+        self.pictures = PictureSamples(args.data, need_captions=args.prompt_embeds, stride=stride)
         self.vae = load_vae(args.model).to(device)
         self.text = load_text(args.text_model or args.model) if args.prompt_embeds else None
         if self.text is not None:
             self.text[1].to(device)
         self.device, self.dtype, self.args = device, DTYPES[args.dtype], args
 
+    def _batches(self, n: int) -> list[range]:
+        first, last = (int(start) for start in self.pictures.shards.starts[n : n + 2])
+        return [range(start, min(start + self.args.batch_size, last)) for start in range(first, last, self.args.batch_size)]
+
+    def read(self, shards: list[int]) -> None:
+        """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
+        batches = [batch for n in shards for batch in self._batches(n)]
+        self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=collate))
+
     @torch.no_grad()
-    def samples(self, first: int, last: int, on_batch):
+    def samples(self, n: int, on_batch):
         """Latent samples in the form `write_shard` takes. Unreadable pictures are left out and named to `on_batch`."""
-        loader = DataLoader(
-            Subset(self.pictures, range(first, last)),
-            self.args.batch_size,
-            num_workers=self.args.num_workers,
-            collate_fn=collate,
-        )
-        for batch in loader:
+        for _ in self._batches(n):
+            batch = next(self.loader)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 moments = self.vae.encode(batch["x"].to(self.device)).latent_dist.parameters
             embeds = encode_prompts(*self.text, batch["caption"]).cpu() if self.text else None
@@ -99,7 +106,7 @@ def encode(args: argparse.Namespace) -> Path:
     Raises ValueError where `--out` holds, or is to hold, latents made with other options.
     """
     rank, world = process_rank()
-    encoder = Encoder(args, pick_device(rank))
+    encoder = Encoder(args, pick_device(rank), stride=world)
     shards, out = encoder.pictures.shards, Path(args.out)
     made = generator(args, encoder)
     about = {"kind": "latents", "vae_hash": made["vae"], "model": str(args.model), "pictures": str(args.data), "generator": made}
@@ -125,12 +132,11 @@ def encode(args: argparse.Namespace) -> Path:
             done += count - len(unreadable)
             progress.update(task, advance=count, rate=f"{done / (time.perf_counter() - start):.0f} pictures/s")
 
-        for n, following in zip(mine, [*mine[1:], None]):
-            shards.fetch_ahead([n] if following is None else [n, following])
+        encoder.read(mine)
+        for n in mine:
             before = len(skipped)
-            samples = encoder.samples(int(shards.starts[n]), int(shards.starts[n + 1]), on_batch)
             try:
-                entry = write_shard(out / shards.manifest["shards"][n]["name"], samples)
+                entry = write_shard(out / shards.manifest["shards"][n]["name"], encoder.samples(n, on_batch))
                 write_json(entries[n], {**entry, "skipped": skipped[before:]})
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -21,12 +21,17 @@ def epoch_order(starts: np.ndarray, seed: int, epoch: int, window: int) -> np.nd
     starts: [num_shards + 1], the first sample of each shard. Reading stays local: at most `window` shards are open.
     """
     rng = np.random.default_rng([seed, epoch])
-    shards = rng.permutation(len(starts) - 1)
+    shards = rng.permutation(len(starts) - 1)  # as `epoch_shards`
     parts = []
     for first in range(0, len(shards), window):
         numbers = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]])
         parts.append(rng.permutation(numbers))
     return np.concatenate(parts)
+
+
+def epoch_shards(num_shards: int, seed: int, epoch: int) -> np.ndarray:
+    """[num_shards] the order in which an epoch comes to the shards: window after window."""
+    return np.random.default_rng([seed, epoch]).permutation(num_shards)
 
 
 def position_seed(seed: int, position: int, purpose: str = "") -> int:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from eqldm.data.order import epoch_order
+from eqldm.data.order import epoch_order, epoch_shards
 from eqldm.data.remote import check_cache, is_remote
 from eqldm.data.shards import ShardSet
 
@@ -53,47 +53,53 @@ class ShardSamples(Dataset):
     """What both kinds share: the shards, and which sample a stream position shows.
 
     seed: of the order; None keeps the order of the shards (validation).  window: shards shuffled together.
+    stride: of the shards that a process reads, one in how many (for fetching ahead; without a seed).
     """
 
-    def __init__(self, folder: str | Path, seed: int | None, window: int):
-        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
-        if is_remote(folder):
-            check_cache(folder, self.shards.manifest["shards"], 1 if seed is None else window)
+    def __init__(self, folder: str | Path, seed: int | None, window: int, stride: int = 1):
+        self.shards, self.seed, self.window, self.stride = ShardSet.open(folder), seed, window, stride
+        if is_remote(folder):  # a window is read, the next one comes, and the slowest reader may be in the one before
+            check_cache(folder, self.shards.manifest["shards"], 2 * stride if seed is None else 3 * window)
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a batch may straddle them
-        self._ahead = -1  # window of the stream, counted over epochs, up to which tars are being fetched
+        self._asked = range(0)  # the positions of the window whose tars, and the next one's, were asked for
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def number(self, position: int) -> int:
         """The sample that a stream position shows."""
+        if is_remote(self.shards.folder) and get_worker_info() is not None and position not in self._asked:
+            self._fetch_ahead(position)
         epoch, place = divmod(position, len(self))
         if self.seed is None:
             return place
-        if is_remote(self.shards.folder):
-            self._fetch_ahead(position)
-        return int(self._order(epoch)[place])
-
-    def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders = {k: order for k, order in self._orders.items() if abs(k - epoch) == 1}
+            self._orders = {k: order for k, order in self._orders.items() if k == epoch - 1}
             self._orders[epoch] = epoch_order(self.shards.starts, self.seed, epoch, self.window)
-        return self._orders[epoch]
+        return int(self._orders[epoch][place])
+
+    def windows(self, position: int) -> tuple[range, list[int], list[int]]:
+        """The stream positions of the window that one lies in, its shards, and the next window's."""
+        starts, (epoch, place) = self.shards.starts, divmod(position, len(self))
+        num_shards = len(starts) - 1
+        if self.seed is None:
+            shard = self.shards.shard_of(place)
+            following = [shard + self.stride] if shard + self.stride < num_shards else []
+            return range(starts[shard], starts[shard + 1]), [shard], following
+        shards = epoch_shards(num_shards, self.seed, epoch).tolist()
+        ends = np.cumsum(np.diff(starts)[shards]) + epoch * len(self)
+        first = int(np.searchsorted(ends, position, side="right")) // self.window * self.window
+        last = min(first + self.window, num_shards)
+        following = shards[last:] or epoch_shards(num_shards, self.seed, epoch + 1).tolist()
+        return range(ends[first - 1] if first else epoch * len(self), ends[last - 1]), shards[first:last], following[: self.window]
 
     def _fetch_ahead(self, position: int) -> None:
-        """At the start of each window of the stream: has its tars, and those of the next one, fetched in the background."""
-        num_shards = len(self.shards.starts) - 1
-        length = max(1, len(self) * min(self.window, num_shards) // num_shards)
-        if position // length <= self._ahead:
-            return
-        self._ahead = position // length
-        epoch, place = divmod(position, len(self))
-        order = self._order(epoch)[place : place + 2 * length]
-        if len(order) < 2 * length:
-            order = np.concatenate([order, self._order(epoch + 1)[: 2 * length - len(order)]])
-        shards = list(dict.fromkeys((np.searchsorted(self.shards.starts, order, side="right") - 1).tolist()))
-        first = os.getpid() % len(shards)  # reader processes begin with different ones
-        self.shards.fetch_ahead(shards[first:] + shards[:first])
+        self._asked, *windows = self.windows(position)
+        shards = []
+        for window in windows:
+            first = os.getpid() % max(1, len(window))  # readers begin with different ones
+            shards += window[first:] + window[:first]
+        self.shards.fetch_ahead(shards)
 
 
 class PictureSamples(ShardSamples):
@@ -103,8 +109,8 @@ class PictureSamples(ShardSamples):
     seed None keeps the order of the shards (validation). `label` is -1 where the shards carry none.
     """
 
-    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
-        super().__init__(folder, seed, window)
+    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False, stride: int = 1):
+        super().__init__(folder, seed, window, stride)
         self.extension = next((e for e in PICTURE_EXTENSIONS if self.shards.has(e).any()), None)
         if self.extension is None:
             held = ", ".join(self.shards.places)

@@ -98,7 +98,7 @@ def read_manifest(folder: str | Path) -> dict:
     """
     if is_remote(folder):
         manifest = remote.fetch_json(folder, MANIFEST)
-        remote.check_entries(folder, manifest["shards"])
+        remote.check_manifest(folder, manifest)
     else:
         manifest = _local_manifest(Path(folder))
     if manifest["count"] == 0:
@@ -213,15 +213,14 @@ def read_index(folder: Path, shards: list[dict]) -> dict | None:
     """The index that was written, mapped into memory; None where there is none of these tars."""
     index = folder / INDEX
     try:
-        about = json.loads((index / "about.json").read_text())
-        return _map(index, about["files"]) if about["shards"] == _stamp(shards) else None
-    except (FileNotFoundError, KeyError):  # none, or one that an early version wrote
+        return _map(index) if json.loads((index / "about.json").read_text())["shards"] == _stamp(shards) else None
+    except FileNotFoundError:
         return None
 
 
-def _map(index: Path, files: Iterable[str]) -> dict:
+def _map(index: Path) -> dict:
     read = partial(np.load, mmap_mode="r", allow_pickle=False)
-    places = {Path(name).stem: read(index / "places" / Path(name).name) for name in files if Path(name).parent.name == "places"}
+    places = {path.name.removesuffix(".npy"): read(path) for path in sorted((index / "places").iterdir())}
     return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
 
 
@@ -231,10 +230,12 @@ def _remote_index(address: str, shards: list[dict]) -> dict:
     try:
         about = remote.fetch_json(address, f"{INDEX}/about.json")
     except OSError as error:
-        raise OSError(f"{error}. Shards elsewhere are read by their index: {how}") from error
-    if about["shards"] != _stamp(shards) or "files" not in about:
+        raise OSError(f"{error}. Shards elsewhere are read by their index: {how}") from None
+    if not isinstance(about.get("files"), dict):
+        raise ValueError(f"the index of '{address}' was written by an early version, and does not list its files: {how}")
+    if about.get("shards") != _stamp(shards):
         raise ValueError(f"the index of '{address}' is of other tars than its manifest: {how}")
-    return _map(remote.fetch_files(address, about["files"], f"index-{_stamp(shards)}"), about["files"])
+    return _map(remote.fetch_index(address, about["files"]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from eqldm.anagram.preview import validation_sampler
 from eqldm.config import DiffusionConfig
 from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate
-from eqldm.data.shards import read_manifest
+from eqldm.data.shards import ShardSet, read_manifest
 from eqldm.evaluation.anagram import generation_metrics, plain_letters, read_letters
 from eqldm.evaluation.judge import Judge
 from eqldm.evaluation.quality import RealPictures, quality_metrics
@@ -31,12 +31,14 @@ class LetterMonitor(pl.Callback):
         manifest = read_manifest(self.folder)
         if manifest.get("kind") == "latents":
             pictures = manifest.get("pictures")
-            if not pictures or not (is_remote(pictures) or Path(pictures).is_dir()):
+            known = pictures and (is_remote(pictures) or Path(pictures).is_dir())
+            if not known or pictures.lower().startswith("pipe:"):  # a manifest must not say what is executed here
                 raise ValueError(
                     f"val_letters={config.val_letters} needs the pictures of data.val, but '{pictures}', which its latents were "
-                    "made of, is not there: bring it back, or set val_letters=0"
+                    "made of, is not there (or a command): bring it back, or set val_letters=0"
                 )
             self.folder = pictures
+            ShardSet.open(pictures)  # where it cannot be read, each process says so, now
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
