@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from eqldm.data.making import UNFINISHED
+from eqldm.data.remote import CacheFull, check_cache, is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
@@ -44,6 +45,14 @@ def process_rank() -> tuple[int, int]:
     return next(((int(os.environ[a]), int(os.environ[b])) for a, b in names if a in os.environ and b in os.environ), (0, 1))
 
 
+def processes_here() -> int:
+    """The most processes on one machine, as torchrun or srun state them."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1") if in_srun_step() else "1"  # such as 8(x3),2
+    return max(int(node.split("(")[0]) for node in nodes.split(","))
+
+
 def pick_device(rank: int) -> torch.device:
     """This process's GPU of those it sees (srun may show each process only its own), or the CPU."""
     if not torch.cuda.is_available():
@@ -53,13 +62,10 @@ def pick_device(rank: int) -> torch.device:
 
 
 class Encoder:
-    """Encodes shards in turn: `encoder.samples(n)` yields the latent samples of shard n, the next of those that `encoder.read` was given.
+    """Encodes shards in turn: `encoder.samples(n)` yields the latent samples of shard n, the next of those given to `encoder.read`."""
 
-    stride: of the shards of one process.
-    """
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, stride: int = 1):
-        self.pictures = PictureSamples(args.data, need_captions=args.prompt_embeds, stride=stride)
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.pictures = PictureSamples(args.data, need_captions=args.prompt_embeds)
         self.vae = load_vae(args.model).to(device)
         self.text = load_text(args.text_model or args.model) if args.prompt_embeds else None
         if self.text is not None:
@@ -72,6 +78,7 @@ class Encoder:
 
     def read(self, shards: list[int]) -> None:
         """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
+        self.pictures.turns = shards
         batches = [batch for n in shards for batch in self._batches(n)]
         self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=collate))
 
@@ -106,8 +113,10 @@ def encode(args: argparse.Namespace) -> Path:
     Raises ValueError where `--out` holds, or is to hold, latents made with other options.
     """
     rank, world = process_rank()
-    encoder = Encoder(args, pick_device(rank), stride=world)
+    encoder = Encoder(args, pick_device(rank))
     shards, out = encoder.pictures.shards, Path(args.out)
+    if is_remote(args.data):  # of each process here, the tar that is read and the one that comes
+        check_cache(args.data, shards.manifest["shards"], 2 * processes_here())
     made = generator(args, encoder)
     about = {"kind": "latents", "vae_hash": made["vae"], "model": str(args.model), "pictures": str(args.data), "generator": made}
     if "text_hash" in made:
@@ -139,7 +148,7 @@ def encode(args: argparse.Namespace) -> Path:
                 entry = write_shard(out / shards.manifest["shards"][n]["name"], encoder.samples(n, on_batch))
                 write_json(entries[n], {**entry, "skipped": skipped[before:]})
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, CacheFull):
                     raise
                 raise OSError(
                     f"no space left in '{out}'. Finished shards are kept: free some space and run the same command again"

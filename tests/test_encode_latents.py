@@ -128,6 +128,20 @@ def test_ranks(monkeypatch, environment, expected):
     assert script.process_rank() == expected
 
 
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, 1),
+    ({"LOCAL_WORLD_SIZE": "8"}, 8),
+    ({"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3),4"}, 4),
+    ({"SLURM_STEP_ID": "4294967291", "SLURM_STEP_TASKS_PER_NODE": "8"}, 1),  # a batch script
+])  # fmt: skip
+def test_processes_of_a_machine(monkeypatch, environment, expected):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert script.processes_here() == expected
+
+
 @pytest.mark.parametrize(("visible", "expected"), [(1, 0), (2, 1), (8, 3)])
 def test_devices_are_those_that_the_process_sees(monkeypatch, visible, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

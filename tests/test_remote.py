@@ -122,10 +122,10 @@ def size_of(cache: Path) -> int:
         return sum(path.stat().st_size for path in (*cache.glob("*.tar"), *cache.glob("*.partial")))
 
 
-@pytest.mark.parametrize(("window", "first", "most"), [(3, 0, 1.0), (3, 17, 1.0), (1, 5, 1.6)])
+@pytest.mark.parametrize(("window", "first", "most"), [(3, 0, 1.0), (3, 17, 1.0), (1, 5, 1000)])
 def test_readers_share_the_cache_and_fetch_ahead(server, folder, cache, monkeypatch, make_picture_shards, window, first, most):
     """Two processes of two readers each, over more than two epochs, in the least cache that is taken; also begun within a window, and with
-    windows that are shorter than what the readers have in hand. `most`: fetches for a tar and an epoch."""
+    windows that are shorter than what the readers have in hand. `most`: fetches for a tar and an epoch, where a window is longer."""
     more = make_picture_shards(folder.parent / "more", count=96, shard_size=8)
     entries = read_manifest(more)["shards"]
     monkeypatch.setenv("WDS_CACHE_SIZE", str(3 * window * max(entry["bytes"] for entry in entries)))
@@ -143,6 +143,22 @@ def test_readers_share_the_cache_and_fetch_ahead(server, folder, cache, monkeypa
     assert len(server.tars()) == 12 and sum(server.tars().values()) <= most * 12 * 56 / 24
 
 
+def test_readers_fetch_the_next_window_ahead_and_the_process_that_forks_does_not(server):
+    samples = PictureSamples(server.address, 0, window=2)
+    _, now, following = samples.windows(0)
+    samples[0]  # here
+    assert not [thread for thread in threading.enumerate() if thread.name == "fetch-ahead"]
+    assert len(server.tars()) <= 2  # the first picture's, for its size, and this one's
+    loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=[[0]], num_workers=1, collate_fn=collate, persistent_workers=True))
+    next(loader)
+    wanted = {f"pictures-{shard:06d}.tar" for shard in now + following}
+    for _ in range(300):
+        if wanted <= server.tars().keys():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{wanted} were not fetched, only {server.tars()}")
+
+
 def test_the_tars_of_the_next_window_are_told(folder):
     samples = PictureSamples(str(folder), 0, window=4)
     for epoch in range(3):
@@ -151,8 +167,10 @@ def test_the_tars_of_the_next_window_are_told(folder):
             positions, shards, following = samples.windows(position)
             assert position in positions and {order[p - 24 * epoch] for p in positions} == set(shards)
             assert samples.windows(positions.stop)[1] == following
-    in_turn = PictureSamples(str(folder), stride=2)
-    assert in_turn.windows(5) == (range(4, 8), [1], [3]) and in_turn.windows(16)[2] == []
+    in_turn = PictureSamples(str(folder))
+    assert in_turn.windows(5) == (range(4, 8), [1], [2]) and in_turn.windows(20)[2] == []
+    in_turn.turns = [1, 4]
+    assert in_turn.windows(5) == (range(4, 8), [1], [4]) and in_turn.windows(16)[2] == [] and in_turn.windows(0)[2] == []
 
 
 def read_through(address: str, numbers: list[int]) -> list[bytes]:
@@ -205,8 +223,9 @@ def test_what_comes_damaged_is_fetched_again_and_never_kept(server, cache):
     server.halved.add("pictures-000000.tar")
     with pytest.warns(UserWarning, match="'pictures-000000.tar' of .* came damaged: .*; again in 0 s"):
         assert shards.read(0, "txt") == b"picture 0"
-    with pytest.warns(UserWarning), pytest.raises(OSError, match="'pictures-000002.tar' of .*: it is longer than its 512 bytes"):
-        open_tar(server.address, {**shards.manifest["shards"][2], "bytes": 512})
+    for wrong, message in ((512, "'pictures-000002.tar' of .*: it is longer than its 512 bytes"), (10**6, "came damaged: .*says 1000000 ")):
+        with pytest.warns(UserWarning), pytest.raises(OSError, match=message):
+            open_tar(server.address, {**shards.manifest["shards"][2], "bytes": wrong})
     entry = {**shards.manifest["shards"][1], "sha256": "0" * 64}  # changed there since the manifest was read
     with pytest.warns(UserWarning), pytest.raises(OSError, match="'pictures-000001.tar' of .* came damaged"):
         open_tar(server.address, entry)
@@ -232,8 +251,13 @@ def test_a_killed_fetch_leaves_nothing_in_the_way(server, cache):
         holder = multiprocessing.get_context("fork").Process(target=lambda: (fcntl.flock(file, fcntl.LOCK_EX), time.sleep(600)))
         holder.start()
     (cache / tar_name(entry)).unlink()
-    threading.Timer(1, holder.kill).start()
-    assert shards.read(0, "txt") == b"picture 0"
+    held = False
+    while not held:
+        with remote._locked(cache, entry["sha256"], wait=False) as free:
+            held = not free
+    killer = threading.Timer(1, holder.kill)
+    killer.start()
+    assert shards.read(0, "txt") == b"picture 0" and not killer.is_alive()
 
 
 def test_a_full_disk(server, cache, monkeypatch):

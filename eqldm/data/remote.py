@@ -30,10 +30,10 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import webdataset as wds
 
@@ -42,6 +42,7 @@ STALL_SECONDS = 120  # without a byte, after which a command is given up
 CLOSE_SECONDS = 10  # for a command to end after its last byte
 NUM_SLOTS = 16  # files that a machine fetches at once
 BLOCK = 1 << 20
+T = TypeVar("T")
 COMMANDS = {
     "http": "curl -fsSL --netrc-optional --connect-timeout 20 --retry 4 --retry-connrefused --speed-limit 1 --speed-time 120 {url}",
     "s3": "aws s3 cp --only-show-errors {url} -",
@@ -52,6 +53,10 @@ MEANINGS = {22: " (refused by the server: is the address right?)", 127: " (not i
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TAR = re.compile(r"[0-9a-f]{64}\.(tar|partial)")  # what is ours in the cache
 INDEX_FILE = re.compile(r"index/(starts|keys|places/\w[\w.+@-]*)\.npy")
+
+
+class CacheFull(OSError):
+    """The disk of the cache is full (and not that of what is being made)."""
 
 
 def is_remote(folder: str | os.PathLike) -> bool:
@@ -79,7 +84,7 @@ def command_of(address: str, name: str) -> str:
 def fetch(address: str, name: str, most: int | None = None) -> Iterator[bytes]:
     """The bytes of a file of a remote folder, in blocks, at most `most` in all. Raises OSError that names it where they cannot be had, or
     stop coming."""
-    command, size = command_of(address, name), 0
+    command, size, ended = command_of(address, name), 0, False
     # A session of its own, to be killed whole; and the commands must not read what the user pipes into this program
     stream = wds.gopen(f"pipe:exec setsid sh -c {shlex.quote(command)} </dev/null", bufsize=0)
     stream.timeout = CLOSE_SECONDS
@@ -91,6 +96,7 @@ def fetch(address: str, name: str, most: int | None = None) -> Iterator[bytes]:
                 raise OSError(f"no byte for {STALL_SECONDS} s")
             block = stream.read(BLOCK)
             if not block:
+                ended = True
                 break
             size += len(block)
             if most is not None and size > most:
@@ -105,17 +111,18 @@ def fetch(address: str, name: str, most: int | None = None) -> Iterator[bytes]:
         raise OSError(f"cannot fetch '{name}' of '{address}': {reason}{MEANINGS.get(status, '')}") from None
     finally:
         stream.ignore_errors = True
-        if stream.proc.poll() is None:
+        if not ended or stream.proc.poll() is None:
             stream.proc.kill()
             with suppress(ProcessLookupError):
                 os.killpg(stream.proc.pid, signal.SIGKILL)
-        stream.close()
-        stream.proc.wait()
+        with suppress(subprocess.TimeoutExpired):  # one that even a kill does not reach
+            stream.close()
+            stream.proc.wait(CLOSE_SECONDS)
 
 
 def fetch_json(address: str, name: str) -> dict:
     """A JSON object of a remote folder. Raises OSError as `fetch`; ValueError where it is something else."""
-    content = b"".join(fetch(address, name, most=1 << 30))
+    content = _patiently(WAITS_SECONDS[:2], lambda: b"".join(fetch(address, name, most=1 << 30)))
     try:
         found = json.loads(content)
         if not isinstance(found, dict):
@@ -123,6 +130,19 @@ def fetch_json(address: str, name: str) -> dict:
     except ValueError as error:
         raise ValueError(f"'{name}' of '{address}' is no JSON object, it begins with {content[:60]!r}: is the address right?") from error
     return found
+
+
+def _patiently(waits: Iterable[float], work: Callable[..., T], *args) -> T:
+    """What `work(*args)` gives, tried again after each of these seconds (or somewhat fewer) where it raises OSError, but for a full disk."""
+    for seconds in waits:
+        try:
+            return work(*args)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            warnings.warn(f"{error}; again in {seconds} s", stacklevel=2)
+            time.sleep(seconds * random.uniform(0.5, 1))
+    return work(*args)
 
 
 def cache_folder(address: str) -> Path:
@@ -225,7 +245,7 @@ def fetch_index(address: str, files: dict[str, str]) -> Path:
                 shutil.rmtree(old, ignore_errors=True)
             for file, sha256 in files.items():
                 (partial / file).parent.mkdir(parents=True, exist_ok=True)
-                _fetch_file(address, file, sha256, partial / file)
+                _patiently(WAITS_SECONDS[:2], _fetch_file, address, file, sha256, partial / file)
             os.replace(partial, folder)
     return folder / "index"
 
@@ -269,26 +289,18 @@ def _fetch_tar(address: str, entry: dict, wait: bool = True) -> None:
             partial.unlink(missing_ok=True)  # of a process that was killed
             _make_room(partial, entry["bytes"])
             try:
-                for seconds in (*WAITS_SECONDS, None):
-                    try:
-                        _fetch_file(address, entry["name"], entry["sha256"], partial, entry["bytes"])
-                        with _locked(path.parent, "room"):  # where the files are counted
-                            os.replace(partial, path)
-                        return
-                    except OSError as error:
-                        if seconds is None or error.errno in FULL:
-                            raise
-                        warnings.warn(f"{error}; again in {seconds} s", stacklevel=2)
-                        time.sleep(seconds * random.uniform(0.5, 1))
+                _patiently(WAITS_SECONDS, _fetch_file, address, entry["name"], entry["sha256"], partial, entry["bytes"])
+                with _locked(path.parent, "room"):  # where the files are counted
+                    os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
 
 
-def _fetch_file(address: str, name: str, sha256: str, path: Path, most: int | None = None) -> None:
+def _fetch_file(address: str, name: str, sha256: str, path: Path, wanted: int | None = None) -> None:
     digest, size = hashlib.sha256(), 0
     try:
         with open(path, "r+b" if path.exists() else "wb") as file:
-            for block in fetch(address, name, most):
+            for block in fetch(address, name, wanted):
                 digest.update(block)
                 size += file.write(block)
             file.truncate(size)
@@ -298,16 +310,20 @@ def _fetch_file(address: str, name: str, sha256: str, path: Path, most: int | No
         if error.errno not in FULL:
             raise
         message = f"no space left for '{name}' in the cache '{path.parent}': free some, or set WDS_CACHE_SIZE below what the disk has"
-        raise OSError(error.errno, message) from error
+        raise CacheFull(error.errno, message) from error
     found = digest.hexdigest()
-    if found != sha256:
-        raise OSError(f"'{name}' of '{address}' came damaged: {size} bytes of SHA-256 {found[:16]}..., its manifest says {sha256[:16]}...")
+    if found != sha256 or wanted not in (None, size):
+        raise OSError(
+            f"'{name}' of '{address}' came damaged: {size} bytes of SHA-256 {found[:16]}..., its manifest says {wanted or ''} {sha256[:16]}..."
+        )
 
 
 def _make_room(partial: Path, wanted: int) -> None:
     """Makes the file `partial` of `wanted` bytes, when the tars that were least recently read have made room for it in WDS_CACHE_SIZE;
     waits for those that are just coming."""
     cache = partial.parent
+    if wanted > cache_bytes():
+        raise OSError(f"a tar of {wanted} bytes does not fit into WDS_CACHE_SIZE={cache_bytes():.4g}: give it more")
     while True:
         with _locked(cache, "room"):
             found = []
@@ -323,8 +339,6 @@ def _make_room(partial: Path, wanted: int) -> None:
                     if idle:
                         path.unlink(missing_ok=True)
                         excess -= stat.st_size
-            if wanted > cache_bytes():
-                raise OSError(f"a tar of {wanted} bytes does not fit into WDS_CACHE_SIZE={cache_bytes():.4g}: give it more")
             if excess <= 0:
                 with open(partial, "wb") as file:
                     file.truncate(wanted)  # counted by the others as long as it comes

@@ -53,13 +53,14 @@ class ShardSamples(Dataset):
     """What both kinds share: the shards, and which sample a stream position shows.
 
     seed: of the order; None keeps the order of the shards (validation).  window: shards shuffled together.
-    stride: of the shards that a process reads, one in how many (for fetching ahead; without a seed).
     """
 
-    def __init__(self, folder: str | Path, seed: int | None, window: int, stride: int = 1):
-        self.shards, self.seed, self.window, self.stride = ShardSet.open(folder), seed, window, stride
+    turns: list[int] | None = None  # the shards that this process reads, in turn, where it does not read all
+
+    def __init__(self, folder: str | Path, seed: int | None, window: int):
+        self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
         if is_remote(folder):  # a window is read, the next one comes, and the slowest reader may be in the one before
-            check_cache(folder, self.shards.manifest["shards"], 2 * stride if seed is None else 3 * window)
+            check_cache(folder, self.shards.manifest["shards"], 2 if seed is None else 3 * window)
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a batch may straddle them
         self._asked = range(0)  # the positions of the window whose tars, and the next one's, were asked for
 
@@ -84,7 +85,8 @@ class ShardSamples(Dataset):
         num_shards = len(starts) - 1
         if self.seed is None:
             shard = self.shards.shard_of(place)
-            following = [shard + self.stride] if shard + self.stride < num_shards else []
+            turns = range(num_shards) if self.turns is None else self.turns
+            following = list(turns[turns.index(shard) + 1 :][:1]) if shard in turns else []
             return range(starts[shard], starts[shard + 1]), [shard], following
         shards = epoch_shards(num_shards, self.seed, epoch).tolist()
         ends = np.cumsum(np.diff(starts)[shards]) + epoch * len(self)
@@ -109,8 +111,8 @@ class PictureSamples(ShardSamples):
     seed None keeps the order of the shards (validation). `label` is -1 where the shards carry none.
     """
 
-    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False, stride: int = 1):
-        super().__init__(folder, seed, window, stride)
+    def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
+        super().__init__(folder, seed, window)
         self.extension = next((e for e in PICTURE_EXTENSIONS if self.shards.has(e).any()), None)
         if self.extension is None:
             held = ", ".join(self.shards.places)
