@@ -23,8 +23,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
+from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
-from eqldm.data.remote import CacheFull, check_cache, is_remote
+from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from eqldm.data.cache import check_cache
 from eqldm.data.order import epoch_order, epoch_shards
-from eqldm.data.remote import check_cache, is_remote
+from eqldm.data.remote import is_remote
 from eqldm.data.shards import ShardSet
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")

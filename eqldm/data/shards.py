@@ -27,7 +27,7 @@ import numpy as np
 import webdataset as wds
 
 from eqldm.atomic import replace_folder
-from eqldm.data import remote
+from eqldm.data import cache, remote
 from eqldm.data.remote import is_remote
 
 MANIFEST = "manifest.json"
@@ -235,7 +235,7 @@ def _remote_index(address: str, shards: list[dict]) -> dict:
         raise ValueError(f"the index of '{address}' was written by an early version, and does not list its files: {how}")
     if about.get("shards") != _stamp(shards):
         raise ValueError(f"the index of '{address}' is of other tars than its manifest: {how}")
-    return _map(remote.fetch_index(address, about["files"]))
+    return _map(cache.fetch_index(address, about["files"]))
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class ShardSet:
     def open(cls, folder: str | Path) -> ShardSet:
         """Open a shard folder by its index, or by the tars' headers; or an address (see `remote`), by its index.
 
-        Raises as `read_manifest`, `make_index`; OSError, ValueError where an address has no index, or the cache is not set up.
+        Raises as `read_manifest`, `make_index`; OSError, ValueError where an address has no index, or there is no cache.
         """
         manifest = read_manifest(folder)
         if is_remote(folder):
@@ -292,7 +292,7 @@ class ShardSet:
         """The bytes of one file of one sample. Raises ValueError that names the tar where it ends too early."""
         offset, size = self.places[extension][number]
         entry = self.manifest["shards"][self.shard_of(number)]
-        with remote.open_tar(self.folder, entry) if is_remote(self.folder) else open(self.folder / entry["name"], "rb") as file:
+        with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(self.folder / entry["name"], "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
@@ -302,4 +302,4 @@ class ShardSet:
     def fetch_ahead(self, numbers: Iterable[int]) -> None:
         """Has a remote folder's shards, by number, fetched in the background, in this order."""
         if is_remote(self.folder):
-            remote.fetch_ahead(self.folder, [self.manifest["shards"][number] for number in numbers])
+            cache.fetch_ahead(self.folder, [self.manifest["shards"][number] for number in numbers])
