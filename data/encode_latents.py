@@ -10,7 +10,6 @@ refused. The manifest carries the hashes of the VAE and, with --prompt-embeds, o
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
+from eqldm.atomic import DISK_FULL
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
 from eqldm.data.remote import is_remote
@@ -149,7 +149,7 @@ def encode(args: argparse.Namespace) -> Path:
                 entry = write_shard(out / shards.manifest["shards"][n]["name"], encoder.samples(n, on_batch))
                 write_json(entries[n], {**entry, "skipped": skipped[before:]})
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, CacheFull):
+                if error.errno not in DISK_FULL or isinstance(error, CacheFull):
                     raise
                 raise OSError(
                     f"no space left in '{out}'. Finished shards are kept: free some space and run the same command again"

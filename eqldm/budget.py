@@ -28,9 +28,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig, load_config, micro_batch_size
-from eqldm.data.remote import is_remote
 from eqldm.data.samples import LatentSamples, PictureSamples
-from eqldm.data.shards import MANIFEST, read_manifest
+from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER
 from eqldm.markdown import markdown
@@ -184,7 +183,7 @@ def _count(network: nn.Module, trained: bool = False) -> int:
 
 def _image_size(config: StageConfig) -> int:
     """The pictures' side, px: of the shards, or where they are not made yet as the options say."""
-    if is_remote(config.data.train) or (Path(config.data.train) / MANIFEST).is_file():
+    if holds_shards(config.data.train):
         if read_manifest(config.data.train).get("kind") != "latents":
             return PictureSamples(config.data.train).image_size[0]
         return LatentSamples(config.data.train)[0]["moments"].shape[-1] * downsampling(_vae(_network_config(config.vae, "vae", [])))

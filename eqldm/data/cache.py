@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from eqldm.atomic import DISK_FULL
 from eqldm.data import remote
 
 NUM_SLOTS = 16  # files that a machine fetches at once
@@ -36,16 +37,14 @@ class CacheFull(OSError):
 
 
 def cache_folder(address: str) -> Path:
-    """Our folder under WDS_CACHE, made if it is not there. Raises ValueError where that is not set."""
+    """Our folder under WDS_CACHE. Raises ValueError where that is not set."""
     folder = os.environ.get("WDS_CACHE")
     if not folder:
         raise ValueError(
             f"shards at '{address}' are kept on this machine while they are read: say where by the environment variable WDS_CACHE (a "
             "folder on a fast local disk), and how many bytes at most by WDS_CACHE_SIZE"
         )
-    cache = Path(folder) / "eqldm"
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
-    return cache
+    return Path(folder) / "eqldm"
 
 
 def cache_bytes() -> float:
@@ -129,6 +128,7 @@ def _place(address: str, entry: dict) -> Path:
 @contextmanager
 def _locked(cache: Path, name: str, wait: bool = True) -> Iterator[bool]:
     """Holds a lock among the processes and threads of this machine; gives whether it does, where it does not wait."""
+    (cache / "locks").mkdir(parents=True, exist_ok=True)
     with open(cache / "locks" / name, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -179,7 +179,7 @@ def _fetch_file(address: str, name: str, sha256: str, path: Path, wanted: int | 
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in remote.FULL:
+        if error.errno not in DISK_FULL:
             raise
         message = f"no space left for '{name}' in the cache '{path.parent}': free some, or set WDS_CACHE_SIZE below what the disk has"
         raise CacheFull(error.errno, message) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from eqldm.atomic import DISK_FULL
 from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_manifest
 
 UNFINISHED = "unfinished.json"  # beside the tars while they are being made: what a resumed run need not redo
@@ -124,7 +124,7 @@ def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *,
             f"command again, with fewer --workers"
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise OSError(
             f"no space left in '{folder}', after {len(done)} of {len(jobs)} shards. Finished shards are kept: "

@@ -11,7 +11,6 @@ Files come through webdataset's gopen; tars are kept on a disk of this machine (
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -28,6 +27,8 @@ from typing import TypeVar
 
 import webdataset as wds
 
+from eqldm.atomic import DISK_FULL
+
 WAITS_SECONDS = (1, 5, 20, 60, 120)  # before a tar is asked for again: a server's restart must not end a run
 STALL_SECONDS = 120  # without a byte, after which a command is given up
 CLOSE_SECONDS = 10  # for a command to end after its last byte
@@ -39,7 +40,6 @@ COMMANDS = {
 }
 COMMANDS["https"] = COMMANDS["http"]
 MEANINGS = {22: " (refused by the server: is the address right?)", 127: " (not installed)"}
-FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
 
@@ -122,7 +122,7 @@ def patiently(waits: Iterable[float], work: Callable[..., T], *args) -> T:
         try:
             return work(*args)
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL:
                 raise
             warnings.warn(f"{error}; again in {seconds} s", stacklevel=2)
             time.sleep(seconds * random.uniform(0.5, 1))
@@ -131,16 +131,15 @@ def patiently(waits: Iterable[float], work: Callable[..., T], *args) -> T:
 
 def check_manifest(address: str, manifest: dict) -> None:
     """Raises ValueError where a manifest from elsewhere is none, or names what must not be fetched: other folders' files, shell's words."""
-    checks = {"name": lambda x: re.fullmatch(r"\w[\w.+=@-]*\.tar", x), "sha256": lambda x: re.fullmatch(r"[0-9a-f]{64}", x),
-              "bytes": lambda x: 0 < x < 1 << 43, "count": lambda x: x >= 0}  # fmt: skip
-    types = {"name": str, "sha256": str, "bytes": int, "count": int}
+    wanted = {"name": (str, lambda x: re.fullmatch(r"\w[\w.+=@-]*\.tar", x)), "sha256": (str, lambda x: re.fullmatch(r"[0-9a-f]{64}", x)),
+              "bytes": (int, lambda x: 0 < x < 1 << 43), "count": (int, lambda x: x >= 0)}  # fmt: skip
     shards = manifest.get("shards")
     if not isinstance(shards, list) or not isinstance(manifest.get("count"), int):
         raise ValueError(f"manifest.json of '{address}' lists no shards, it holds {sorted(manifest)[:5]}: is the address right?")
     for entry in shards:
-        for name, check in checks.items():
+        for name, (kind, check) in wanted.items():
             value = entry.get(name) if isinstance(entry, dict) else None
-            if type(value) is not types[name] or not check(value):
+            if type(value) is not kind or not check(value):
                 raise ValueError(
                     f"manifest.json of '{address}': a tar's {name} is {value!r}. Wanted are plain names that end in .tar, SHA-256, bytes "
                     "and count, as make_shards.py writes them (--index where the tars lie)"

@@ -90,6 +90,11 @@ def write_manifest(folder: str | Path, shards: list[dict], found: list[list[dict
     return manifest
 
 
+def holds_shards(folder: str | Path) -> bool:
+    """Whether shards are to be read there: a folder with a manifest, or an address."""
+    return is_remote(folder) or (Path(folder) / MANIFEST).is_file()
+
+
 def read_manifest(folder: str | Path) -> dict:
     """The manifest of a shard folder, or of an address (see `remote`).
 

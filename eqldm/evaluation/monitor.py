@@ -38,7 +38,8 @@ class LetterMonitor(pl.Callback):
                     "made of, is not there (or a command): bring it back, or set val_letters=0"
                 )
             self.folder = pictures
-            ShardSet.open(pictures)  # where it cannot be read, each process says so, now
+            if is_remote(pictures):
+                ShardSet.open(pictures)  # where it cannot be read, each process says so, now
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

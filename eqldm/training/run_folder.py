@@ -26,8 +26,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.atomic import recover_folder
 from eqldm.config import StageConfig, to_yaml
-from eqldm.data.remote import is_remote
-from eqldm.data.shards import MANIFEST, hash_file, read_manifest, write_json
+from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.model_card import model_card
 from eqldm.training.zero import ABOUT
 
@@ -161,7 +160,7 @@ def input_digests(config: StageConfig) -> dict[str, str]:
 
 def _digest(source: str) -> str:
     digest, folder = hashlib.sha256(), Path(source)
-    if is_remote(source) or (folder / MANIFEST).is_file():
+    if holds_shards(source):
         digest.update(json.dumps([entry["sha256"] for entry in read_manifest(source)["shards"]]).encode())
         return digest.hexdigest()[:16]
     weights = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
