@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from eqldm.atomic import DISK_FULL
+from eqldm.atomic import DISK_FULL, write_whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
 from eqldm.data.remote import is_remote
@@ -30,36 +28,9 @@ from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
 from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
+from eqldm.processes import pick_device, process_rank, processes_here
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def in_srun_step() -> bool:
-    """Whether srun started this process. A batch script has SLURM_PROCID 0 of SLURM_NTASKS too, but runs once."""
-    step = os.environ.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < 0xFFFFFFF0  # from there on: the batch, interactive and extern steps
-
-
-def process_rank() -> tuple[int, int]:
-    """(rank, world size) as torchrun or srun state them; (0, 1) without either."""
-    names = [("RANK", "WORLD_SIZE"), *([("SLURM_PROCID", "SLURM_NTASKS")] if in_srun_step() else [])]
-    return next(((int(os.environ[a]), int(os.environ[b])) for a, b in names if a in os.environ and b in os.environ), (0, 1))
-
-
-def processes_here() -> int:
-    """The most processes on one machine, as torchrun or srun state them."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    nodes = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1") if in_srun_step() else "1"  # such as 8(x3),2
-    return max(int(node.split("(")[0]) for node in nodes.split(","))
-
-
-def pick_device(rank: int) -> torch.device:
-    """This process's GPU of those it sees (srun may show each process only its own), or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    slurm = os.environ.get("SLURM_LOCALID", rank) if in_srun_step() else rank
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", slurm)) % torch.cuda.device_count())
 
 
 class Encoder:
@@ -176,7 +147,7 @@ def _started(out: Path, wanted: dict) -> bool:
         foreign = sorted(path.name for path in out.glob("*.tar"))
         if foreign:
             raise ValueError(f"'{out}' holds tars that this script did not make: {', '.join(foreign[:3])}. Give another --out")
-        _write_whole(record, {"generator": wanted})
+        write_whole(record, lambda path: write_json(path, {"generator": wanted}))
         return False
     found = json.loads(record.read_text()).get("generator") or {}
     changed = [f"{name} (there {found.get(name)}, now {wanted.get(name)})" for name in sorted({*found, *wanted})
@@ -198,16 +169,10 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
     skipped = [key for entry in shards for key in entry.pop("skipped")]
     held = [entry for entry in shards if entry["count"]]
     write_index(out, held)
-    _write_whole(out / MANIFEST, {**about, "skipped": skipped, "count": sum(entry["count"] for entry in held), "shards": held})
+    manifest = {**about, "skipped": skipped, "count": sum(entry["count"] for entry in held), "shards": held}
+    write_whole(out / MANIFEST, lambda path: write_json(path, manifest))
     for path in (*entries, out / UNFINISHED):
         path.unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, content: dict) -> None:
-    """`write_json` for a file that several processes may write at once: each under its own name, then renamed."""
-    with TemporaryDirectory(dir=path.parent) as own:
-        write_json(Path(own) / path.name, content)
-        os.replace(Path(own) / path.name, path)
 
 
 def main() -> None:

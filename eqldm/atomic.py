@@ -1,13 +1,26 @@
-"""Folders that appear whole: written beside their name, then renamed, so that a reader never opens half of one."""
+"""Files and folders that appear whole: written beside their name, then renamed, so that a reader never opens half of one."""
 
 from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(partial)`, then renamed to `path`, whose folder is made. Several processes may do so at once: each writes its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{platform.node()}-{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace_folder(folder: Path, partial: Path) -> None:

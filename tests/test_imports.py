@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "config", "single_file", "markdown", "atomic"), ("model_card",), ("model_folder",), ("data",), ("training",),
+    ("views", "config", "single_file", "markdown", "atomic", "processes"), ("model_card",), ("model_folder",), ("data",), ("training",),
     ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
 )  # fmt: skip
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
