@@ -87,7 +87,7 @@ def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Pa
 def load_vae(folder: str | Path) -> AutoencoderKL:
     """The VAE of a model folder, of an AutoencoderKL folder or of a file in LDM's layout, in float32 and eval mode.
 
-    Raises as `_load_network` and `read_single_file`; ValueError for a pixel model, which has none.
+    Raises as `load_network` and `read_single_file`; ValueError for a pixel model, which has none.
     """
     vae = load_autoencoder(folder)
     if isinstance(vae, Pixels):
@@ -103,7 +103,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
     folder = _vae_folder(folder)
     if _class_name(folder) == "Pixels":
         return Pixels().eval()
-    return _load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+    return load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
 
 
 def _vae_folder(folder: Path) -> Path:
@@ -133,19 +133,19 @@ def _class_name(folder: Path) -> str | None:
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
-    """The UNet of a model folder, in float32 and eval mode. Raises as `_load_network`."""
-    return _load_network(UNet2DConditionModel, check_model_folder(folder, ("unet",)) / "unet", torch_dtype=torch.float32)
+    """The UNet of a model folder, in float32 and eval mode. Raises as `load_network`."""
+    return load_network(UNet2DConditionModel, check_model_folder(folder, ("unet",)) / "unet", torch_dtype=torch.float32)
 
 
 def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The tokenizer and the text encoder (float32, eval mode) of a model folder. Raises as `_load_network`."""
+    """The tokenizer and the text encoder (float32, eval mode) of a model folder. Raises as `load_network`."""
     folder = check_model_folder(folder, ("tokenizer", "text_encoder"))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     # Not to load them: for transformers to list them, and raise here, as for any other weights
-    return tokenizer, _load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
+    return tokenizer, load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
 
 
-def _load_network(kind: type, folder: Path, **options) -> nn.Module:
+def load_network(kind: type, folder: Path, **options) -> nn.Module:
     """A network in eval mode, strictly: diffusers and transformers only log what is missing or left over.
 
     Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes;
@@ -251,6 +251,12 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
 def vae_hash(vae: AutoencoderKL) -> str:
     """16 hex digits that change with any weight or with the normalisation: which latents a latent shard holds."""
     return weights_hash(vae, f"{vae.config.scaling_factor}/{vae.config.get('shift_factor') or 0.0}")
+
+
+def config_hash(config: dict) -> str:
+    """16 hex digits that change with any setting of a network or scheduler: what its weights alone do not say."""
+    settings = {name: value for name, value in dict(config).items() if not name.startswith("_")}  # those are in no fixed order
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def text_hash(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> str:

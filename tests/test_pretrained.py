@@ -5,31 +5,31 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import glyphs
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
+import glyphs
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples, collate
-from eqldm.evaluation.anagram import plain_letters, read_letters
-from eqldm.evaluation.equivariance import equivariance_metrics
+from eqldm.data.samples import PictureSamples
+from eqldm.evaluation.equivariance import SYMMETRIES, Equivariance, equivariance_metrics
+from eqldm.evaluation.generation import letter_prompts, plain_letters
 from eqldm.evaluation.judge import Judge
-from eqldm.evaluation.reconstruction import reconstruction_metrics
+from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics
+from eqldm.evaluation.work import measure_all
 from eqldm.model_folder import PRETRAINED, load_vae
-from eqldm.views import D4, IDENTITY
+from eqldm.views import IDENTITY
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"glyphs-base": (0.4, 1.0), "glyphs-eq": (0.0, 0.005)}  # the least and the largest latent error
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> torch.Tensor:
-    """[26, 3, 64, 64] letters in faces that no model has seen."""
+def samples(tmp_path_factory) -> PictureSamples:
+    """26 letters in faces that no model has seen."""
     folder = tmp_path_factory.mktemp("glyphs")
     glyphs.make_split(folder, "test", 26, size=64, shard_size=26)
-    samples = PictureSamples(folder / "test")
-    return collate([samples[i] for i in range(26)])["x"]
+    return PictureSamples(folder / "test")
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in PRETRAINED.iterdir() if path.is_dir()), ids=lambda path: path.name)
@@ -42,18 +42,20 @@ def test_a_shipped_folder_is_small_and_its_card_leads_somewhere(folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_autoencoders(name, pictures):
+def test_autoencoders(name, samples):
     vae = load_vae(PRETRAINED / name)
     least, most = MODELS[name]
-    assert reconstruction_metrics(vae, pictures)["reconstruction/psnr"] > 31
-    error = equivariance_metrics(vae, pictures, D4[1:])["equivariance/mean/latent_error"]
+    assert reconstruction_metrics(measure_all(Reconstruction(vae, samples, 26))).metrics["reconstruction/psnr"] > 31
+    values = measure_all(Equivariance(vae, samples, 26))
+    error = equivariance_metrics(values, vae, [view.name for view in SYMMETRIES]).metrics["equivariance/mean/latent_error"]
     assert least < error < most
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_letters_read_right(name):
-    reading = read_letters(Sampler.open(PRETRAINED / name, "cpu"), Judge.open(), [IDENTITY], plain_letters(16), num_inference_steps=15)
-    assert int(reading.right.sum()) >= 15
+    wanted = plain_letters(16)
+    pictures = Sampler.open(PRETRAINED / name, "cpu")(letter_prompts(wanted), [IDENTITY], range(16), num_inference_steps=15)
+    assert int((Judge.open()(pictures) == wanted[0]).sum()) >= 15
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -58,8 +58,8 @@ def load_lpips() -> nn.Module:
     wanted = folder / Path(url).name
     if not wanted.is_file():
         raise FileNotFoundError(
-            f"loss.perceptual_weight needs the VGG16 weights of torchvision at '{wanted}'. With network access: "
+            f"LPIPS needs the VGG16 weights of torchvision at '{wanted}'. With network access: "
             f"python -c 'import torchvision; torchvision.models.vgg16(weights=\"IMAGENET1K_V1\")'; without: copy "
-            f"{url} there (TORCH_HOME moves the folder). Or set loss.perceptual_weight=0"
+            f"{url} there (TORCH_HOME moves the folder). Or do without: loss.perceptual_weight=0 in training, --without lpips in evaluation"
         )
     return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.eval().requires_grad_(False)

@@ -257,6 +257,11 @@ class ShardSet:
     places: dict[str, np.ndarray]
     starts: np.ndarray
 
+    @property
+    def digest(self) -> str:
+        """Of all contents: two sets are the same where it is."""
+        return _stamp(self.manifest["shards"])
+
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
         """Open a shard folder by its index, or by the tars' headers; or an address (see `remote`), by its index.

@@ -93,14 +93,7 @@ class LatentDiffusion(pl.LightningModule):
     def denoising_loss(self, batch: dict, seed: int, objective: Objective, caption_dropout: float = 0.0) -> Tensor:
         """[B] the objective's loss at one (t, noise) per sample, drawn from (seed, position)."""
         z = self.latents(batch, seed)
-        noises, times, captions = [], [], []
-        for position, caption in zip(batch["position"].tolist(), batch["caption"]):
-            generator = position_generator(seed, position, "denoise")
-            times.append(objective.draw_time(generator))
-            noises.append(torch.randn(z.shape[1:], generator=generator))
-            dropped = float(torch.rand((), generator=generator)) < caption_dropout
-            captions.append("" if dropped else caption)
-        t, eps = torch.stack(times).to(z.device), torch.stack(noises).to(z)
+        t, eps, captions = draw(batch, z, seed, objective, caption_dropout)
         noisy = objective.add_noise(z, eps, t)
         if self.config.run.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -131,6 +124,18 @@ class LatentDiffusion(pl.LightningModule):
             tokenizer=self.tokenizer,
             scheduler=self.scheduler,
         )
+
+
+def draw(batch: dict, z: Tensor, seed: int, objective: Objective, caption_dropout: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
+    """Of latents z [B, C, h, w]: (timesteps [B], noise [B, C, h, w], captions), drawn from (seed, position)."""
+    noises, times, captions = [], [], []
+    for position, caption in zip(batch["position"].tolist(), batch["caption"]):
+        generator = position_generator(seed, position, "denoise")
+        times.append(objective.draw_time(generator))
+        noises.append(torch.randn(z.shape[1:], generator=generator))
+        dropped = float(torch.rand((), generator=generator)) < caption_dropout
+        captions.append("" if dropped else caption)
+    return torch.stack(times).to(z.device), torch.stack(noises).to(z), captions
 
 
 def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> Path:

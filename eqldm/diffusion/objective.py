@@ -72,7 +72,7 @@ class Objective:
         s = torch.rand((), generator=generator)
         return 1000 * self.flow_shift * s / (1 + (self.flow_shift - 1) * s)
 
-    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(signal, noise) factors of z_t, each [B, 1, 1, 1]."""
         if self.is_flow:
             noise = t.float()[:, None, None, None] / 1000
@@ -82,7 +82,7 @@ class Objective:
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t [B, C, h, w] of latents z, noise eps and timesteps t [B]."""
-        signal, noise = self._levels(t)
+        signal, noise = self.levels(t)
         return signal * z + noise * eps
 
     def target(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -91,19 +91,19 @@ class Objective:
             return eps
         if self.is_flow:
             return eps - z
-        signal, noise = self._levels(t)
+        signal, noise = self.levels(t)
         return signal * eps - noise * z
 
     def clean(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The estimate of z [B, C, h, w] that an output at z_t and timesteps t [B] states: the inverse of `output_of`."""
-        signal, noise = self._levels(t)
+        signal, noise = self.levels(t)
         if self.prediction == "epsilon":
             return (z_t - noise * output) / signal
         return z_t - noise * output if self.is_flow else signal * z_t - noise * output
 
     def output_of(self, clean: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
         """The output [B, C, h, w] that states this estimate of z. Needs noise in z_t (of a flow: t above 0)."""
-        signal, noise = self._levels(t)
+        signal, noise = self.levels(t)
         if self.prediction == "epsilon":
             return (z_t - signal * clean) / noise
         return (z_t - clean) / noise if self.is_flow else (signal * z_t - clean) / noise

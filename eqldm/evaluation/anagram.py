@@ -1,19 +1,26 @@
-"""Does it read as both? Letters sampled plain and as anagrams, read by the judge.
+"""Does it read as both? Pictures of two prompts, one upright and one in another view.
 
-Ambigramability: the share of pictures that the judge reads right in *both* views. Source: arXiv 2306.12049, section 5.
+Ambigramability: the share of letters that the judge reads right in *both* views. Source: arXiv 2306.12049, section 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
-from eqldm.anagram.sampling import Sampler
-from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.clip import alignment, concealment
+from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.quality import RealPictures, distances, features_of
 from eqldm.views import View
+
+PROMPT_PAIRS = Path(__file__).parent / "prompt_pairs.yaml"
+SIDES = ("upright", "turned")
+QUANTILES = (0.9, 0.95)  # of alignment and concealment, as Visual Anagrams reports them
 
 
 @dataclass(frozen=True)
@@ -48,47 +55,66 @@ def letter_pairs(count: int, seed: int = 0) -> Tensor:
     return torch.cat(rounds)[:count].T
 
 
-def letter_prompts(wanted: Tensor) -> list[list[str]]:
-    """For each view, each picture's prompt: "the letter A" of label numbers [views, N]."""
-    return [[f"the letter {LETTERS[label]}" for label in labels] for labels in wanted.tolist()]
+def read_prompt_pairs(path: Path) -> list[tuple[str, str]]:
+    """(upright, turned) prompts of a file of the form of prompt_pairs.yaml. Raises ValueError, FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompt pairs at '{path}': wanted a YAML of `pairs`, of two subjects each, and `styles`")
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{path}' is no YAML: {str(error).splitlines()[0]}") from error
+    pairs = found.get("pairs") if isinstance(found, dict) else None
+    if not isinstance(pairs, list) or len(pairs) < 2 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"'{path}': wanted a YAML of `pairs`, two or more, a list of two subjects each, and perhaps `styles`")
+    styles = found.get("styles") or [""]
+    return [tuple(f"{styles[k % len(styles)]} {subject}".strip() for subject in pair) for k, pair in enumerate(pairs)]
 
 
-def read_letters(
-    sampler: Sampler, judge: Judge, views: list[View], wanted: Tensor, batch_size: int = 64, seed: int = 0,
-    on_step: Callable[[], None] | None = None, **options,
-) -> Reading:  # fmt: skip
-    """Samples picture k (its seed is seed + k) as letter wanted[i, k] in view i, and reads each view.
+def unordered(tuples: Tensor) -> Tensor:
+    """[T] cluster numbers of tuples [T, views]: those of the same in any order are one, for under a symmetric view they are one task."""
+    return torch.unique(tuples.sort(1).values, dim=0, return_inverse=True)[1]
 
-    wanted: [views, N]. options: as `Sampler.__call__` takes them.
+
+def anagram_metrics(
+    view: View, values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
+    temperature: float | None = None,
+) -> Findings:  # fmt: skip
+    """Of what `Sampled` measured under the views (identity, V), each as `anagram/V/...`, with `_upright` and `_turned` for the two:
+
+    `ambigramability`   the share that the judge reads right in both;  `read_right_*` in each;  wanted: [2, N]
+    `forced_ambigramability`   the same where it must name one of the 26 letters, as the literature's must
+    `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
+    `round_trip_psnr`   dB of D(E(x)) against x, upright
+    `alignment`, `concealment`   means of `clip.alignment` and `clip.concealment` (at CLIP's temperature), and their `_q90`, `_q95`
+
+    clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same two letters.
     """
-    parts = []
-    for first in range(0, wanted.shape[1], batch_size):
-        rows = wanted[:, first : first + batch_size]
-        seeds = range(seed + first, seed + first + rows.shape[1])
-        parts.append(sampler(letter_prompts(rows), views, seeds, on_step=on_step, **options))
-    pictures = torch.cat(parts)
-    read = torch.stack([judge(view(pictures)) for view in views])
-    return Reading(pictures, wanted, read)
+    count = len(values["energy"])
+    if clusters is None:
+        clusters = torch.arange(count) if wanted is None else unordered(wanted.T)
+    findings, prefix = Findings(clusters), f"anagram/{view.name}/"
+    if wanted is not None:
+        for name, read in (("", values["read"]), ("forced_", values["forced"])):
+            right = (read == wanted.T).double()
+            findings.mean(f"{prefix}{name}ambigramability", right.prod(1))
+            for side, each in zip(SIDES, right.T) if not name else ():
+                findings.mean(f"{prefix}read_right_{side}", each)
+    if "similarity" in values:
+        scores = {"alignment": alignment(values["similarity"]), "concealment": concealment(values["similarity"], temperature)}
+        for name, score in scores.items():
+            findings.mean(f"{prefix}{name}", score)
+            findings.metrics |= {f"{prefix}{name}_q{q * 100:.0f}": float(score.double().quantile(q)) for q in QUANTILES}
+    for i, side in enumerate(SIDES):
+        distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
+        findings.mean(f"{prefix}texture_{side}", values["energy"][:, i] / real.energy)
+    if "round_trip" in values:
+        findings.mean(f"{prefix}round_trip_psnr", values["round_trip"])
+    return findings
 
 
-def generation_metrics(reading: Reading, quality: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
-    """`generation/read_right`: the share of plainly sampled letters that the judge reads right; and their quality.
-
-    quality: gives the metrics of pictures [N, 3, H, W]; see `quality_metrics`.
-    """
-    metrics = {"read_right": float(reading.right[0].float().mean()), **quality(reading.pictures)}
-    return {f"generation/{name}": value for name, value in metrics.items()}
-
-
-def anagram_metrics(view: View, reading: Reading, quality: Callable[[Tensor], dict[str, float]]) -> dict[str, float]:
-    """`ambigramability`, and the share read right in the `upright` picture and in the `turned` one, and the quality of both."""
-    upright, turned = reading.right.float()
-    metrics = {"ambigramability": float((upright * turned).mean()), "upright": float(upright.mean()), "turned": float(turned.mean())}
-    metrics |= {f"{name}_upright": value for name, value in quality(reading.pictures).items()}
-    metrics |= {f"{name}_turned": value for name, value in quality(view(reading.pictures)).items()}
-    return {f"anagram/{view.name}/{name}": value for name, value in metrics.items()}
-
-
-def plain_letters(count: int, seed: int = 0) -> Tensor:
-    """[1, count] label numbers, drawn alike: each letter in turn would lie farther apart than a draw does, and bias KID."""
-    return torch.randint(len(LETTERS), (1, count), generator=torch.Generator().manual_seed(seed))
+def letter_rates(values: dict[str, Tensor], wanted: Tensor) -> Tensor:
+    """[26, 26] share of pictures of each ordered pair of letters that read right in both views; NaN where there is none of a pair."""
+    right = (values["read"] == wanted.T).all(1).double()
+    cells, size = wanted[0] * len(LETTERS) + wanted[1], len(LETTERS) ** 2
+    held = torch.bincount(cells, minlength=size)
+    return (torch.bincount(cells, right, minlength=size) / held).view(len(LETTERS), -1)

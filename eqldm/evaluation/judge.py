@@ -24,7 +24,7 @@ from eqldm.atomic import replace_folder
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
-from eqldm.model_folder import PRETRAINED
+from eqldm.model_folder import PRETRAINED, weights_hash
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -160,6 +160,11 @@ class Judge:
             raise ValueError(f"the judge in '{folder}' knows {answers} answers, wanted {len(ANSWERS)} (A-Z and none): train it anew")
         network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, strict=True)
         return cls(network, about["image_size"])
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that change with its weights, and with the size that it reads at."""
+        return weights_hash(self.network, str(self.image_size))
 
     @torch.no_grad()
     def __call__(self, x: Tensor, batch_size: int = 256) -> Tensor:

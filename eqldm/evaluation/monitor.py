@@ -9,11 +9,14 @@ import pytorch_lightning as pl
 from eqldm.anagram.preview import validation_sampler
 from eqldm.config import DiffusionConfig
 from eqldm.data.remote import is_remote
-from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import ShardSet, read_manifest
-from eqldm.evaluation.anagram import generation_metrics, plain_letters, read_letters
+from eqldm.evaluation.features import judge_features
+from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.judge import Judge
-from eqldm.evaluation.quality import RealPictures, quality_metrics
+from eqldm.evaluation.quality import RealData, RealPictures
+from eqldm.evaluation.sampled import Sampled
+from eqldm.evaluation.work import measure_all
 from eqldm.views import IDENTITY
 
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 5.0}  # as python -m eqldm.evaluate samples by default
@@ -45,15 +48,18 @@ class LetterMonitor(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.judge, samples = Judge.open(), PictureSamples(self.folder)
+        self.features = [judge_features(self.judge)]
         count = min(len(samples), self.config.data.val_samples)
-        found = collate([samples[i] for i in range(count)])
-        self.real = RealPictures.of(found["x"], self.judge, found["label"])
+        self.real = RealPictures.of(RealData(samples, count, self.features).measure(range(count)))
         validation_sampler(module).check_length(["the letter A"])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        sampler = validation_sampler(module)
-        reading = read_letters(sampler, self.judge, [IDENTITY], plain_letters(self.config.val_letters), **SAMPLING)
-        metrics = generation_metrics(reading, lambda x: quality_metrics(x, self.judge, sampler.vae, self.real))
+        wanted = plain_letters(self.config.val_letters)
+        sampled = Sampled(
+            "generation", validation_sampler(module), [IDENTITY], letter_prompts(wanted), wanted=wanted, judge=self.judge,
+            features=self.features, **SAMPLING,
+        )  # fmt: skip
+        metrics = generation_metrics(measure_all(sampled), self.real, wanted).metrics
         module.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)

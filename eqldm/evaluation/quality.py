@@ -1,58 +1,96 @@
-"""Do the pictures look like real ones? Distances between features of a classifier, and scores for texture.
+"""Do the pictures look like real ones? Distances between features of real and of sampled pictures, and scores for texture.
 
-A reading judge forgives a rough texture, as CLIP scores do; these do not. Distances are taken between features [N, D] that
-`Judge.features` gives of real and of sampled pictures (KID and FID of the literature use Inception's: figures compare only
-where the features are the same).
+A reading judge forgives a rough texture, as CLIP scores do; these do not. Distances bear the name of their features (see
+`features`): only those of the same ones compare.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eqldm.autoencoder.equivariance import psnr
+from eqldm.data.samples import PictureSamples, collate
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.features import Features
 from eqldm.evaluation.judge import Judge
-from eqldm.model_folder import Pixels, decode, encode
+from eqldm.model_folder import decode, encode
+
+NEIGHBOURS = 3  # of precision and recall
 
 
 @dataclass(frozen=True)
 class RealPictures:
-    """What sampled pictures are held against: the features [M, D] of real ones, their labels [M] (None: they have none), and their
-    mean high-frequency energy."""
+    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), and
+    their mean high-frequency energy."""
 
-    features: Tensor
+    features: dict[str, Tensor]
     labels: Tensor | None
     energy: float
 
     @classmethod
-    def of(cls, pictures: Tensor, judge: Judge, labels: Tensor | None = None) -> RealPictures:
-        """Measured on pictures [M, 3, H, W] in [-1, 1]. labels: [M], -1 where a picture has none."""
-        labels = None if labels is None or bool((labels < 0).any()) else labels
-        return cls(judge.features(pictures), labels, float(high_frequency_energy(pictures).mean()))
+    def of(cls, values: dict[str, Tensor]) -> RealPictures:
+        """Of what `RealData` measured."""
+        labels = values["label"]
+        return cls(features_of(values), None if bool((labels < 0).any()) else labels, float(values["energy"].mean()))
 
 
-def quality_metrics(
-    pictures: Tensor, judge: Judge, vae: AutoencoderKL | Pixels, real: RealPictures, batch_size: int = 64
-) -> dict[str, float]:
-    """Of sampled pictures [N, 3, H, W] in [-1, 1], N > 1:
+class RealData:
+    """The question what real pictures are like: their features and energy, their labels, and which cannot be read."""
 
-    `kid`, `fid`        distances of the judge's features from those of real pictures
-    `texture`           high-frequency energy over that of real pictures: above 1 where they are rough, below where blurred
-    `round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
+    name = "data"
+
+    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None):
+        self.samples, self.count, self.features, self.judge = samples, count, features, judge
+        self.key = {"data": samples.digest, "features": {f.name: f.hash for f in features}}
+        if judge is not None:
+            self.key["judge"] = judge.hash
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
+        `read` [B], what the judge reads."""
+        batch = collate([self.samples[i] for i in numbers])
+        x = batch["x"]
+        unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
+        values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
+        values |= {f"features/{f.name}": f.extract(x) for f in self.features}
+        return values | ({"read": self.judge(x)} if self.judge is not None else {})
+
+
+def features_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The features among measured values, by name."""
+    return {name.removeprefix("features/"): value for name, value in values.items() if name.startswith("features/")}
+
+
+def distances(findings: Findings, real: RealPictures, features: dict[str, Tensor], prefix: str, suffix: str = "") -> None:
+    """Adds, of sampled pictures' features [N, D] by name, N > 1, each under `PREFIX_NAMESUFFIX`:
+
+    `kid`, `fid`            distances from those of real pictures
+    `precision`, `recall`   how many sampled pictures lie among real ones, and the reverse
     """
-    features = judge.features(pictures, batch_size)
-    metrics = {
-        "kid": float(kid(real.features, features, real_labels=real.labels)),
-        "fid": float(fid(real.features, features)),
-        "texture": float(high_frequency_energy(pictures).mean()) / real.energy,
-    }
-    if not isinstance(vae, Pixels):
-        metrics["round_trip_psnr"] = float(round_trip_psnr(vae, pictures, batch_size).mean())
-    return metrics
+    for name, fake in features.items():
+        known = real.features[name]
+        findings.of_weights(f"{prefix}kid_{name}{suffix}", lambda w, known=known, fake=fake: kid(known, fake, w, real.labels))
+        findings.metrics[f"{prefix}fid_{name}{suffix}"] = float(fid(known, fake))
+        if min(len(known), len(fake)) > NEIGHBOURS:
+            precision, recall = precision_recall(known, fake)
+            findings.metrics |= {f"{prefix}precision_{name}{suffix}": precision, f"{prefix}recall_{name}{suffix}": recall}
+
+
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """(precision, recall) of features fake [N, D] among real [M, D]: the share of each that lies nearer to one of the other than that
+    one's third neighbour among its own.
+
+    Source: arXiv 1904.06991, eq. 1 and 2 (torch-fidelity).
+    """
+    found = prc_features_to_metric(fake.float(), real.float(), prc_neighborhood=NEIGHBOURS, verbose=False)
+    return found["precision"], found["recall"]
 
 
 def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: Tensor | None = None) -> Tensor:

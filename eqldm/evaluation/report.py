@@ -1,145 +1,313 @@
-"""What an evaluation writes: `metrics.json`, a Markdown table over all models, and picture sheets."""
+"""The report of an evaluation: `report.md`, and `report.html`, one file that opens offline."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import AutoencoderKL
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
 from rich.table import Table
-from torch import Tensor
 
-from eqldm.anagram.render import picture_sheet
-from eqldm.evaluation.anagram import Reading
-from eqldm.evaluation.judge import ANSWERS, LETTERS
+from eqldm.evaluation.bootstrap import interval
+from eqldm.evaluation.compare import NOTE, Difference, Measured, difference_cell, differences
+from eqldm.evaluation.fit import NUM_BINS
+from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
 from eqldm.markdown import markdown
-from eqldm.model_folder import decode, encode
-from eqldm.views import View
 
-HIGHER_IS_BETTER = {"psnr", "ssim", "decoder_psnr", "read_right", "ambigramability", "upright", "turned", "accuracy"}
-HIGHER_IS_BETTER |= {"round_trip_psnr", "round_trip_psnr_upright", "round_trip_psnr_turned"}
-ONE_IS_BEST = {"texture", "texture_upright", "texture_turned"}  # the energy of real pictures
+COLOURS = ("#3778bf", "#d1603d", "#3a9a5b", "#9b59b6", "#b08a1e", "#c2417f")  # of models in plots, on light and on dark
 
 
-def number(value: float | None) -> str:
-    """Three significant figures, or a dash for what was not computed."""
-    return "-" if value is None else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+@dataclass(frozen=True)
+class Model:
+    """A model's part of a report. verdict: of the fit, or None.  sheets: picture files by title, under the report's folder.  about: see
+    `Evaluation.keep`."""
+
+    measured: Measured
+    verdict: str | None
+    sheets: dict[str, Path]
+    about: dict
 
 
-def metric_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
-    """One row a metric: its name with an arrow towards better, or the best value, and each model's value."""
-    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = []
+@dataclass(frozen=True)
+class Report:
+    """All models (the first is what the others are held against), what was not computed, and what else a reader must know.
+
+    shared: pictures of all models together, by title.
+    """
+
+    models: Sequence[Model]
+    missing: Sequence[str]
+    notes: Sequence[str]
+    shared: dict[str, Path]
+
+    def questions(self) -> list[str]:
+        """Those that were answered, in order."""
+        answered = {name.split("/", 1)[0] for model in self.models for name in model.measured.metrics}
+        return [name for name in (*QUESTION_TITLES, *sorted(answered - QUESTION_TITLES.keys())) if name in answered]
+
+    def metrics(self, question: str) -> list[str]:
+        """The names of a question's metrics; those of a single bin are in the plots and in `metrics.json` alone."""
+        names = dict.fromkeys(name for model in self.models for name in model.measured.metrics)
+        return [name for name in names if name.split("/", 1)[0] == question and "/bin_" not in name]
+
+    def means_and_details(self, question: str) -> tuple[list[str], list[str]]:
+        """The names of a question's metrics, and of those of single views that there is a mean of."""
+        names = self.metrics(question)
+        single = [name for name in names if question == "equivariance" and name.count("/") == 2 and "/mean/" not in name]
+        return [name for name in names if name not in single], single
+
+    def against_first(self) -> list[dict[str, Difference]]:
+        """What each model but the first has more than that."""
+        first, *others = [model.measured for model in self.models]
+        return [differences(other, first) for other in others]
+
+
+def value_cell(measured: Measured, name: str) -> str:
+    """A metric's value, with its interval where it has one."""
+    value, resampled = measured.metrics.get(name), measured.resampled.get(name)
+    if value is None or resampled is None:
+        return number(value)
+    low, high = interval(resampled)
+    return f"{number(value)} ({number(low)} to {number(high)})"
+
+
+def metric_rows(report: Report, names: Sequence[str], against: Sequence[dict[str, Difference]]) -> list[list[str]]:
+    """One row a metric: its name with the way to better, each model's value, and differences from the first."""
+    return [
+        [
+            f"{name} {direction(name)}".strip(),
+            *(value_cell(model.measured, name) for model in report.models),
+            *(difference_cell(found.get(name)) for found in against),
+        ]
+        for name in names
+    ]
+
+
+def headings(report: Report) -> list[str]:
+    """Of the tables of metrics."""
+    names = [model.measured.name for model in report.models]
+    return ["metric", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
+
+
+def console_table(models: Sequence[Measured], title: str) -> Table:
+    """The values of all models for the terminal, without those of single views and bins where there are means."""
+    table = Table("metric", *(model.name for model in models), title=title)
+    names = dict.fromkeys(name for model in models for name in model.metrics)
     for name in names:
-        last = name.rsplit("/", 1)[-1]
-        arrow = "→1" if last in ONE_IS_BEST else "↑" if last in HIGHER_IS_BETTER else "↓"
-        rows.append([f"{name} {arrow}", *(number(metrics.get(name)) for metrics in results.values())])
-    return rows
-
-
-def markdown_table(results: dict[str, dict[str, float]]) -> str:
-    """The metrics of all models as a Markdown table."""
-    return markdown(["metric", *results], metric_rows(results))
-
-
-def console_table(results: dict[str, dict[str, float]], title: str) -> Table:
-    """The same for the terminal."""
-    table = Table("metric", *results, title=title)
-    for row in metric_rows(results):
-        table.add_row(*row)
+        if name.startswith(("reconstruction/", "generation/", "anagram/", "data/", "equivariance/mean/", "equivariance/eqvae")) or (
+            name.startswith("fit/") and "/bin_" not in name
+        ):
+            table.add_row(f"{name} {direction(name)}".strip(), *(number(model.metrics.get(name)) for model in models))
     return table
 
 
-@torch.no_grad()
-def turned_decodings(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]) -> dict[str, Tensor]:
-    """Of pictures [N, 3, H, W], by heading: x, D(z), and for each view T of them D(T z), turned back so that errors show."""
-    z = encode(vae, pictures)
-    columns = {"x": pictures, "D(z)": decode(vae, z)} | {f"T = {view.name}": view.inverse(decode(vae, view(z))) for view in views}
-    return {heading: column.float().cpu() for heading, column in columns.items()}
+def write_report(out: Path, report: Report) -> tuple[str, str]:
+    """(Markdown, HTML) of the report, whose pictures lie under `out`."""
+    against = report.against_first()
+    return _markdown(report, against), _page(out, report, against)
 
 
-def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
-    """The `turned_decodings` of several models, of the same pictures: a row for each model of each picture."""
-    first = next(iter(decodings.values()))
-    count, _, _, width = first["x"].shape
-    rows = [[columns[heading][i] for heading in first] for i in range(count) for columns in decodings.values()]
-    return picture_sheet(rows, list(decodings) * count, list(first), scale=max(1, 96 // width))
+def _markdown(report: Report, against: Sequence[dict[str, Difference]]) -> str:
+    parts = ["# Evaluation\n"]
+    parts += [f"**{model.measured.name}**: {model.verdict}\n" for model in report.models if model.verdict]
+    for question in report.questions():
+        parts.append(f"## {QUESTION_TITLES.get(question, question.capitalize())}\n")
+        parts += [markdown(headings(report), metric_rows(report, names, against)) for names in report.means_and_details(question) if names]
+    parts.append(NOTE + "\n")
+    if report.missing:
+        parts.append("## Not computed\n\n" + "".join(f"- {text}\n" for text in report.missing))
+    parts += [f"{note}\n" for note in report.notes]
+    parts.append("## Where the figures are from\n\n" + markdown(["", *(m.measured.name for m in report.models)], provenance(report)))
+    return "\n".join(parts)
 
 
-def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
-    """Sampled letters in each view, a row each, labelled wanted -> read."""
-    count = min(most, len(reading.pictures))
-    rows = [[view(picture) for view in views] for picture in reading.pictures[:count]]
-    labels = [
-        "  ".join(f"{ANSWERS[w]}→{ANSWERS[r]}" for w, r in zip(reading.wanted[:, k].tolist(), reading.read[:, k].tolist()))
-        for k in range(count)
+def provenance(report: Report) -> list[list[str]]:
+    """Rows of what each model's figures are from: command, hashes of models and data, seeds, counts, versions."""
+    rows = []
+    for name in ("command", "model", "hashes", "data", "samples", "seed", "precision", "device", "commit", "versions"):
+        rows.append([name, *(_plainly(model.about.get(name)) for model in report.models)])
+    return rows
+
+
+def _plainly(value) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_plainly(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plainly, value))
+    return f"{value[:16]}…" if isinstance(value, str) and len(value) == 64 and " " not in value else str(value)
+
+
+# The page
+
+
+def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -> str:
+    names = [model.measured.name for model in report.models]
+    sections = []
+    for question in report.questions():
+        main, single = report.means_and_details(question)
+        body = [_plot(question, report), _html_table(headings(report), metric_rows(report, main, against))]
+        if single:
+            table = _html_table(headings(report), metric_rows(report, single, against))
+            body.append(f"<details><summary>by view</summary>{table}</details>")
+        body += [_picture(out, title, path) for title, path in report.shared.items() if _belongs(title, question)]
+        body += [
+            _picture(out, f"{model.measured.name}: {title.replace('_', ' ')}", path)
+            for model in report.models
+            for title, path in model.sheets.items()
+            if _belongs(title, question)
+        ]
+        sections.append((question, QUESTION_TITLES.get(question, question.capitalize()), "\n".join(filter(None, body))))
+    verdicts = [
+        f'<p class="verdict {"good" if " fits " in model.verdict else "bad"}"><b>{html.escape(model.measured.name)}</b>: '
+        f"{html.escape(model.verdict)}</p>"
+        for model in report.models
+        if model.verdict
     ]
-    return _side_by_side(rows, labels, [view.name for view in views])
-
-
-def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most: int = 6, columns: int | None = None) -> Image.Image:
-    """The same letters and seeds by each model: the first pictures of each kind, a row for each view of each.
-
-    readings: by model, of each kind (plain letters, anagrams in these views), in one order.
-    columns: how many the list of rows is broken into; None gives each kind its own.
-    """
-    rows, labels = [], []
-    kinds = list(zip(*readings.values()))
-    for kind in kinds:
-        views, first = kind[0]
-        for k in range(min(most, len(first.pictures))):
-            for i, view in enumerate(views):
-                rows.append([view(reading.pictures[k]) for _, reading in kind])
-                labels.append(f"{ANSWERS[first.wanted[i, k]]}  {view.name}")
-    return _side_by_side(rows, labels, list(readings), columns or len(kinds))
-
-
-def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
-    """The rows in several columns of sheets, so that a long list fits on a screen."""
-    per = -(-len(rows) // columns)
-    sheets = [
-        picture_sheet(rows[i : i + per], labels[i : i + per], headings, scale=max(1, 96 // rows[0][0].shape[-1]))
-        for i in range(0, len(rows), per)
+    missing = "".join(f"<li>{html.escape(text)}</li>" for text in report.missing)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
+    links = " ".join(f'<a href="#{name}">{html.escape(title.split(":")[0])}</a>' for name, title, _ in sections)
+    parts = [
+        f"<h1>Evaluation of {html.escape(', '.join(names))}</h1>",
+        f"<nav>{links} <a href='#provenance'>Where the figures are from</a></nav>",
+        *verdicts,
+        f'<div class="missing"><h2>Not computed</h2><ul>{missing}</ul></div>' if missing else "",
+        notes,
+        *(f'<section id="{name}"><h2>{html.escape(title)}</h2>{body}</section>' for name, title, body in sections),
+        f"<p>{html.escape(NOTE)}</p>",
+        f'<section id="provenance"><h2>Where the figures are from</h2>{_html_table(["", *names], provenance(report))}</section>',
     ]
-    whole = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
-    left = 0
-    for sheet in sheets:
-        whole.paste(sheet, (left, 0))
-        left += sheet.width
-    return whole
+    title = f"<title>eqldm: {html.escape(', '.join(names))}</title>"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
+    body = "\n".join(filter(None, parts))
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
 
 
-def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Image:
-    """A heat map of rates [26, 26] in [0, 1]: the letter of the first of two views down, of the second across.
-
-    Framed for half a turn: A/V, which arXiv 2306.12049 calls easy (solid), and D/K, which it calls hard (dashed).
-    """
-    figure = Figure(figsize=(8, 7.5), dpi=100, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    shown = axes.imshow(rates, cmap="viridis", vmin=0, vmax=1)
-    axes.set_xticks(range(len(LETTERS)), list(LETTERS))
-    axes.set_yticks(range(len(LETTERS)), list(LETTERS))
-    axes.set_title(f"{title}: {float(rates.mean()):.1%}")
-    axes.set_ylabel(views[0])
-    axes.set_xlabel(views[1])
-    for pair, style in (("AV", "-"), ("DK", "--")) if list(views) == ["identity", "rotate_180"] else ():
-        i, j = map(LETTERS.index, pair)
-        for row, column in ((i, j), (j, i)):
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, linestyle=style))
-    figure.colorbar(shown, ax=axes, shrink=0.8)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+def _belongs(title: str, question: str) -> bool:
+    """Whether a sheet is shown with a question."""
+    owners = {
+        "reconstruction": ("reconstruction",),
+        "equivariance": ("equivariance", "latents"),
+        "generation": ("letters", "generation"),
+        "anagram": ("anagrams", "letter_matrix", "models"),
+    }
+    return title.startswith(owners.get(question, ("-",)))
 
 
-def write_report(out: Path, results: dict[str, dict[str, float]], notes: list[str]) -> Path:
-    """Writes `report.md`: the table, what was not computed and why, and the command."""
-    text = "# Evaluation\n\n" + markdown_table(results) + "".join(f"\n{note}\n" for note in notes)
-    path = out / "report.md"
-    path.write_text(text)
-    return path
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "".join("<tr>" + "".join(f"<td{_mark(text)}>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _mark(text: str) -> str:
+    return ' class="real"' if ") *" in text else ""
+
+
+def _picture(out: Path, title: str, path: Path) -> str:
+    data = base64.b64encode((out / path).read_bytes()).decode()
+    caption = html.escape(title)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}" loading="lazy">'
+    return f'<details open><summary>{caption}</summary><div class="wide">{image}</div></details>'
+
+
+def _plot(question: str, report: Report) -> str:
+    """An SVG of the question's figures over views or timesteps, or nothing."""
+    draw = {"fit": _fit_plot, "equivariance": _equivariance_plot}.get(question)
+    figure = draw(report) if draw else None
+    if figure is None:
+        return ""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return '<div class="wide plot">' + buffer.getvalue()[buffer.getvalue().index("<svg") :] + "</div>"
+
+
+def _axes(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    for spine in axes.spines.values():
+        spine.set_color("#888")
+    axes.tick_params(colors="#888")
+    return figure, axes
+
+
+def _fit_plot(report: Report) -> Figure | None:
+    """The loss over that of the filter that knows the spectrum alone, by tenths of the timesteps."""
+    curves = []
+    for model in report.models:
+        points = [(k, model.measured.metrics.get(f"fit/loss_ratio/bin_{k}")) for k in range(NUM_BINS)]
+        curves.append([(k, value) for k, value in points if value is not None])
+    if not any(curves):
+        return None
+    figure, axes = _axes(8, 3.4)
+    for colour, model, points in zip(_colours(report), report.models, curves):
+        axes.plot([100 * k + 50 for k, _ in points], [v for _, v in points], "o-", color=colour, label=model.measured.name)
+    axes.axhline(1, color="#888", linewidth=1, linestyle="--")
+    axes.set_yscale("log")
+    axes.set_yticks(ticks := (0.1, 0.2, 0.5, 1, 2, 5, 10), [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("timestep (of 1000; 0: no noise)", color="#888")
+    axes.set_ylabel("loss / spectral loss", color="#888")
+    axes.legend(labelcolor="#888", frameon=False)
+    return figure
+
+
+def _equivariance_plot(report: Report) -> Figure | None:
+    """dB of D(T z) against T x by view, with that of D(z) against x as a line."""
+    suffix = "/psnr"
+    views = list(
+        dict.fromkeys(
+            name.split("/")[1]
+            for model in report.models
+            for name in model.measured.metrics
+            if name.startswith("equivariance/") and name.endswith(suffix) and "/mean/" not in name
+        )
+    )
+    if not views:
+        return None
+    figure, axes = _axes(max(6, 0.9 * len(views)), 3.4)
+    width = 0.8 / len(report.models)
+    for k, (colour, model) in enumerate(zip(_colours(report), report.models)):
+        metrics = model.measured.metrics
+        heights = [metrics.get(f"equivariance/{view}{suffix}", 0.0) for view in views]
+        axes.bar(
+            [i + (k - len(report.models) / 2 + 0.5) * width for i in range(len(views))],
+            heights,
+            width,
+            color=colour,
+            label=model.measured.name,
+        )
+        if (plain := metrics.get("reconstruction/psnr")) is not None:
+            axes.axhline(plain, color=colour, linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(views)), views, rotation=30, ha="right")
+    axes.set_ylabel("dB of D(T z) against T x; dashed: of D(z)", color="#888")
+    axes.legend(labelcolor="#888", frameon=False)
+    return figure
+
+
+def _colours(report: Report) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(len(report.models))]
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #3a9a5b; --bad: #d1603d; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 1400px; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+nav a { margin-right: 1rem; }
+.verdict { border-left: .3rem solid var(--line); padding: .5rem 1rem; background: var(--soft); }
+.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
+.missing { border-left: .3rem solid var(--bad); padding: .1rem 1rem; background: var(--soft); }
+.missing h2 { border: 0; margin: .5rem 0 0; }
+.wide { overflow-x: auto; } .plot svg { max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+td:not(:first-child) { white-space: nowrap; } #provenance td { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
+td.real { font-weight: 600; }
+details { margin: 1rem 0; } summary { cursor: pointer; } img { image-rendering: pixelated; max-width: none; }
+"""

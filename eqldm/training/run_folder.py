@@ -194,11 +194,21 @@ def _flat(tree: dict, prefix: str = "") -> dict:
 
 
 def _write_git_state(folder: Path) -> None:
-    here = Path(__file__).resolve().parents[1]
     for name, arguments in {"git.txt": ["rev-parse", "HEAD"], "git.diff": ["diff", "HEAD"]}.items():
-        try:
-            result = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
-        except FileNotFoundError:  # no git on this machine: an installed package has no commit to state
-            return
-        if result.returncode == 0:
-            (folder / name).write_text(result.stdout)
+        if (found := _git(*arguments)) is not None:
+            (folder / name).write_text(found)
+
+
+def git_commit() -> str:
+    """The commit of this code, and whether it was changed since; "unknown" where there is no repository."""
+    commit, changed = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    return "unknown" if commit is None else commit.strip() + (" and changes that are not committed" if changed else "")
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parents[1]
+    try:
+        result = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:  # no git on this machine: an installed package has no commit to state
+        return None
+    return result.stdout if result.returncode == 0 else None

@@ -1,0 +1,149 @@
+"""Which of two models is better, and which differences are real?
+
+    python -m eqldm.evaluation.compare DIR/NAME DIR/NAME [...] [--out FILE]
+
+Each is a folder that `python -m eqldm.evaluate` wrote for a model; all others are held against the first. Where both were measured on the
+same pictures, prompts and seeds, their resamples are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eqldm.evaluation.bootstrap import interval
+from eqldm.evaluation.naming import direction, number, question_of
+from eqldm.markdown import markdown
+
+LEVEL = 0.05  # of being wrong about any difference that is called real
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's results, as `evaluate` keeps them; see `run.Result`."""
+
+    name: str
+    metrics: dict[str, float]
+    resampled: dict[str, Tensor]
+    about: dict
+
+    @property
+    def samples(self) -> dict[str, dict]:
+        """By question, what its pictures were."""
+        return self.about["samples"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Measured:
+        """Those of a folder. Raises FileNotFoundError where it holds none."""
+        folder = Path(folder)
+        missing = [name for name in ("metrics.json", "resampled.safetensors", "about.json") if not (folder / name).is_file()]
+        if missing:
+            how = "give DIR/NAME of python -m eqldm.evaluate --out DIR"
+            raise FileNotFoundError(f"'{folder}' holds no results (it lacks {', '.join(missing)}): {how}")
+        metrics, about = (json.loads((folder / name).read_text()) for name in ("metrics.json", "about.json"))
+        return cls(folder.name, metrics, load_file(folder / "resampled.safetensors"), about)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a - b of a metric. bounds: 95 %.  paired: on the same pictures.  p: of a difference as large where there is none.
+
+    real: whether it is, by Holm's procedure over all metrics of a comparison: the chance of calling any wrongly so is `LEVEL`.
+    """
+
+    value: float
+    bounds: tuple[float, float]
+    paired: bool
+    p: float
+    real: bool = False
+
+
+def differences(a: Measured, b: Measured) -> dict[str, Difference]:
+    """Of all metrics that both have, with an interval.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6.
+    """
+    found = {}
+    for name in a.resampled:
+        if name not in b.resampled:
+            continue
+        question = question_of(name)
+        paired = a.samples.get(question) == b.samples.get(question) and len(a.resampled[name]) == len(b.resampled[name])
+        count = min(len(a.resampled[name]), len(b.resampled[name]))
+        mine, theirs = a.resampled[name][:count].double(), b.resampled[name][:count].double()
+        drawn = mine - (theirs if paired else theirs.roll(1))  # the same draws of other pictures are not one draw
+        value, spread = a.metrics[name] - b.metrics[name], float(drawn.std())
+        p = math.erfc(abs(value) / spread / math.sqrt(2)) if spread > 0 else 1.0  # a spread of 0 is that of too few pictures
+        found[name] = Difference(value, interval(drawn), paired, p)
+    real, ordered = True, sorted(found, key=lambda name: found[name].p)
+    for rank, name in enumerate(ordered):
+        real = real and found[name].p < LEVEL / (len(ordered) - rank)
+        each = found[name]
+        found[name] = Difference(each.value, each.bounds, each.paired, each.p, real)
+    return found
+
+
+def difference_cell(each: Difference | None) -> str:
+    """As reports write it: the difference, its interval, and a star where it is real."""
+    if each is None:
+        return "-"
+    low, high = (f"{bound:+.3g}" for bound in each.bounds)
+    return f"{each.value:+.3g} ({low} to {high}){' *' if each.real else ''}{'' if each.paired else ' (other pictures)'}"
+
+
+def comparison_rows(models: Sequence[Measured]) -> list[list[str]]:
+    """One row a metric: each model's value, and of all but the first what it has more than that."""
+    first, *others = models
+    against = [differences(other, first) for other in others]
+    names = list(dict.fromkeys(name for model in models for name in model.metrics))
+    return [
+        [
+            f"{name} {direction(name)}",
+            *(number(model.metrics.get(name)) for model in models),
+            *(difference_cell(found.get(name)) for found in against),
+        ]
+        for name in names
+    ]
+
+
+def comparison_table(models: Sequence[Measured]) -> str:
+    """The same as a Markdown table."""
+    headings = ["metric", *(model.name for model in models), *(f"{model.name} minus {models[0].name}" for model in models[1:])]
+    return markdown(headings, comparison_rows(models))
+
+
+NOTE = (
+    "In brackets the 95 % interval (bootstrap). A star: the difference is real; the chance of one wrong star in a column is 5 % (Holm). "
+    "Pictures differ where they are said to; else both models were measured on the same ones, or with the same prompts and seeds."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", metavar="DIR/NAME", help="results; all others are held against the first")
+    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    args = parser.parse_args()
+    try:
+        if len(args.results) < 2:
+            raise ValueError(f"wanted two results or more, got {len(args.results)}")
+        found = [Measured.open(folder) for folder in args.results]
+        if len({model.name for model in found}) < len(found):  # of several reports
+            found = [replace(model, name=folder) for model, folder in zip(found, args.results)]
+        text = comparison_table(found) + f"\n{NOTE}\n"
+        if args.out:
+            args.out.write_text(text)
+        print(text)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

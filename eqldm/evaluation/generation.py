@@ -1,0 +1,47 @@
+"""Does it draw what it is asked for, and as well as real pictures? Plain pictures, one prompt each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.quality import RealPictures, distances, features_of
+
+
+def plain_letters(count: int, seed: int = 0) -> Tensor:
+    """[1, count] label numbers, drawn alike: each letter in turn would lie farther apart than a draw does, and bias KID."""
+    return torch.randint(len(LETTERS), (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def letter_prompts(wanted: Tensor) -> list[list[str]]:
+    """For each view, each picture's prompt: "the letter A" of label numbers [views, N]."""
+    return [[f"the letter {LETTERS[label]}" for label in labels] for labels in wanted.tolist()]
+
+
+def generation_metrics(
+    values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None
+) -> Findings:
+    """Of what `Sampled` measured of plain pictures (one view):
+
+    `generation/read_right`   the share that the judge reads right;  wanted: [1, N]
+    `generation/kid_NAME`, `fid_NAME`, `precision_NAME`, `recall_NAME`   see `distances`
+    `generation/texture`      high-frequency energy over that of real pictures: above 1 where they are rough, below where blurred
+    `generation/round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
+    `generation/clip_score`   mean similarity with the prompt, times 100 as the literature has it. Source: arXiv 2104.08718, section 3.
+
+    clusters: [N] of pictures that are alike, which intervals draw together; by default none are. (Letters are drawn with their pictures: a
+    resample of letters would leave a third of them out.)
+    """
+    count = len(values["energy"])
+    findings = Findings(torch.arange(count) if clusters is None else clusters)
+    if wanted is not None:
+        findings.mean("generation/read_right", (values["read"][:, 0] == wanted[0]).double())
+    distances(findings, real, {name: features[:, 0] for name, features in features_of(values).items()}, "generation/")
+    findings.mean("generation/texture", values["energy"][:, 0] / real.energy)
+    if "round_trip" in values:
+        findings.mean("generation/round_trip_psnr", values["round_trip"])
+    if "similarity" in values:
+        findings.mean("generation/clip_score", 100 * values["similarity"][:, 0, 0].clamp_min(0))
+    return findings

@@ -1,0 +1,81 @@
+"""What pictures are measured with: the judge, features, LPIPS and CLIP that are at hand, and which are not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from eqldm.autoencoder.losses import load_lpips
+from eqldm.evaluation.clip import HOW, Clip
+from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features
+from eqldm.evaluation.judge import Judge
+
+WEIGHTS = {  # what `--without` may name, and the questions that need it
+    "lpips": {"reconstruction", "equivariance"},
+    "inception": {"reconstruction", "generation", "anagram"},
+    "clip": {"generation", "anagram"},
+    "judge": {"reconstruction", "generation", "anagram"},
+}
+
+
+class Instruments:
+    """judge, features, lpips, clip: those that the questions `asked` need and that are at hand, else None.
+
+    missing: what cannot be computed for want of weights, with the way to get them.  notes: what is left out.
+    """
+
+    def __init__(self, args: argparse.Namespace, asked: Sequence[str], letters: bool, device: torch.device):
+        """args: of the command.  letters: whether the pictures are such as the judge reads.
+
+        Raises ValueError, FileNotFoundError where what was given by its path is not there, or does not fit the rest.
+        """
+        self.args, self.asked, self.device = args, asked, device
+        self.missing: list[str] = []
+        self.notes: list[str] = []
+        if "judge" in args.without and args.judge:
+            raise ValueError("--judge and --without judge: give one of them")
+        self.judge = self._needing("judge", "what the judge reads", partial(Judge.open, args.judge)) if args.judge or letters else None
+        if self.judge and args.prompt_pairs:
+            raise ValueError("--prompt-pairs means nothing where a judge reads letters: leave it out, or add --without judge")
+        self.features = self._features()
+        self.lpips = self._needing("lpips", "LPIPS", lambda: load_lpips().to(device))
+        self.clip = None if self.judge and not args.clip else self._needing("clip", "CLIP score, alignment, concealment", self._clip)
+
+    def _needing(self, name: str, what: str, make: Callable):
+        """What `make` gives, or None where it is done without (`--without`) or its weights are not there, which is then noted."""
+        if not WEIGHTS[name].intersection(self.asked):
+            return None
+        if name in self.args.without:
+            self.notes.append(f"Left out (--without {name}): {what}.")
+            return None
+        try:
+            return make()
+        except FileNotFoundError as error:
+            if getattr(self.args, name, None):  # asked for by its path
+                raise
+            self.missing.append(f"{what}: {error}")
+            return None
+
+    def _features(self) -> list[Features]:
+        found = [judge_features(self.judge)] if self.judge else []
+        for text in self.args.features:
+            name, _, path = text.partition("=")
+            if not path:
+                raise ValueError(f"--features: got '{text}', wanted NAME=WEIGHTS, a timm model and its file")
+            found.append(timm_features(name, Path(path), self.device))
+        if len({features.name for features in found}) < len(found):
+            raise ValueError(f"--features: got one name twice ({' '.join(self.args.features)}), and metrics bear it")
+        if self.args.inception or not found:
+            open_it = partial(inception_features, self.args.inception, self.device)
+            inception = self._needing("inception", "FID, KID, precision and recall", open_it)
+            found += [inception] if inception else []
+        return found
+
+    def _clip(self) -> Clip:
+        if not self.args.clip:
+            raise FileNotFoundError(f"{HOW} and give --clip FOLDER")
+        return Clip(self.args.clip, self.device)

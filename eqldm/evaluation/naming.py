@@ -1,0 +1,38 @@
+"""How reports write metrics: their numbers, which way is better, and which question they answer."""
+
+from __future__ import annotations
+
+UP = set("psnr ssim read_right ambigramability accuracy precision recall clip_score alignment concealment aligned_share".split())
+DOWN = set("lpips rfid fid kid error loss ratio".split())
+TO_ONE = {"texture", "latent_std"}
+QUESTION_TITLES = {
+    "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
+    "equivariance": "Equivariance: do the latents turn with the picture?",
+    "fit": "Fit: does the UNet know these latents?",
+    "generation": "Generation: does it draw what it is asked for, as well as real pictures?",
+    "anagram": "Anagrams: does it read as both?",
+}
+
+
+def direction(name: str) -> str:
+    """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better."""
+    parts = [] if name == "fit/spectral_loss" else name.split("/")
+    for part in reversed(parts):
+        part = "_".join(word for word in part.split("_") if word not in ("upright", "turned"))
+        if any(f"_{word}_" in f"_{part}_" for word in TO_ONE):
+            return "→1"
+        if any(f"_{word}_" in f"_{part}_" for word in DOWN):
+            return "↓"
+        if any(f"_{word}_" in f"_{part}_" for word in UP):
+            return "↑"
+    return ""
+
+
+def question_of(name: str) -> str:
+    """The question that a metric answers, as results name it: `fit`, `anagram/rotate_180`."""
+    return name.rsplit("/", 1)[0] if name.startswith("anagram/") else name.split("/", 1)[0]
+
+
+def number(value: float | None) -> str:
+    """Three significant figures, or a dash for what was not computed."""
+    return "-" if value is None else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"

@@ -1,0 +1,316 @@
+"""Asks each question of each model, and keeps the answers: what `python -m eqldm.evaluate` does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save
+from torch import Tensor
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.atomic import write_whole
+from eqldm.data.samples import from_bytes
+from eqldm.diffusion.conditioning import too_long
+from eqldm.diffusion.objective import Objective
+from eqldm.evaluation import sheets
+from eqldm.evaluation.anagram import PROMPT_PAIRS, Reading, anagram_metrics, every_pair, letter_pairs, letter_rates, read_prompt_pairs
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.entries import Entry
+from eqldm.evaluation.equivariance import RESCALES, SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
+from eqldm.evaluation.fit import Fit, Verdict, fit_metrics, verdict
+from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
+from eqldm.evaluation.instruments import Instruments
+from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.pictures import open_pictures
+from eqldm.evaluation.quality import RealData, RealPictures
+from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
+from eqldm.evaluation.sampled import NUM_SHOWN, Sampled, sampling_precision
+from eqldm.evaluation.work import Question, work
+from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
+from eqldm.training.run_folder import git_commit, versions
+from eqldm.views import D4, IDENTITY, View, parse_view
+
+OF_VAES = ("reconstruction", "equivariance")
+QUESTIONS = (*OF_VAES, "fit", "generation", "anagram")
+
+console = Console(stderr=True)
+
+
+@dataclass
+class Result:
+    """What was found of one model.
+
+    metrics: by name.  resampled: [R] by name, of those with an interval.  sheets: pictures, by the path under the report's folder.
+    samples: by question, what its pictures were: two results are paired where it is equal.
+    """
+
+    entry: Entry
+    metrics: dict[str, float] = field(default_factory=dict)
+    resampled: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, dict] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    sheets: dict[str, Path] = field(default_factory=dict)
+    decodings: dict[str, Tensor] = field(default_factory=dict)
+    readings: list[tuple[list[View], Reading]] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+    def add(self, findings: Findings, question: str, samples: dict) -> None:
+        """What one question found."""
+        self.metrics |= findings.metrics
+        self.resampled |= findings.resampled
+        self.samples[question] = samples
+
+
+class Evaluation:
+    """The pictures, judges and features that all models are measured with.
+
+    missing: what cannot be computed for want of weights, with the way to get them.  notes: what else a reader must know.
+    """
+
+    def __init__(self, args: argparse.Namespace, entries: list[Entry], place: tuple[int, int] = (0, 1)):
+        """Raises ValueError, FileNotFoundError for options that do not fit, before anything long."""
+        self.args, self.place, self.out = args, place, Path(args.out)
+        of_unets = any((entry.folder / "unet").is_dir() for entry in entries)
+        self.asked = [name for name in args.metrics if of_unets or name in OF_VAES]
+        if not self.asked:
+            raise ValueError(f"--metrics {' '.join(args.metrics)}: no model holds a UNet, so there is nothing to ask")
+        self.device = torch.device(args.device)
+        self.views = [parse_view(name) for name in args.views]
+        self.samples = open_pictures(args.data, args.image_size, args.num_images)
+        self.count = min(args.num_images, len(self.samples))
+        height, width = self.samples.image_size
+        self.batch_size = args.batch_size or max(1, min(64, 2**20 // (height * width)))
+        letters = all(_is_letter(self.samples[i]) for i in range(min(self.count, 8)))
+        self.tools = Instruments(args, self.asked, letters, self.device)
+        self.missing, self.notes, self.judge = self.tools.missing, self.tools.notes, self.tools.judge
+        self.values: dict[str, Tensor] | None = None  # of the real pictures
+        self.precision = sampling_precision(args.precision, self.device)
+        if self.count < len(self.samples):
+            self.notes.append(f"The first {self.count} of {len(self.samples)} pictures.")
+
+    def ask(self, question: Question, folder: Path, about: str) -> dict[str, Tensor] | None:
+        """The values of a question, with a bar of progress; None while other processes are at work on it."""
+        others = [path.parent for path in self.out.glob(f"*/{question.name}.safetensors")]
+        rank, world = self.place
+        total = len(range(0, question.count, self.batch_size)[rank::world])
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(f"{about}: {question.name}", total=total)
+            return work(question, folder, self.batch_size, self.place, lambda: progress.advance(task), others)
+
+    def look_at_data(self) -> None:
+        """Measures the real pictures, once for all models."""
+        question = RealData(self.samples, self.count, self.tools.features, self.judge)
+        self.values = self.ask(question, self.out, "data")
+        if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
+            keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
+            self._note(f"{len(keys)} pictures cannot be read, the next one stands in for each: {', '.join(keys)}.")
+
+    def open(self, entry: Entry) -> tuple[AutoencoderKL | Pixels, Sampler | None]:
+        """The VAE and, where the folder holds a UNet, the sampler of an entry. Raises ValueError where they do not fit each other
+        or the views."""
+        vae, sampler = entry.open(self.device)
+        factor, size = downsampling(vae), self.samples.image_size
+        if any(side % factor for side in size):
+            raise ValueError(f"pictures of '{self.args.data}' are {size[0]} x {size[1]}: '{entry.folder}' takes multiples of f = {factor}")
+        for view in self.views:
+            view.check(size[0] // factor, size[1] // factor, " (latents)")
+        if sampler is not None:
+            for view in self.views:
+                sampler.check(["", ""], [IDENTITY, view])
+            if "fit" in self.asked:
+                Objective.of(sampler.networks.scheduler)
+            if not self.judge and "generation" in self.asked:
+                self._captions(1, sampler)
+            for prompts in self._prompt_pairs() if not self.judge and "anagram" in self.asked else ():
+                sampler.check_length(prompts)
+        return vae, sampler
+
+    def answer(self, entry: Entry) -> Result | None:
+        """All that is found of a model; None while other processes are at work on it."""
+        folder, result, complete = self.out / entry.name, Result(entry), True
+        folder.mkdir(parents=True, exist_ok=True)
+        vae, sampler = self.open(entry)
+        real = None if self.values is None else RealPictures.of(self.values)
+        result.hashes = {"vae": vae_hash(vae)} | ({"unet": weights_hash(sampler.networks.unet)} if sampler else {})
+        for name, question, summarise in self.questions(entry, vae, sampler):
+            values = self.ask(question, folder, entry.name)
+            if values is None or real is None:
+                complete = False
+                continue
+            findings = summarise(values, real, result, folder)
+            result.add(findings, name, self.about_samples(question))
+            console.print(f"{entry.name}: {name} " + ", ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in headline(findings)))
+        return result if complete else None
+
+    def about_samples(self, question: Question) -> dict:
+        """What the pictures of a question were: where it is equal, two models were measured on the same."""
+        of_model = ("vae", "unet", "text", "scheduler", "solver", "own", "precision", "options")
+        known = {name: value for name, value in question.key.items() if name not in of_model} | {"count": question.count}
+        return known if "data" in known else {**known, "data": self.samples.digest, "num_real": self.count}
+
+    def questions(self, entry: Entry, vae: AutoencoderKL | Pixels, sampler: Sampler | None) -> Iterator[tuple[str, Question, Callable]]:
+        """(name, question, how its values become findings) of each that can be asked of a model."""
+        asked, args = self.asked, self.args
+        if isinstance(vae, Pixels):
+            self._note(f"Not computed for {entry.name}: reconstruction, equivariance ('{entry.folder}' is a pixel model, it has no VAE).")
+        else:
+            if "reconstruction" in asked:
+                question = Reconstruction(vae, self.samples, self.count, self.tools.features, self.tools.lpips)
+                yield "reconstruction", question, lambda *found: self._reconstruction(vae, *found)
+            if "equivariance" in asked:
+                views = list(dict.fromkeys([*SYMMETRIES, *(view for view in self.views if view not in D4)]))
+                sides = [side // downsampling(vae) for side in self.samples.image_size]
+                if sides[0] != sides[1]:
+                    views = [view for view in views if _fits(view, *sides)]
+                    self._note("The pictures are not square: equivariance is that of the views that keep their shape.")
+                question = Equivariance(vae, self.samples, self.count, views, self._rescales(vae), self.tools.lpips)
+                yield "equivariance", question, lambda *found, q=question: self._equivariance(vae, q, views, *found)
+        if sampler is None:
+            self._note(f"Not computed for {entry.name}: fit, generation, anagram ('{entry.folder}' holds a VAE alone).")
+            return
+        if "fit" in asked:
+            own = load_vae(entry.folder).to(self.device) if entry.vae else None
+            yield "fit", Fit(sampler, self.samples, self.count, own), lambda *found: self._fit(sampler, *found)
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, **entry.options}
+        options |= {"features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
+        options |= {"precision": self.precision, "seed": args.seed}
+        if "generation" in asked:
+            wanted = plain_letters(args.num_letters) if self.judge else None
+            prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]
+            question = Sampled("generation", sampler, [IDENTITY], prompts, wanted=wanted, **options)
+            yield "generation", question, lambda *found, q=question: self._generation(q, *found)
+        for view in self.views if "anagram" in asked else ():
+            wanted = self._letter_pairs() if self.judge else None
+            prompts = letter_prompts(wanted) if self.judge else self._prompt_pairs()
+            question = Sampled(f"anagram_{file_name(view)}", sampler, [IDENTITY, view], prompts, wanted=wanted, **options)
+            yield f"anagram/{view.name}", question, lambda *found, q=question, v=view: self._anagram(q, v, *found)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _rescales(self, vae: AutoencoderKL) -> list:
+        sides = [side // downsampling(vae) for side in self.samples.image_size]
+        return [rescale for rescale in RESCALES if all(side * rescale.height % 1 == 0 for side in sides)]
+
+    def _letter_pairs(self) -> Tensor:
+        return every_pair().T if self.args.num_pairs == "all" else letter_pairs(int(self.args.num_pairs))
+
+    def _captions(self, count: int, sampler: Sampler) -> list[str]:
+        """The data's first captions that the model can read whole, again from the first where there are too few. Raises ValueError
+        where there is none."""
+        found: list[str] = []
+        for number in range(len(self.samples)):
+            if len(found) == count:
+                break
+            caption = self.samples[number]["caption"]
+            found += [caption] if caption and not too_long(sampler.networks.tokenizer, [caption]) else []
+        if not found:
+            raise ValueError(
+                f"generation: no picture of '{self.args.data}' has a caption that the model can read: leave it out of --metrics"
+            )
+        return [found[k % len(found)] for k in range(count)]
+
+    def _prompt_pairs(self) -> list[list[str]]:
+        found = read_prompt_pairs(Path(self.args.prompt_pairs or PROMPT_PAIRS))
+        count = len(found) if self.args.num_pairs == "all" else int(self.args.num_pairs)
+        return [[found[k % len(found)][side] for k in range(count)] for side in (0, 1)]
+
+    def _reconstruction(self, vae, values, real, result: Result, folder: Path) -> Findings:
+        worst = worst_reconstructions(vae, self.samples, values)
+        self._save(result, folder / "reconstruction_worst.png", sheets.reconstruction_sheet(worst))
+        return reconstruction_metrics(values, real)
+
+    def _equivariance(self, vae, question: Equivariance, views: list[View], values, real, result: Result, folder: Path) -> Findings:
+        x = torch.stack([self.samples[i]["x"] for i in range(min(4, self.count))])
+        result.decodings = sheets.turned_decodings(vae, x.to(self.device), views)
+        self._save(result, folder / "equivariance_maps.png", sheets.error_map_sheet(error_maps(values, views)))
+        self._save(result, folder / "latents.png", sheets.latent_sheet(x, latent_pictures(vae, x, views)))
+        return equivariance_metrics(values, vae, list(question.transforms), [view.name for view in views if view in SYMMETRIES])
+
+    def _fit(self, sampler: Sampler, values, real, result: Result, folder: Path) -> Findings:
+        findings = fit_metrics(values, Objective.of(sampler.networks.scheduler))
+        channels = sampler.vae.config.latent_channels
+        if self.count < 4 * channels:  # the filter knows the spectrum of just these pictures, which flatters it
+            self._note(f"Fit: {self.count} pictures are too few for a verdict, wanted {4 * channels} or more.")
+        else:
+            result.verdict = verdict(findings.metrics)
+        return findings
+
+    def _generation(self, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
+        self._sampled(question, values, result, folder / ("letters.png" if self.judge else "generation.png"))
+        return generation_metrics(values, real, question.wanted, None if self.judge else question.clusters)
+
+    def _anagram(self, question: Sampled, view: View, values, real, result: Result, folder: Path) -> Findings:
+        self._sampled(question, values, result, folder / f"anagrams_{file_name(view)}.png")
+        if question.wanted is not None and self.args.num_pairs == "all":
+            title = f"{result.entry.name}: read right in both views"
+            matrix = sheets.letter_matrix(letter_rates(values, question.wanted), title, [IDENTITY.name, view.name])
+            self._save(result, folder / f"letter_matrix_{file_name(view)}.png", matrix)
+        clusters = None if self.judge else question.clusters
+        return anagram_metrics(view, values, real, question.wanted, clusters, self.tools.clip and self.tools.clip.temperature)
+
+    def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
+        """Keeps the first pictures, to be shown."""
+        pictures = from_bytes(values["shown"])
+        if question.wanted is None:
+            prompts = [texts[:NUM_SHOWN] for texts in question.prompts]
+            self._save(result, path, sheets.prompt_sheet(pictures, question.views, prompts))
+            return
+        reading = Reading(pictures, question.wanted[:, : len(pictures)], values["read"][: len(pictures)].T)
+        result.readings.append((question.views, reading))
+        self._save(result, path, sheets.reading_sheet(reading, question.views))
+
+    def _save(self, result: Result, path: Path, sheet: Image.Image) -> None:
+        write_whole(path, lambda partial: sheet.save(partial, "PNG"))
+        result.sheets[path.stem] = path.relative_to(self.out)
+
+    def keep(self, result: Result, command: str) -> None:
+        """Writes `metrics.json`, `resampled.safetensors` and `about.json` of a model."""
+        folder = self.out / result.entry.name
+        about = {
+            "model": result.entry.text, "hashes": result.hashes, "samples": result.samples, "data": str(self.args.data),
+            "precision": self.precision, "device": str(self.device), "seed": self.args.seed, "command": command,
+            "num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale,
+            "verdict": result.verdict and result.verdict.text, "commit": git_commit(), "versions": versions(),
+        }  # fmt: skip
+        resampled = {name: values.float() for name, values in result.resampled.items()}
+        write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(result.metrics, indent=2) + "\n"))
+        write_whole(folder / "resampled.safetensors", lambda path: path.write_bytes(save(resampled)))
+        write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
+
+
+def _is_letter(sample: dict) -> bool:
+    """Whether a picture is one of the glyph world's: labelled as a letter, and called one."""
+    label = sample["label"]
+    return isinstance(label, int) and 0 <= label < len(LETTERS) and "letter" in sample["caption"].lower()
+
+
+def _fits(view: View, height: int, width: int) -> bool:
+    try:
+        view.check(height, width)
+    except ValueError:
+        return False
+    return True
+
+
+def headline(findings: Findings, most: int = 4) -> list[tuple[str, float]]:
+    """The first metrics that are not of a single view, bin or quantile."""
+    short = [(name, value) for name, value in findings.metrics.items() if "bin_" not in name and name.count("/") == 1]
+    means = [(name, value) for name, value in findings.metrics.items() if "/mean/" in name or name.startswith("anagram/")]
+    return (means or short)[:most]
+
+
+def file_name(view: View) -> str:
+    """Of a view, in file names."""
+    return view.name.replace(":", "-").replace("@", "+")

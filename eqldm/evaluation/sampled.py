@@ -1,0 +1,98 @@
+"""Pictures sampled from seeds, and looked at in each view: what the questions of generation and of anagrams share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from eqldm.anagram.sampling import Sampler
+from eqldm.data.samples import from_bytes, to_bytes
+from eqldm.evaluation.clip import Clip
+from eqldm.evaluation.entries import SOLVER
+from eqldm.evaluation.features import Features
+from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
+from eqldm.evaluation.work import identity
+from eqldm.model_folder import Pixels, config_hash
+from eqldm.training.speed import native_precision
+from eqldm.views import View
+
+NUM_SHOWN = 32  # pictures that are kept
+
+
+class Sampled:
+    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view.
+
+    prompts: for each view, each picture's.  wanted: [views, N] label numbers, where a judge reads.
+    options: of `Sampler.latents`.  precision: `32-true` or `bf16-mixed`, of the sampling.
+    """
+
+    def __init__(
+        self, name: str, sampler: Sampler, views: Sequence[View], prompts: Sequence[Sequence[str]], *, wanted: Tensor | None = None,
+        judge: Judge | None = None, features: Sequence[Features] = (), clip: Clip | None = None, seed: int = 0,
+        precision: str = "32-true", on_step: Callable[[], None] | None = None, **options,
+    ):  # fmt: skip
+        self.name, self.sampler, self.views, self.prompts, self.count = name, sampler, list(views), prompts, len(prompts[0])
+        self.wanted, self.judge, self.features, self.clip, self.seed = wanted, judge, features, clip, seed
+        self.precision, self.on_step, self.options = precision, on_step, options
+        solver = sampler.solver(*(options.get(key, default) for key, default in SOLVER))
+        self.key = {
+            **identity(sampler.vae, sampler.networks),
+            "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",
+            "views": [view.name for view in views],
+            "prompts": hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16],
+            "judge": judge and judge.hash,
+            "features": {f.name: f.hash for f in features},
+            "clip": clip and clip.hash,
+            "seed": seed,
+            "precision": precision,
+            "options": options,
+        }
+
+    @property
+    def clusters(self) -> Tensor:
+        """[N] the same number for pictures of the same prompts: they are alike."""
+        numbers: dict[tuple[str, ...], int] = {}
+        return torch.tensor([numbers.setdefault(texts, len(numbers)) for texts in zip(*self.prompts)])
+
+    @torch.no_grad()
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """Of pictures, rounded to 8 bits as they would be saved, of each view V of them:
+
+        `shown` [?, 3, H, W] uint8, the first `NUM_SHOWN`;  `round_trip` [B] dB of D(E(x)) against x;  `energy` [B, V];
+        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `features/NAME` [B, V, D];
+        `similarity` [B, V, V] of the picture in view i with the prompt of view j
+        """
+        prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
+        seeds = [self.seed + number for number in numbers]
+        with precise(self.precision, self.sampler.device):
+            pictures = self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
+        saved = to_bytes(pictures)
+        x = from_bytes(saved)
+        seen = [view(x) for view in self.views]
+        values = {"shown": saved[: max(0, NUM_SHOWN - numbers.start)], "energy": torch.stack([high_frequency_energy(x) for x in seen], 1)}
+        if not isinstance(self.sampler.vae, Pixels):
+            values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
+        if self.judge is not None:
+            probabilities = torch.stack([self.judge.probabilities(x) for x in seen], 1)
+            values |= {"read": probabilities.argmax(-1), "forced": probabilities[..., : len(LETTERS)].argmax(-1)}
+        values |= {f"features/{f.name}": torch.stack([f.extract(x) for x in seen], 1) for f in self.features}
+        if self.clip is not None:
+            texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
+            values["similarity"] = torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT
+        return values
+
+
+def precise(precision: str, device: torch.device):
+    """The context of a precision, as training names it."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+
+
+def sampling_precision(wanted: str, device: torch.device) -> str:
+    """`auto` resolved for a device: bfloat16 where it computes that natively."""
+    return native_precision(device.type) if wanted == "auto" else wanted

@@ -1,0 +1,126 @@
+"""The work behind an answer, kept in files: the values of each picture, batch by batch.
+
+A stopped evaluation goes on where it was. Several processes share the work without talking to each other: each takes every n-th batch,
+and the one that finds all of them there goes on to the answer. Batches are the same however many they are, and so are the values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from eqldm import __version__
+from eqldm.atomic import DISK_FULL, write_whole
+from eqldm.model_folder import Networks, Pixels, config_hash, text_hash, vae_hash, weights_hash
+
+
+def identity(vae: AutoencoderKL | Pixels, networks: Networks | None = None) -> dict[str, str]:
+    """For keys: what a model computes with, weights and settings."""
+    known = {"vae": f"{vae_hash(vae)}-{config_hash(vae.config)}"}
+    if networks is not None:
+        known["unet"] = f"{weights_hash(networks.unet)}-{config_hash(networks.unet.config)}"
+        known["text"] = text_hash(networks.tokenizer, networks.text_encoder)
+        known["scheduler"] = f"{type(networks.scheduler).__name__}-{config_hash(networks.scheduler.config)}"
+    return known
+
+
+class Question(Protocol):
+    """What is asked of `count` pictures. name: of its file.  key: all that its values depend on, as JSON holds it."""
+
+    name: str
+    key: dict
+    count: int
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """The values of these pictures, a row each (CPU), of one that only some have as many as they are; those named `sum/...` are
+        of the batch as a whole, and are added up."""
+
+
+def measure_all(question: Question, batch_size: int = 64) -> dict[str, Tensor]:
+    """The values of all of a question's pictures, in order; nothing is kept."""
+    firsts = range(0, question.count, batch_size)
+    return _together(question.measure(range(first, min(first + batch_size, question.count))) for first in firsts)
+
+
+def _together(batches: Iterable[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """All batches' values; None where one is not there."""
+    rows: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        if batch is None:
+            return None
+        for name, value in batch.items():
+            rows.setdefault(name, []).append(value)
+            if name.startswith("sum/"):
+                rows[name] = [sum(rows[name])]
+    return {name: torch.cat(values) if not name.startswith("sum/") else values[0] for name, values in rows.items()}
+
+
+def work(
+    question: Question, folder: Path, batch_size: int, place: tuple[int, int] = (0, 1), on_batch: Callable[[], None] = lambda: None,
+    others: Sequence[Path] = (),
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """The values of all of a question's pictures, in order, or None while other processes are still at work.
+
+    Takes what `folder` holds of the same question, or one of `others` (another model may have the same VAE), and measures the rest of this
+    process's share; place: (rank, world size).
+    Raises OSError, saying that finished batches are kept, where the disk is full; and as `measure`.
+    """
+    key = json.dumps({**question.key, "count": question.count, "batch_size": batch_size, "eqldm": __version__}, sort_keys=True)
+    whole = folder / f"{question.name}.safetensors"
+    firsts = range(0, question.count, batch_size)
+    rank, world = place
+    for path in (whole, *(other / whole.name for other in others)):
+        if (values := _read(path, key)) is not None:
+            if path != whole:
+                _write(whole, values, key)
+            return values
+    parts = folder / f".{question.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    for first in firsts[rank::world]:
+        path = parts / f"{first:08d}.safetensors"
+        if _read(path, key) is None:
+            if (values := _read(whole, key)) is not None:  # another process has just put all together, and the parts away
+                return values
+            _write(path, question.measure(range(first, min(first + batch_size, question.count))), key)
+        on_batch()
+    values = _together(_read(parts / f"{first:08d}.safetensors", key) for first in firsts)
+    if values is None:  # others are still at work, or one of them has just put all together
+        return _read(whole, key)
+    _write(whole, values, key)
+    for stale in folder.iterdir():  # parts of this, and of what was asked before
+        if re.fullmatch(rf"\.{re.escape(question.name)}-[0-9a-f]{{12}}", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)
+    return values
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The values of a file, or None where it is not there, is of another key, or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict, nor an iterable
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _write(path: Path, values: dict[str, Tensor], key: str) -> None:
+    content = save({name: value.cpu().contiguous() for name, value in values.items()}, {"key": key})
+    try:
+        write_whole(path, lambda partial: partial.write_bytes(content))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(
+            f"no space left in '{path.parent}'. Finished batches are kept: free some space and run the same command again"
+        ) from error

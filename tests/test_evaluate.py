@@ -1,0 +1,376 @@
+"""python -m eqldm.evaluate, end to end, on tiny models: tables, the page, what is missing, resuming, several processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import TINY_UNET
+from eqldm import evaluate as command
+from eqldm.anagram.sampling import Sampler
+from eqldm.data.shards import write_manifest, write_shard
+from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompt_pairs
+from eqldm.evaluation.fit import Fit
+from eqldm.evaluation.judge import Judge, save_judge
+from eqldm.evaluation.reconstruction import Reconstruction
+from eqldm.evaluation.sampled import Sampled
+from eqldm.model_folder import Networks, Pixels, save_model_folder
+from test_clip import make_clip
+
+ROOT = Path(__file__).parents[1]
+SIZES = ["--num-images", 6, "--num-letters", 4, "--num-pairs", 4, "--num-inference-steps", 2, "--device", "cpu", "--precision", "32-true"]
+FULL = ["--without", "lpips", "--views", "rotate_180", "flip@patch_permute:2"]
+
+
+@pytest.fixture(scope="module")
+def tiny_judge(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
+    save_judge(tmp_path_factory.mktemp("judge") / "model", timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
+    return tmp_path_factory.getbasetemp() / "judge0" / "model"
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_pictures, tmp_path, tiny_judge):
+    """`run(*models, more=[...], data=tiny_pictures, judge=tiny_judge, out=tmp_path / "out", status=0)`: the command; returns its --out."""
+
+    def call(*models, more=(), data=tiny_pictures, judge=tiny_judge, out=tmp_path / "out", status=0):
+        judging = ["--judge", judge] if judge else []
+        words = [*models, "--data", data, "--out", out, *judging, *SIZES, *more]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        if status:
+            with pytest.raises(SystemExit) as caught:
+                command.main()
+            assert caught.value.code == status
+        else:
+            command.main()
+        return out
+
+    return call
+
+
+@pytest.fixture
+def vae_alone(tmp_path, tiny_model_folder) -> Path:
+    shutil.copytree(tiny_model_folder / "vae", tmp_path / "vae-eq" / "model" / "vae")
+    return tmp_path / "vae-eq" / "model"
+
+
+def metrics_of(out: Path, name: str) -> dict[str, float]:
+    return json.loads((out / name / "metrics.json").read_text())
+
+
+class Page(HTMLParser):
+    """What a page loads from elsewhere, its links within and the places that they lead to, and which tags are left open."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.loads, self.links, self.ids, self.open = [], set(), set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.loads += [found[name] for name in ("src", "srcset") if name in found and not found[name].startswith("data:")]
+        self.loads += [found["href"]] if tag == "link" else []
+        if tag == "a" and found["href"].startswith("#"):
+            self.links.add(found["href"][1:])
+        self.ids.add(found.get("id"))
+        if tag not in ("meta", "img", "path", "use", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "img", "path", "use", "br"):
+            assert self.open.pop() == tag
+
+
+def test_models_in_one_report(run, tiny_model_folder, vae_alone, capsys):
+    out = run(f"swap={tiny_model_folder}@vae={vae_alone}", vae_alone, more=["--baseline", tiny_model_folder, *FULL])
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out / 'report.html'}"
+    whole, swap, alone = (metrics_of(out, name) for name in ("tiny", "swap", "vae-eq"))
+    assert all(isinstance(value, float) for metrics in (whole, swap, alone) for value in metrics.values())
+    of_vae = {name: value for name, value in whole.items() if name.startswith(("reconstruction/", "equivariance/"))}
+    assert of_vae == alone and {"reconstruction/psnr", "reconstruction/rfid_judge", "equivariance/eqvae_rotation_error"} <= alone.keys()
+    assert "equivariance/flip@patch_permute:2/latent_error" in alone and "equivariance/rescale_0.5/psnr" in alone
+    for view in ("rotate_180", "flip@patch_permute:2"):
+        assert {f"anagram/{view}/{name}" for name in ("ambigramability", "read_right_turned", "kid_judge_upright")} <= whole.keys()
+    assert "fit/own_ratio" in swap and "fit/own_ratio" not in whole and swap["fit/own_ratio"] == pytest.approx(1)  # the same VAE
+    symmetries = ("rotate_90", "rotate_180", "rotate_270", "mirror", "transpose", "flip", "anti_transpose")
+    errors = [alone[f"equivariance/{view}/latent_error"] for view in symmetries]
+    assert alone["equivariance/mean/latent_error"] == pytest.approx(sum(errors) / 7)  # D4's, whatever --views
+
+    report = (out / "report.md").read_text()
+    assert "| metric | tiny | swap | vae-eq | swap minus tiny | vae-eq minus tiny |" in report
+    assert "Not computed for vae-eq: fit, generation, anagram ('" in report and "Left out (--without lpips): LPIPS." in report
+    assert "Fit: 6 pictures are too few for a verdict, wanted 16" in report and "## Not computed" not in report
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert not page.loads and not page.open and page.links <= page.ids and not re.search(r"url\((?!#)|@import|<script", text)
+    for name in ("letters.png", "anagrams_rotate_180.png", "anagrams_flip+patch_permute-2.png", "equivariance_maps.png", "latents.png",
+                 "reconstruction_worst.png"):  # fmt: skip
+        assert Image.open(out / "tiny" / name).width > 32
+    assert text.count("data:image/png;base64,") == 2 + 6 + 6 + 3  # shared; of the two whole ones; of the VAE alone
+    sheet = Image.open(out / "models.png")
+    assert sheet.width > 3 * 96 and sheet.height > 7 * 96
+    about = json.loads((out / "tiny" / "about.json").read_text())
+    assert about["samples"]["generation"]["count"] == 4 and len(about["hashes"]["unet"]) == 16 and "torch" in about["versions"]
+    words = shlex.split(about["command"])
+    assert words[:3] == ["python", "-m", "eqldm.evaluate"] and words[3:] == sys.argv[1:]
+    resampled = load_file(out / "tiny" / "resampled.safetensors")
+    assert resampled.keys() <= whole.keys() and all(len(values) == 1000 for values in resampled.values())
+
+
+def test_every_metric_is_documented(run, tiny_model_folder, vae_alone, tmp_path):
+    clip = make_clip(tmp_path / "clip")
+    out = run(f"swap={tiny_model_folder}@vae={vae_alone}", more=[*FULL, "--clip", clip])
+    names = {re.sub(r"(judge|bin_\d)", lambda m: "NAME" if m[1] == "judge" else "bin_K", name) for name in metrics_of(out, "swap")}
+    names = {re.sub(r"^(anagram|equivariance)/(?!mean/|eqvae)[^/]+", r"\1/T", name) for name in names}
+    documented = set(re.findall(r"`([\w/]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    assert not names - documented
+
+
+def test_a_stopped_evaluation_goes_on(run, tiny_model_folder, monkeypatch, tmp_path):
+    whole = run(tiny_model_folder, more=FULL, out=tmp_path / "whole")
+    measure, sampled = Sampled.measure, []
+
+    def stops(self, numbers):
+        if self.name != "generation":
+            raise KeyboardInterrupt
+        return measure(self, numbers)
+
+    monkeypatch.setattr(Sampled, "measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model_folder, more=FULL)
+    assert not (tmp_path / "out" / "report.md").exists()
+    monkeypatch.setattr(Sampled, "measure", lambda self, numbers: (sampled.append(self.name), measure(self, numbers))[1])
+    monkeypatch.setattr(Fit, "measure", lambda self, numbers: pytest.fail("measured again"))
+    out = run(tiny_model_folder, more=FULL)
+    assert sampled == ["anagram_rotate_180", "anagram_flip+patch_permute-2"]
+    assert metrics_of(out, "tiny") == metrics_of(whole, "tiny")
+    run(tiny_model_folder, more=FULL)  # and a third time nothing is measured
+    assert len(sampled) == 2
+
+
+def test_other_options_are_measured_anew(run, tiny_model_folder):
+    more = ["--metrics", "generation"]
+    before = metrics_of(run(tiny_model_folder, more=more), "tiny")
+    assert set(name.split("/")[0] for name in before) == {"generation"}
+    after = metrics_of(run(tiny_model_folder, more=[*more, "--guidance-scale", 1]), "tiny")
+    assert after.keys() == before.keys() and after["generation/texture"] != before["generation/texture"]
+    assert metrics_of(run(tiny_model_folder, more=more), "tiny") == before
+
+
+def test_two_processes_find_what_one_does(run, tiny_model_folder, tiny_pictures, tiny_judge, tmp_path):
+    more = ["--batch-size", 2, *FULL[:2]]
+    words = [sys.executable, "-m", "eqldm.evaluate", tiny_model_folder, "--data", tiny_pictures, "--judge", tiny_judge, *SIZES, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    words = [*map(str, words), "--out", str(tmp_path / "two")]
+    both = [
+        subprocess.Popen(words, cwd=tmp_path, env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in ("0", "1")
+    ]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    done = [f"report: {tmp_path / 'two' / 'report.html'}" in text for text in printed]
+    assert any(done)
+    assert all(is_done or "the report is written by the one that finishes last" in text for is_done, text in zip(done, printed))
+    one = run(tiny_model_folder, more=more)
+    assert metrics_of(tmp_path / "two", "tiny") == metrics_of(one, "tiny")
+    assert (tmp_path / "two" / "tiny" / "letters.png").read_bytes() == (one / "tiny" / "letters.png").read_bytes()
+    assert not [path for path in (tmp_path / "two").rglob("*") if path.name.endswith(".partial")]
+
+
+def test_what_has_no_weights_is_listed_and_the_exit_status_says_so(
+    run, tiny_model_folder, tmp_path, monkeypatch, make_picture_shards, capsys
+):
+    """Pictures that are no letters: no judge reads them, and neither Inception nor CLIP is there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    data = unlabelled(make_picture_shards(tmp_path / "data"))
+    (tmp_path / "pairs.yaml").write_text("pairs: [[letter a, letter v], [letter v, picture 3]]\n")
+    more = ["--prompt-pairs", tmp_path / "pairs.yaml"]
+    out = run(tiny_model_folder, data=data, judge=None, more=more, status=3)
+    report, metrics = (out / "report.md").read_text(), metrics_of(out, "tiny")
+    missing = report.split("## Not computed")[1]
+    for wanted in ("FID, KID, precision and recall: no Inception weights at", "LPIPS: LPIPS needs the VGG16 weights", "give --clip FOLDER"):
+        assert wanted in missing and wanted in capsys.readouterr().out + missing
+    assert {"generation/texture", "anagram/rotate_180/texture_turned", "fit/val_loss"} <= metrics.keys()
+    assert not any(word in name for name in metrics for word in ("fid", "kid", "read", "clip", "lpips"))
+    assert 'class="missing"' in (out / "report.html").read_text()
+    out = run(tiny_model_folder, data=data, judge=None, more=[*more, "--without", "lpips", "inception", "clip"])
+    assert "## Not computed" not in (out / "report.md").read_text() and metrics_of(out, "tiny") == metrics
+
+
+def unlabelled(folder: Path) -> Path:
+    """The folder, with labels of -1 in its tars."""
+    for tar in folder.glob("*.tar"):
+        content = tar.read_bytes()
+        for label in range(3):
+            content = content.replace(f'"label": {label}'.encode(), b'"label":-1')
+        tar.write_bytes(content)
+    return folder
+
+
+def test_captions_and_prompt_pairs_where_there_are_no_letters(run, tiny_model_folder, tmp_path, monkeypatch, make_picture_shards):
+    data, clip, prompts = unlabelled(make_picture_shards(tmp_path / "data")), make_clip(tmp_path / "clip"), []
+    (tmp_path / "pairs.yaml").write_text("styles: [a, the]\npairs: [[letter a, letter v], [letter v, picture 3]]\n")
+    whole = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, p, v, s, **o: (prompts.append(p), whole(self, p, v, s, **o))[1])
+    more = [
+        "--without",
+        "lpips",
+        "inception",
+        "--clip",
+        clip,
+        "--prompt-pairs",
+        tmp_path / "pairs.yaml",
+        "--metrics",
+        "generation",
+        "anagram",
+    ]
+    metrics = metrics_of(run(tiny_model_folder, data=data, judge=None, more=more), "tiny")
+    assert prompts[0] == [["picture 0", "picture 1", "picture 2", "picture 3"]]
+    assert prompts[1] == [["a letter a", "the letter v"] * 2, ["a letter v", "the picture 3"] * 2]
+    assert {"generation/clip_score", "anagram/rotate_180/alignment_q95", "anagram/rotate_180/concealment"} <= metrics.keys()
+    for text, message in (("pairs: [[a]]", "a list of two subjects each"), ("[1]", "wanted a YAML of `pairs`")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_prompt_pairs(tmp_path / "bad.yaml")
+    shipped = read_prompt_pairs(PROMPT_PAIRS)
+    assert len(shipped) >= 20 and len(set(shipped)) == len(shipped) and all(style in shipped[0][0] for style in ["oil painting"])
+
+
+def test_a_plain_folder_of_pictures(run, vae_alone, tmp_path):
+    folder = tmp_path / "photos"
+    for number, (width, height) in enumerate([(40, 32), (32, 64), (90, 90), (32, 32), (20, 99)]):
+        (folder / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.numpy()).save(folder / f"class{number % 2}" / f"{number}.png")
+    (folder / "class0" / "broken.jpg").write_bytes(b"none")
+    more = ["--without", "lpips", "inception"]
+    out = run(vae_alone, data=folder, judge=None, more=[*more, "--image-size", 32])
+    assert json.loads((out / "vae-eq" / "about.json").read_text())["samples"]["reconstruction"]["count"] == 6
+    report = (out / "report.md").read_text()
+    assert (
+        "2 pictures cannot be read, the next one stands in for each: " in report
+        and "class0/broken.jpg" in report
+        and "class0/4.png" in report
+    )
+    for words, message in (
+        ([], "give --image-size"),
+        (["--image-size", 128], "6 pictures in a row cannot be read, or are below 128 x 128"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(vae_alone, data=folder, judge=None, more=[*more, *words])
+
+
+def test_all_pairs_and_their_matrix(run, tiny_model_folder):
+    out = run(tiny_model_folder, more=["--without", "lpips", "--metrics", "anagram", "--num-pairs", "all", "--num-inference-steps", 1])
+    assert Image.open(out / "tiny" / "letter_matrix_rotate_180.png").width == 800
+    assert json.loads((out / "tiny" / "about.json").read_text())["samples"]["anagram/rotate_180"]["count"] == 676
+
+
+def test_quick_is_smaller(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "a", "--data", "b", "--out", "c", "--quick"])
+    args = command.parse_args()
+    assert (args.num_images, args.num_letters, args.num_pairs, args.num_inference_steps) == (128, 64, "32", 10)
+
+
+def test_quick_does_not_take_back_what_was_asked(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "a", "--data", "b", "--out", "c", "--quick", "--num-images", "4"])
+    assert command.parse_args().num_images == 4
+
+
+def test_a_verdict_in_the_report(run, tiny_model_folder, capsys):
+    out = run(tiny_model_folder, more=["--metrics", "fit", "--num-images", 20])
+    assert "**tiny**: The UNet does not fit this VAE: " in (out / "report.md").read_text()
+    assert 'class="verdict bad"' in (out / "report.html").read_text() and "tiny: The UNet does not fit" in capsys.readouterr().out
+
+
+def test_pictures_that_are_not_square(run, vae_alone, tmp_path):
+    samples = []
+    for number in range(4):
+        noise = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        buffer = io.BytesIO()
+        Image.fromarray(noise.numpy()).save(buffer, "png")
+        samples.append({"__key__": str(number), "png": buffer.getvalue()})
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    write_manifest(wide, [write_shard(wide / "pictures-000000.tar", samples)], kind="pictures", image_size=32)
+    metrics = metrics_of(run(vae_alone, data=wide, judge=None, more=["--without", "lpips", "inception"]), "vae-eq")
+    assert "equivariance/flip/psnr" in metrics and "equivariance/rotate_90/psnr" not in metrics and "equivariance/mean/psnr" in metrics
+
+
+def test_the_batch_size_reaches_every_question(run, tiny_model_folder, monkeypatch):
+    sampled, call = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, p, v, seeds, **o: (sampled.append(len(seeds)), call(self, p, v, seeds, **o))[1])
+    run(tiny_model_folder, more=[*FULL[:2], "--batch-size", 3])
+    assert sampled == [3, 1, 3, 1]  # 4 letters, 4 pairs
+
+
+def test_unreadable_pictures_are_named(run, vae_alone, make_picture_shards, tmp_path):
+    data = make_picture_shards(tmp_path / "my pictures", corrupt={2, 4})
+    report = (run(vae_alone, data=data, more=FULL[:2]) / "report.md").read_text()
+    assert "2 pictures cannot be read, the next one stands in for each: 000000002, 000000004." in report
+
+
+def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
+    parts = vars(Networks.open(tiny_model_folder))
+    parts["unet"] = UNet2DConditionModel(**TINY_UNET, sample_size=32, in_channels=3, out_channels=3, cross_attention_dim=16).eval()
+    out = run(save_model_folder(tmp_path / "pixels", vae=Pixels(), **parts), more=FULL[:2])
+    assert {name.split("/")[0] for name in metrics_of(out, "pixels")} == {"fit", "generation", "anagram"}
+    assert "is a pixel model, it has no VAE" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--views", "rotat_180"], "unknown view 'rotat_180': did you mean rotate_180"),
+        (["--views", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8"),
+        (["--judge", "nowhere"], "'nowhere' holds no judge"),
+        (["--clip", "nowhere"], "no CLIP in 'nowhere'"),
+        (["--inception", "nowhere"], "no Inception weights at 'nowhere'"),
+        (["--features", "resnet18"], "--features: got 'resnet18', wanted NAME=WEIGHTS"),
+        (["--num-images", "0"], "--num-images: got 0, wanted at least 2"),
+        (["--num-pairs", "some"], "--num-pairs: got some, wanted at least 2"),
+        (["--device", "foo"], "--device foo: "),
+        (["--without", "judge", "lpips", "inception", "clip", "--judge", "x"], "--judge and --without judge: give one of them"),
+        (["--prompt-pairs", "nowhere"], "--prompt-pairs means nothing where a judge reads letters"),
+        (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
+        (["--without", "judge", "lpips", "inception", "clip"], "prompt 'an oil painting of a sleeping fox' is longer than the model's 8"),
+        (["--prompt-pairs", "nowhere", "--without", "judge", "lpips", "inception", "clip"], "no prompt pairs at 'nowhere'"),
+    ],
+)
+def test_errors_are_one_line(run, tiny_model_folder, more, message, monkeypatch):
+    monkeypatch.setattr(Reconstruction, "measure", lambda *a: pytest.fail("the error should have come first"))
+    monkeypatch.setattr(Sampled, "measure", lambda *a: pytest.fail("the error should have come first"))
+    with pytest.raises(SystemExit) as info:
+        judge = {"judge": None} if "judge" in more else {}
+        run(tiny_model_folder, more=["--metrics", "reconstruction", "anagram", *more], **judge)
+    assert str(info.value.code).startswith("error: ") and message in info.value.code
+
+
+def test_nothing_to_ask(run, vae_alone):
+    with pytest.raises(SystemExit, match="no model holds a UNet, so there is nothing to ask"):
+        run(vae_alone, more=["--metrics", "fit"])
+
+
+def test_folders_that_are_no_models(run, tmp_path):
+    with pytest.raises(SystemExit, match="error: model folder .*nowhere' does not exist"):
+        run(tmp_path / "nowhere")
+
+
+def test_judge_reads_other_sizes(tiny_judge):
+    judge = Judge.open(tiny_judge)
+    assert judge(torch.zeros(3, 3, 64, 64)).shape == (3,)
