@@ -13,6 +13,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
 from steps import BASE, call, encode, evaluate, logged, path, shards, slug, spread, spreads, study, table, train
 
 METHODS = {  # name: (config, whether the VAE is aligned, options)
@@ -21,8 +22,8 @@ METHODS = {  # name: (config, whether the VAE is aligned, options)
     "full, aligned": ("configs/glyphs/eq_unet.yaml", True, []),
     "LoRA, aligned": ("configs/glyphs/eq_unet.yaml", True, ["adapt=lora"]),
 }
-CURVES = {"letters read right": "val/generation/read_right", "KID": "val/generation/kid", "validation loss": "val/loss"}
-SWAP = {"letters read right": "generation/read_right", "KID": "generation/kid", "validation loss": "fit/val_loss"}
+CURVES = {"letters read right": "val/generation/read_right", "KID": "val/generation/kid_judge", "validation loss": "val/loss"}
+SWAP = {"letters read right": "generation/read_right", "KID": "generation/kid_judge", "validation loss": "fit/val_loss"}
 
 
 def curve(run: Path) -> dict[int, dict[str, float]]:
@@ -67,7 +68,7 @@ def main() -> None:
         name = "swap, aligned" if key else "swap"
         folder = args.out / slug(name)
         call("-m", "eqldm.swap", args.base, "--vae", vae, "--out", folder)
-        sizes = ["--num-letters", args.num_letters, "--num-pairs", 2, "--num-images", args.num_images]
+        sizes = ["--without", "lpips", "--metrics", "fit", "generation", "--num-letters", args.num_letters, "--num-images", args.num_images]
         metrics = evaluate(args.out / f"evaluation-{folder.name}", folder, args.data / "val", *sizes)
         rows[name] = ["0", *spreads([metrics], SWAP)]
     curves: dict[str, list] = {}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from steps import BASE, table
 from torch import Tensor
 
 from eqldm.autoencoder.equivariance import psnr
 from eqldm.autoencoder.fold import alignment, fold_map, latent_matrix, normalisation
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_folder import decode, encode, load_vae
+from steps import BASE, table
 
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)
 

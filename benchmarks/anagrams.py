@@ -3,11 +3,10 @@
     python benchmarks/anagrams.py base=FOLDER blend=FOLDER@blend=pixels eq=FOLDER --views identity rotate_180 --num-seeds 4 \
         --real SHARDS --chooser FOLDER --out DIR
 
-A method is NAME=MODEL, or NAME=MODEL@OPTION=VALUE,... with sampling options of its own: blend, reduction, scheduler,
-guidance_scale, num_inference_steps; those that it leaves out are the same for all. Each makes picture number i of every tuple of
-letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept under DIR/NAME, so that a
-stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md, DIR/methods.png, for each
-method DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
+A method is written as `python -m eqldm.evaluate` takes models; sampling options that it leaves out are the same for all. Each makes
+picture number i of every tuple of letters (`--tuples all`: each ordered pair, equal letters too) from the same seed. Pictures are kept
+under DIR/NAME, so that a stopped run goes on, and a later one adds methods or seeds. Writes DIR/metrics.json, DIR/table.md,
+DIR/methods.png, for each method DIR/failures_NAME.png and, for all pairs, DIR/matrix_NAME.png.
 
 best_of_K is the picture that another judge likes best of a tuple's K, read by the judge: --chooser, which
 `python train.py configs/glyphs/judge.yaml run.seed=101 data.train=... data.val=... run.dir=...` trains on glyphs of another seed.
@@ -22,8 +21,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,16 +29,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import PictureSamples, collate, from_bytes, to_bytes
+from eqldm.data.samples import PictureSamples, from_bytes, to_bytes
 from eqldm.data.shards import write_json
-from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, letter_prompts
+from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, unordered
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
+from eqldm.evaluation.entries import Entry, parse_entries
+from eqldm.evaluation.features import judge_features
+from eqldm.evaluation.generation import letter_prompts
 from eqldm.evaluation.judge import LETTERS, Judge
-from eqldm.evaluation.quality import RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.report import letter_matrix, models_sheet, reading_sheet
+from eqldm.evaluation.quality import RealData, RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
+from eqldm.evaluation.sampled import precise, sampling_precision
+from eqldm.evaluation.sheets import letter_matrix, models_sheet, reading_sheet
 from eqldm.markdown import markdown
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
-from eqldm.training.speed import native_precision
 from eqldm.views import View, parse_view
 
 
@@ -57,53 +57,28 @@ def letter_tuples(which: str, num_views: int) -> Tensor:
     return torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(int(which))])
 
 
-def unordered(tuples: Tensor) -> Tensor:
-    """[T] cluster numbers: tuples of the same letters in any order are one, for under a symmetric view they are one task."""
-    return torch.unique(tuples.sort(1).values, dim=0, return_inverse=True)[1]
+def sampling_options(method: Entry, args: argparse.Namespace) -> dict:
+    """What a method samples with: its own options, and the rest as all others."""
+    common = {"scheduler": None, "reduction": "mean", "blend": "latents"}
+    return common | {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps} | method.options
 
 
-OPTIONS = {"blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "num_inference_steps": int}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A model and how it is sampled: options of `Sampler.latents`."""
-
-    name: str
-    model: str
-    options: dict[str, str | float | int | None]
-
-    @classmethod
-    def parse(cls, text: str, common: dict) -> Method:
-        """Of NAME=MODEL[@OPTION=VALUE,...]; raises ValueError for any other text."""
-        name, _, rest = text.partition("=")
-        model, _, given = rest.partition("@")
-        options = dict(common)
-        for option in given.split(",") if given else []:
-            key, _, value = option.partition("=")
-            try:
-                options[key] = OPTIONS[key](value)
-            except (KeyError, ValueError):
-                kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in OPTIONS.items())
-                raise ValueError(f"method '{text}': got '{option}' after '@', wanted OPTION=VALUE of {kinds}") from None
-        if not name or not model:
-            raise ValueError(f"method: got '{text}', wanted NAME=MODEL or NAME=MODEL@OPTION=VALUE,...")
-        return cls(name, model, options)
-
-
-def open_method(method: Method, views: list[View], args: argparse.Namespace) -> Sampler:
+def open_method(method: Entry, views: list[View], args: argparse.Namespace) -> Sampler:
     """The sampler of a method. Raises ValueError, before anything is sampled, where model, views and options do not fit each other,
     or where DIR/NAME holds pictures that were made otherwise."""
-    sampler = Sampler.open(method.model, args.device)
+    _, sampler = method.open(args.device)
+    if sampler is None:
+        raise ValueError(f"'{method.folder}' holds no UNet: wanted a whole model folder")
+    options = sampling_options(method, args)
     sampler.check([""] * len(views), views)
-    networks, solver = sampler.networks, sampler.solver(*(method.options[key] for key in ("scheduler", "reduction", "blend")))
+    networks, solver = sampler.networks, sampler.solver(*(options[key] for key in ("scheduler", "reduction", "blend")))
     config = {key: value for key, value in solver.config.items() if not key.startswith("_diffusers")}
     about = {
         "unet_hash": weights_hash(networks.unet),
         "vae_hash": vae_hash(sampler.vae),
         "text_hash": text_hash(networks.tokenizer, networks.text_encoder),
         "scheduler_config": {"_class_name": type(solver).__name__, **config},
-        **method.options,
+        **options,
         "views": args.views,
         "tuples": args.tuples,
         "batch_size": args.batch_size,
@@ -124,7 +99,7 @@ def batches(tuples: Tensor, args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def make_pictures(
-    method: Method, sampler: Sampler, views: list[View], tuples: Tensor, args: argparse.Namespace, advance: Callable[[], None]
+    method: Entry, sampler: Sampler, views: list[View], tuples: Tensor, args: argparse.Namespace, advance: Callable[[], None]
 ) -> None:
     """Samples what DIR/NAME lacks, a file for each batch. Tuple j of round k has seed k * tuples + j."""
     for k, first in batches(tuples, args):
@@ -133,18 +108,12 @@ def make_pictures(
             rows = tuples[first : first + args.batch_size]
             seeds = range(k * len(tuples) + first, k * len(tuples) + first + len(rows))
             start = time.perf_counter()
-            with _autocast(sampler.device):
-                pictures = sampler(letter_prompts(rows.T), views, seeds, **method.options)
+            with precise(sampling_precision("auto", sampler.device), sampler.device):
+                pictures = sampler(letter_prompts(rows.T), views, seeds, **sampling_options(method, args))
             seconds = time.perf_counter() - start
             save_file({"pictures": to_bytes(pictures), "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         advance()
-
-
-def _autocast(device: torch.device):
-    """bfloat16 where a CPU computes it natively: the same for all methods."""
-    native = device.type == "cpu" and native_precision("cpu") == "bf16-mixed"
-    return torch.autocast("cpu", torch.bfloat16) if native else nullcontext()
 
 
 def load_pictures(folder: Path, tuples: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
@@ -202,9 +171,9 @@ def summarise(method: Measured, real: RealPictures, views: list[View], num_tuple
     kids = []
     for i, view in enumerate(views):
         metrics[f"{view.name}/read_right"] = float(method.reading.right[i].double().mean())
-        resampled = kid(real.features, method.features[i], torch.cat([each_once, weights]), real.labels)
+        resampled = kid(real.features["judge"], method.features[i], torch.cat([each_once, weights]), real.labels)
         metrics[f"{view.name}/kid"] = float(resampled[0])
-        metrics[f"{view.name}/fid"] = float(fid(real.features, method.features[i]))
+        metrics[f"{view.name}/fid"] = float(fid(real.features["judge"], method.features[i]))
         metrics[f"{view.name}/texture"] = float(method.energy[i].mean()) / real.energy
         kids.append(resampled[1:])
     metrics["kid"] = sum(metrics[f"{view.name}/kid"] for view in views) / len(views)
@@ -252,11 +221,7 @@ def table(results: dict[str, dict]) -> str:
 
 def run(args: argparse.Namespace) -> Path:
     views = [parse_view(name) for name in args.views]
-    common = {"scheduler": None, "reduction": "mean", "blend": "latents"}
-    common |= {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
-    methods = [Method.parse(text, common) for text in args.methods]
-    if len({method.name for method in methods}) != len(methods):
-        raise ValueError(f"methods: got {' '.join(args.methods)}, wanted different names")
+    methods = parse_entries(args.methods)
     tuples = letter_tuples(args.tuples, len(views))
     if args.num_seeds < 1 or args.batch_size < 1 or len(tuples) < 20:
         raise ValueError(f"wanted --num-seeds and --batch-size of at least 1, and 20 tuples to resample: got {args.num_seeds}, "
@@ -267,8 +232,7 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
     samples = PictureSamples(args.real)
     samplers = [open_method(method, views, args) for method in methods]
-    found = collate([samples[i] for i in range(len(samples))])
-    real = RealPictures.of(found["x"], judge, found["label"])
+    real = RealPictures.of(RealData(samples, len(samples), [judge_features(judge)]).measure(range(len(samples))))
     clusters = unordered(tuples).repeat(args.num_seeds)
     weights = bootstrap_weights(clusters, args.num_resamples)
     shown = torch.randperm(len(tuples), generator=torch.Generator().manual_seed(0))[: args.num_shown]
@@ -303,7 +267,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", metavar="NAME=MODEL[@OPTION=VALUE,...]")
+    parser.add_argument("methods", nargs="+", metavar="[NAME=]MODEL[@OPTION=VALUE,...]")
     parser.add_argument("--views", nargs="+", default=["identity", "rotate_180"])
     parser.add_argument("--tuples", default="all", help="all, or a number of tuples of letters")
     parser.add_argument("--num-seeds", type=int, default=4)
@@ -322,7 +286,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    if args.against is not None and args.against not in [method.partition("=")[0] for method in args.methods]:
+    if args.against is not None and args.against not in [method.name for method in parse_entries(args.methods)]:
         parser.error(f"--against {args.against} is none of the methods")
     return args
 

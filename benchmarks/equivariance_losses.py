@@ -31,10 +31,10 @@ COLUMNS = {
 }
 ANAGRAMS = {
     "letters read right": "generation/read_right",
-    "KID": "generation/kid",
+    "KID": "generation/kid_judge",
     "ambigramability": "anagram/rotate_180/ambigramability",
-    "KID upright": "anagram/rotate_180/kid_upright",
-    "KID turned": "anagram/rotate_180/kid_turned",
+    "KID upright": "anagram/rotate_180/kid_judge_upright",
+    "KID turned": "anagram/rotate_180/kid_judge_turned",
 }
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             latents = encode(args.data, vae, folder / "latents")
             adapted = [f"vae={vae}", f"model={args.base}", *shards(latents)]
             model = train("configs/glyphs/eq_unet.yaml", folder / "unet", *adapted, f"run.num_steps={args.unet_steps}", *args.set)
-            sizes = ["--num-pairs", args.num_pairs, "--num-images", args.num_images]
+            sizes = ["--without", "lpips", "--num-pairs", args.num_pairs, "--num-images", args.num_images]
             rows[name] += spreads([evaluate(folder / "unet" / "evaluation", model, args.data / "test", *sizes)], ANAGRAMS)
         (args.out / "table.md").write_text(table("loss", columns, rows))  # grows as results come
     print((args.out / "table.md").read_text())

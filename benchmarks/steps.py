@@ -66,7 +66,7 @@ def autoencoders(config: str, folder: Path, args: argparse.Namespace, options: S
     for seed in range(args.seeds):
         run = folder / f"vae{seed}"
         model = train(config, run, f"run.num_steps={args.num_steps}", f"run.seed={seed}", *shards(args.data), *options, *args.set)
-        sizes = ["--judge", "none", "--num-images", args.num_images, *evaluation]
+        sizes = ["--without", "lpips", "inception", "judge", "--num-images", args.num_images, *evaluation]
         found.append(evaluate(run / "evaluation", model, args.data / "test", *sizes))
     return found
 

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from steps import call, encode, logged, path, shards, table
 from torchvision.models import VGG16_Weights, vgg16
 
 from eqldm.budget import STABLE_DIFFUSION
 from eqldm.data.shards import MANIFEST, write_manifest, write_shard
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
 from eqldm.model_folder import save_model_folder
+from steps import call, encode, logged, path, shards, table
 
 CAPTION = "a picture of coloured clouds"
 VAE, UNET = "configs/sd15/vae_d4.yaml", "configs/sd15/unet_full.yaml"

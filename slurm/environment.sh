@@ -24,6 +24,8 @@ run() {
         state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
         echo "stopped to go on later; the job is $state"
         [ "$state" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"
+    elif [ $status -eq 3 ]; then
+        echo "done, but not all could be computed: the report says what, and how to get it"
     elif [ $status -ne 0 ]; then
         echo "error: a task failed (status $status). What was saved is kept: submit the same job again to go on. The last lines:"
         tail -n 5 "$LOGS"/*.log

@@ -18,7 +18,7 @@ from eqldm.autoencoder.equivariance import IDENTITY_TRANSFORM, draw_groups
 from eqldm.config import load_config
 from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.judge import ANSWERS, save_judge
-from eqldm.evaluation.report import letter_matrix
+from eqldm.evaluation.sheets import letter_matrix
 from eqldm.views import D4, Transform
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +99,9 @@ def test_a_method_has_sampling_options_of_its_own(anagrams, tiny_model_folder):
 @pytest.mark.parametrize(
     ("methods", "more", "message"),
     [
-        (["a"], [], "method: got 'a', wanted NAME=MODEL or NAME=MODEL@OPTION=VALUE"),
-        (["a=b", "a=c"], [], "methods: got a=b a=c, wanted different names"),
-        (["a=b@pixels"], [], "got 'pixels' after '@', wanted OPTION=VALUE of blend"),
+        (["=a"], [], "model: got '=a', wanted MODEL or NAME=MODEL"),
+        (["a=b", "a=c"], [], "a model is given twice: a"),
+        (["a=b@pixels"], [], "got 'pixels' after '@', wanted OPTION=VALUE of vae"),
         (["a=b@guidance_scale=high"], [], "got 'guidance_scale=high' after '@'.* guidance_scale .float."),
         (["a=nowhere"], ["--tuples", 20], "nowhere' does not exist"),
         (["a=nowhere"], ["--tuples", 2], "20 tuples to resample: got 4, 52 and 2"),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import picture_bytes
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from conftest import picture_bytes
 from eqldm.config import DataConfig, JudgeConfig, RunConfig
 from eqldm.data.module import ShardData, SkippedReport
 from eqldm.data.order import StreamSampler, epoch_order

@@ -18,9 +18,9 @@ stage "5 adapted UNet" "$PY" train.py configs/glyphs/demo_unet.yaml run.dir="$RU
   data.train="$RUN/latents/train" data.val="$RUN/latents/val"
 stage "6 anagrams" "$PY" sample.py --model "$RUN/adapted/model" --prompts "the letter A" "the letter V" \
   --views identity rotate_180 --num-samples 8 --out "$RUN/anagrams"
-stage "7 evaluation" "$PY" -m eqldm.evaluate "$BASE" "$RUN/swap/model" "$RUN/adapted/model" --data "$RUN/glyphs/test" \
-  --num-images 256 --num-pairs 96 --out "$RUN/evaluation"
+stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/swap/model" "$RUN/adapted/model" --baseline "$BASE" --data "$RUN/glyphs/test" \
+  --num-images 256 --num-pairs 96 --without lpips --out "$RUN/evaluation"
 
 print_times
 printf '\nLook at the anagrams: %s, and at the models side by side: %s\n' "$RUN/anagrams/sheet.png" \
-  "$RUN/evaluation/models.png"
+  "$RUN/evaluation/report.html"

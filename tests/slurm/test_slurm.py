@@ -170,12 +170,34 @@ def test_encoding_then_evaluating(slurm, tiny_model_folder, make_picture_shards,
     shards = make_picture_shards(tmp_path / "pictures", count=12, size=32)
     job = Job(slurm, tmp_path, ["--nodes=2", "--ntasks-per-node=1", *SHORT, "slurm/encode.sbatch", "--data", shards, "--model",
                                 tiny_model_folder, "--out", tmp_path / "latents", "--num-workers", 0])  # fmt: skip
-    evaluation = Job(slurm, tmp_path, [f"--dependency=afterok:{job.number}", *SHORT, "slurm/evaluate.sbatch", tiny_model_folder, "--data",
-                                       shards, "--out", tmp_path / "evaluation", "--judge", "none", "--num-images", 4])  # fmt: skip
+    few = [
+        "--num-images",
+        4,
+        "--num-letters",
+        4,
+        "--num-pairs",
+        4,
+        "--num-inference-steps",
+        2,
+        "--batch-size",
+        2,
+        "--without",
+        "lpips",
+        "inception",
+        "clip",
+        "--metrics",
+        "reconstruction",
+        "fit",
+        "generation",
+    ]
+    evaluation = Job(slurm, tmp_path, [f"--dependency=afterok:{job.number}", "--nodes=2", "--ntasks-per-node=1", *SHORT,
+                                       "slurm/evaluate.sbatch", tiny_model_folder, "--data", shards, "--out", tmp_path / "evaluation",
+                                       *few])  # fmt: skip
     evaluation.wait(evaluation.ended)
     assert json.loads((tmp_path / "latents" / "manifest.json").read_text())["count"] == 12
     assert all("latents in" in job.rank(r) for r in (0, 1))
-    assert (tmp_path / "evaluation" / "report.md").is_file(), evaluation.log
+    assert (tmp_path / "evaluation" / "report.html").is_file(), evaluation.log
+    assert any("report:" in evaluation.rank(r) for r in (0, 1))
 
 
 def test_an_array_makes_each_seed_once(slurm, tiny_model_folder, tmp_path):
