@@ -8,8 +8,9 @@ A model is `[NAME=]FOLDER[@OPTION=VALUE,...]`: a diffusers folder, whole or with
 how it is put together and sampled: vae (the folder of another VAE), blend, reduction, scheduler, guidance_scale, num_inference_steps.
 
 Writes DIR/report.html (one file, opens offline), DIR/report.md, and for each model DIR/NAME/metrics.json and pictures. What was measured is
-kept in DIR: the same command goes on where it was stopped. docs/metrics.md says what each figure means. Exit status: 3 where a metric was
-not computed for want of weights, which the report lists with the way to get them; `--without` says that one does without.
+kept in DIR: the same command goes on where it was stopped, and one that asks for more takes what is there of the same pictures, options,
+batch size and code; the report is of the last command. docs/metrics.md says what each figure means. Exit status: 3 where a metric was not
+computed for want of weights, which the report lists with the way to get them; `--without` says that one does without.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def _report(evaluation: Evaluation, results: list[Result]) -> Path:
             sheet, shared[name] = draw(found), Path(f"{name}.png")
             write_whole(out / shared[name], lambda path, sheet=sheet: sheet.save(path, "PNG"))
     measured = [Measured.open(out / result.entry.name) for result in results]
-    models = [Model(m, r.verdict and r.verdict.text, r.sheets, m.about) for m, r in zip(measured, results)]
+    models = [Model(m, r.verdict, r.sheets, m.about) for m, r in zip(measured, results)]
     text, page = write_report(out, Report(models, evaluation.missing, evaluation.notes, shared))
     write_whole(out / "report.md", lambda path: path.write_text(text))
     write_whole(out / "report.html", lambda path: path.write_text(page))
     Console().print(console_table(measured, f"{evaluation.count} pictures of {evaluation.args.data}"))
     for model in models:
         if model.verdict:
-            print(f"{model.measured.name}: {model.verdict}")
+            print(f"{model.measured.name}: {model.verdict.text}")
     for text in evaluation.missing:
         print(f"not computed: {text}")
     return out / "report.html"
@@ -85,11 +86,15 @@ def _report(evaluation: Evaluation, results: list[Result]) -> Path:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="[NAME=]FOLDER[@OPTION=VALUE,...]")
+    add("models", nargs="+", metavar="MODEL", help="[NAME=]FOLDER[@OPTION=VALUE,...]: options as of sample.py, and vae=FOLDER")
     add("--data", required=True, help="held-out pictures: a shard folder, the address of one, or a folder of pictures")
     add("--image-size", type=int, help="pixels a side that a folder's pictures are resized and cropped to")
     add("--out", required=True, help="folder for the report, and for what is measured on the way")
-    add("--baseline", metavar="MODEL", help="a further model, the first of the tables: all others are held against it")
+    add(
+        "--baseline",
+        metavar="MODEL",
+        help="a further model, the first of the tables: all others are held against it (default: the first MODEL)",
+    )
     add("--metrics", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="what to ask (default: all)")
     add("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams; also of the equivariance")
     add("--judge", metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")

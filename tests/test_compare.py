@@ -65,6 +65,14 @@ def test_what_has_no_spread_is_not_called_real():
     assert not differences(a, b)["fit/x"].real
 
 
+def test_nor_is_what_few_pictures_say(noise):
+    a, b = measured("a", {"fit/x": noise + 5}), measured("b", {"fit/x": noise})
+    assert differences(a, b)["fit/x"].real
+    for model in (a, b):
+        model.about["samples"]["fit"]["count"] = 29
+    assert not differences(a, b)["fit/x"].real
+
+
 def test_the_command(tmp_path, noise, monkeypatch, capsys):
     for name, shift in (("a", 0.0), ("b", 1.0)):
         result = measured(name, {"fit/val_loss": noise + shift})

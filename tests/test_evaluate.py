@@ -127,6 +127,7 @@ def test_models_in_one_report(run, tiny_model_folder, vae_alone, capsys):
     assert sheet.width > 3 * 96 and sheet.height > 7 * 96
     about = json.loads((out / "tiny" / "about.json").read_text())
     assert about["samples"]["generation"]["count"] == 4 and len(about["hashes"]["unet"]) == 16 and "torch" in about["versions"]
+    assert about["sampling"] == {"num_inference_steps": 2, "guidance_scale": 5.0}
     words = shlex.split(about["command"])
     assert words[:3] == ["python", "-m", "eqldm.evaluate"] and words[3:] == sys.argv[1:]
     resampled = load_file(out / "tiny" / "resampled.safetensors")
@@ -348,7 +349,7 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--without", "judge", "lpips", "inception", "clip", "--judge", "x"], "--judge and --without judge: give one of them"),
         (["--prompt-pairs", "nowhere"], "--prompt-pairs means nothing where a judge reads letters"),
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
-        (["--without", "judge", "lpips", "inception", "clip"], "prompt 'an oil painting of a sleeping fox' is longer than the model's 8"),
+        (["--without", "judge", "lpips", "inception", "clip"], "give others with --prompt-pairs, or leave anagram out"),
         (["--prompt-pairs", "nowhere", "--without", "judge", "lpips", "inception", "clip"], "no prompt pairs at 'nowhere'"),
     ],
 )

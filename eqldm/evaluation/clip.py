@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from eqldm.data.samples import to_bytes
 from eqldm.model_folder import config_hash, load_network, weights_hash
 
-HOW = "fetch one (huggingface-cli download openai/clip-vit-base-patch32 --local-dir FOLDER)"
+HOW = "fetch one (hf download openai/clip-vit-base-patch32 --local-dir FOLDER)"
 
 
 class Clip:

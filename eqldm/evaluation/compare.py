@@ -24,6 +24,7 @@ from eqldm.evaluation.naming import direction, number, question_of
 from eqldm.markdown import markdown
 
 LEVEL = 0.05  # of being wrong about any difference that is called real
+FEWEST = 30  # pictures for that: p is by the normal distribution, with the spread that the bootstrap gives
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def differences(a: Measured, b: Measured) -> dict[str, Difference]:
         drawn = mine - (theirs if paired else theirs.roll(1))  # the same draws of other pictures are not one draw
         value, spread = a.metrics[name] - b.metrics[name], float(drawn.std())
         p = math.erfc(abs(value) / spread / math.sqrt(2)) if spread > 0 else 1.0  # a spread of 0 is that of too few pictures
-        found[name] = Difference(value, interval(drawn), paired, p)
+        fewest = min(model.samples.get(question, {}).get("count", FEWEST) for model in (a, b))
+        found[name] = Difference(value, interval(drawn), paired, p if fewest >= FEWEST else 1.0)
     real, ordered = True, sorted(found, key=lambda name: found[name].p)
     for rank, name in enumerate(ordered):
         real = real and found[name].p < LEVEL / (len(ordered) - rank)
@@ -103,7 +105,7 @@ def comparison_rows(models: Sequence[Measured]) -> list[list[str]]:
     """One row a metric: each model's value, and of all but the first what it has more than that."""
     first, *others = models
     against = [differences(other, first) for other in others]
-    names = list(dict.fromkeys(name for model in models for name in model.metrics))
+    names = [name for name in dict.fromkeys(name for model in models for name in model.metrics) if "/bin_" not in name]
     return [
         [
             f"{name} {direction(name)}",
@@ -121,7 +123,8 @@ def comparison_table(models: Sequence[Measured]) -> str:
 
 
 NOTE = (
-    "In brackets the 95 % interval (bootstrap). A star: the difference is real; the chance of one wrong star in a column is 5 % (Holm). "
+    "In brackets the 95 % interval of this figure alone (bootstrap). A star: the difference is real; the chance of one wrong star in a "
+    "column is 5 % (Holm: stricter than the interval; none below 30 pictures). "
     "Pictures differ where they are said to; else both models were measured on the same ones, or with the same prompts and seeds."
 )
 

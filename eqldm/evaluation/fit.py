@@ -162,7 +162,7 @@ def verdict(metrics: dict[str, float]) -> Verdict:
     as it does its own VAE's latents."""
     loss, ratio, own = metrics["fit/val_loss"], metrics["fit/loss_ratio"], metrics.get("fit/own_ratio")
     fits = ratio < 1 and (own is None or own < TOLERANCE)
-    parts = [f"its denoising loss, {loss:.3f}, is {ratio:.2f} times that of a filter that knows these latents' spectrum and no picture"]
+    parts = [f"its denoising loss, {loss:.3f}, is {ratio:.2f} times that of a filter that knows these latents' spectrum alone"]
     if own is not None:
         parts.append(f"{own:.2f} times that on its own VAE's latents ({metrics['fit/own_loss']:.3f})")
     text = f"The UNet {'fits' if fits else 'does not fit'} this VAE: {', and '.join(parts)}."
@@ -170,11 +170,13 @@ def verdict(metrics: dict[str, float]) -> Verdict:
         return Verdict(True, text)
     low, high = (metrics.get(f"fit/loss_ratio/bin_{number}") for number in (0, NUM_BINS - 1))
     if low is not None and high is not None:
-        text += f" At the least noise, where texture is drawn, it is {low:.2f} times the filter's, at the most {high:.2f} times."
+        text += (
+            f" Where there is least noise, and texture is drawn, it is {low:.2f} times the filter's; where there is most, {high:.2f} times."
+        )
     if own is not None:
         text += (
-            f" The two VAEs' channels differ in what they say: the best turn of these shows {metrics['fit/aligned_share']:.0%} of what the "
-            f"UNet's own hold, and leaves it a loss of {metrics['fit/aligned_loss']:.3f}."
+            f" The two VAEs' channels differ in what they say: aligned by the best orthogonal map, these show "
+            f"{metrics['fit/aligned_share']:.0%} of what the UNet's own hold, and leave it a loss of {metrics['fit/aligned_loss']:.3f}."
         )
     else:
         text += (

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Column, Table
 
 from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.compare import NOTE, Difference, Measured, difference_cell, differences
-from eqldm.evaluation.fit import NUM_BINS
+from eqldm.evaluation.fit import NUM_BINS, Verdict
 from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
 from eqldm.markdown import markdown
 
@@ -24,11 +24,11 @@ COLOURS = ("#3778bf", "#d1603d", "#3a9a5b", "#9b59b6", "#b08a1e", "#c2417f")  # 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's part of a report. verdict: of the fit, or None.  sheets: picture files by title, under the report's folder.  about: see
+    """A model's part of a report. verdict: of its fit, or None.  sheets: picture files by title, under the report's folder.  about: see
     `Evaluation.keep`."""
 
     measured: Measured
-    verdict: str | None
+    verdict: Verdict | None
     sheets: dict[str, Path]
     about: dict
 
@@ -96,13 +96,13 @@ def headings(report: Report) -> list[str]:
 
 def console_table(models: Sequence[Measured], title: str) -> Table:
     """The values of all models for the terminal, without those of single views and bins where there are means."""
-    table = Table("metric", *(model.name for model in models), title=title)
+    table = Table(Column("metric", no_wrap=True), "", *(model.name for model in models), title=title)
     names = dict.fromkeys(name for model in models for name in model.metrics)
-    for name in names:
-        if name.startswith(("reconstruction/", "generation/", "anagram/", "data/", "equivariance/mean/", "equivariance/eqvae")) or (
+    for name in sorted(names, key=lambda name: list(QUESTION_TITLES).index(name.split("/", 1)[0])):
+        if name.startswith(("reconstruction/", "generation/", "anagram/", "equivariance/mean/", "equivariance/eqvae")) or (
             name.startswith("fit/") and "/bin_" not in name
         ):
-            table.add_row(f"{name} {direction(name)}".strip(), *(number(model.metrics.get(name)) for model in models))
+            table.add_row(name, direction(name), *(number(model.metrics.get(name)) for model in models))
     return table
 
 
@@ -114,7 +114,7 @@ def write_report(out: Path, report: Report) -> tuple[str, str]:
 
 def _markdown(report: Report, against: Sequence[dict[str, Difference]]) -> str:
     parts = ["# Evaluation\n"]
-    parts += [f"**{model.measured.name}**: {model.verdict}\n" for model in report.models if model.verdict]
+    parts += [f"**{model.measured.name}**: {model.verdict.text}\n" for model in report.models if model.verdict]
     for question in report.questions():
         parts.append(f"## {QUESTION_TITLES.get(question, question.capitalize())}\n")
         parts += [markdown(headings(report), metric_rows(report, names, against)) for names in report.means_and_details(question) if names]
@@ -129,8 +129,9 @@ def _markdown(report: Report, against: Sequence[dict[str, Difference]]) -> str:
 def provenance(report: Report) -> list[list[str]]:
     """Rows of what each model's figures are from: command, hashes of models and data, seeds, counts, versions."""
     rows = []
-    for name in ("command", "model", "hashes", "data", "samples", "seed", "precision", "device", "commit", "versions"):
-        rows.append([name, *(_plainly(model.about.get(name)) for model in report.models)])
+    for name in ("command", "model", "hashes", "data", "samples", "seed", "sampling", "sampling precision", "device", "commit", "versions"):
+        first, *others = (_plainly(model.about.get(name)) for model in report.models)
+        rows.append([name, first, *("the same" if other == first else other for other in others)])
     return rows
 
 
@@ -156,15 +157,15 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
             body.append(f"<details><summary>by view</summary>{table}</details>")
         body += [_picture(out, title, path) for title, path in report.shared.items() if _belongs(title, question)]
         body += [
-            _picture(out, f"{model.measured.name}: {title.replace('_', ' ')}", path)
+            _picture(out, f"{model.measured.name}: {CAPTIONS.get(title.split('_')[0], title.replace('_', ' '))}", path)
             for model in report.models
             for title, path in model.sheets.items()
             if _belongs(title, question)
         ]
         sections.append((question, QUESTION_TITLES.get(question, question.capitalize()), "\n".join(filter(None, body))))
     verdicts = [
-        f'<p class="verdict {"good" if " fits " in model.verdict else "bad"}"><b>{html.escape(model.measured.name)}</b>: '
-        f"{html.escape(model.verdict)}</p>"
+        f'<p class="verdict {"good" if model.verdict.fits else "bad"}"><b>{html.escape(model.measured.name)}</b>: '
+        f"{html.escape(model.verdict.text)}</p>"
         for model in report.models
         if model.verdict
     ]
@@ -192,8 +193,8 @@ def _belongs(title: str, question: str) -> bool:
     owners = {
         "reconstruction": ("reconstruction",),
         "equivariance": ("equivariance", "latents"),
-        "generation": ("letters", "generation"),
-        "anagram": ("anagrams", "letter_matrix", "models"),
+        "generation": ("letters", "generation", "models"),
+        "anagram": ("anagrams", "letter_matrix"),
     }
     return title.startswith(owners.get(question, ("-",)))
 
@@ -293,6 +294,12 @@ def _equivariance_plot(report: Report) -> Figure | None:
 def _colours(report: Report) -> list[str]:
     return [COLOURS[k % len(COLOURS)] for k in range(len(report.models))]
 
+
+CAPTIONS = {  # of sheets, by the first word of their names; the others' names say it
+    "letters": "letters, wanted → read (-: no letter)",
+    "reconstruction": "the worst reconstructions",
+    "latents": "latents, their three principal components as colours: where they turn with the picture, all are alike",
+}
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #3a9a5b; --bad: #d1603d; }

@@ -94,12 +94,17 @@ class Evaluation:
         self.missing, self.notes, self.judge = self.tools.missing, self.tools.notes, self.tools.judge
         self.values: dict[str, Tensor] | None = None  # of the real pictures
         self.precision = sampling_precision(args.precision, self.device)
+        few = [n for n in (self.count, args.num_letters, args.num_pairs) if n != "all" and int(n) < 100]
+        if few:
+            self.notes.append(f"A first look: of {min(map(int, few))} pictures FID, precision and recall say little, and the filter of "
+                              "the fit knows the spectrum of just these.")  # fmt: skip
         if self.count < len(self.samples):
             self.notes.append(f"The first {self.count} of {len(self.samples)} pictures.")
 
     def ask(self, question: Question, folder: Path, about: str) -> dict[str, Tensor] | None:
         """The values of a question, with a bar of progress; None while other processes are at work on it."""
         others = [path.parent for path in self.out.glob(f"*/{question.name}.safetensors")]
+        question.key["device"] = self.device.type
         rank, world = self.place
         total = len(range(0, question.count, self.batch_size)[rank::world])
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
@@ -132,7 +137,11 @@ class Evaluation:
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
             for prompts in self._prompt_pairs() if not self.judge and "anagram" in self.asked else ():
-                sampler.check_length(prompts)
+                try:
+                    sampler.check_length(prompts)
+                except ValueError as error:
+                    how = "give others with --prompt-pairs, or leave anagram out of --metrics"
+                    raise ValueError(f"the prompt pairs do not fit '{entry.folder}' ({error}): {how}") from error
         return vae, sampler
 
     def answer(self, entry: Entry) -> Result | None:
@@ -154,7 +163,7 @@ class Evaluation:
 
     def about_samples(self, question: Question) -> dict:
         """What the pictures of a question were: where it is equal, two models were measured on the same."""
-        of_model = ("vae", "unet", "text", "scheduler", "solver", "own", "precision", "options")
+        of_model = ("vae", "unet", "text", "scheduler", "solver", "own", "precision", "options", "device")
         known = {name: value for name, value in question.key.items() if name not in of_model} | {"count": question.count}
         return known if "data" in known else {**known, "data": self.samples.digest, "num_real": self.count}
 
@@ -162,7 +171,8 @@ class Evaluation:
         """(name, question, how its values become findings) of each that can be asked of a model."""
         asked, args = self.asked, self.args
         if isinstance(vae, Pixels):
-            self._note(f"Not computed for {entry.name}: reconstruction, equivariance ('{entry.folder}' is a pixel model, it has no VAE).")
+            if left := [name for name in OF_VAES if name in asked]:
+                self._note(f"Not computed for {entry.name}: {', '.join(left)} ('{entry.folder}' is a pixel model, it has no VAE).")
         else:
             if "reconstruction" in asked:
                 question = Reconstruction(vae, self.samples, self.count, self.tools.features, self.tools.lpips)
@@ -176,7 +186,8 @@ class Evaluation:
                 question = Equivariance(vae, self.samples, self.count, views, self._rescales(vae), self.tools.lpips)
                 yield "equivariance", question, lambda *found, q=question: self._equivariance(vae, q, views, *found)
         if sampler is None:
-            self._note(f"Not computed for {entry.name}: fit, generation, anagram ('{entry.folder}' holds a VAE alone).")
+            if left := [name for name in asked if name not in OF_VAES]:
+                self._note(f"Not computed for {entry.name}: {', '.join(left)} ('{entry.folder}' holds a VAE alone).")
             return
         if "fit" in asked:
             own = load_vae(entry.folder).to(self.device) if entry.vae else None
@@ -280,8 +291,9 @@ class Evaluation:
         folder = self.out / result.entry.name
         about = {
             "model": result.entry.text, "hashes": result.hashes, "samples": result.samples, "data": str(self.args.data),
-            "precision": self.precision, "device": str(self.device), "seed": self.args.seed, "command": command,
-            "num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale,
+            "sampling precision": self.precision, "device": str(self.device), "seed": self.args.seed, "command": command,
+            "sampling": {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale}
+            | result.entry.options,
             "verdict": result.verdict and result.verdict.text, "commit": git_commit(), "versions": versions(),
         }  # fmt: skip
         resampled = {name: values.float() for name, values in result.resampled.items()}

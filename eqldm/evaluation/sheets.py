@@ -53,15 +53,17 @@ def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most
     readings: by model, of each kind (plain letters, anagrams in these views), in one order.
     columns: how many the list of rows is broken into; None gives each kind its own.
     """
-    rows, labels = [], []
-    kinds = list(zip(*readings.values()))
-    for kind in kinds:
+    sheets, rows, labels = [], [], []
+    for kind in zip(*readings.values()):
         views, first = kind[0]
         for k in range(min(most, len(first.pictures))):
             for i, view in enumerate(views):
                 rows.append([view(reading.pictures[k]) for _, reading in kind])
                 labels.append(f"{ANSWERS[first.wanted[i, k]]}  {view.name}")
-    return _side_by_side(rows, labels, list(readings), columns or len(kinds))
+        if columns is None:
+            sheets.append(_side_by_side(rows, labels, list(readings), 1))
+            rows, labels = [], []
+    return _joined(sheets) if columns is None else _side_by_side(rows, labels, list(readings), columns)
 
 
 def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
@@ -71,6 +73,11 @@ def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[st
         picture_sheet(rows[i : i + per], labels[i : i + per], headings, scale=max(1, 96 // rows[0][0].shape[-1]))
         for i in range(0, len(rows), per)
     ]
+    return _joined(sheets)
+
+
+def _joined(sheets: list[Image.Image]) -> Image.Image:
+    """Sheets beside each other."""
     whole = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
     left = 0
     for sheet in sheets:

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eqldm import __version__
 from eqldm.atomic import DISK_FULL, write_whole
 from eqldm.model_folder import Networks, Pixels, config_hash, text_hash, vae_hash, weights_hash
 
@@ -33,6 +33,14 @@ def identity(vae: AutoencoderKL | Pixels, networks: Networks | None = None) -> d
         known["text"] = text_hash(networks.tokenizer, networks.text_encoder)
         known["scheduler"] = f"{type(networks.scheduler).__name__}-{config_hash(networks.scheduler.config)}"
     return known
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """16 hex digits that change with any line of this package: what another version of it measured is not taken for this one's."""
+    root = Path(__file__).parents[1]
+    sources = sorted(root.rglob("*.py"))
+    return hashlib.sha256(b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 class Question(Protocol):
@@ -76,7 +84,7 @@ def work(
     process's share; place: (rank, world size).
     Raises OSError, saying that finished batches are kept, where the disk is full; and as `measure`.
     """
-    key = json.dumps({**question.key, "count": question.count, "batch_size": batch_size, "eqldm": __version__}, sort_keys=True)
+    key = json.dumps({**question.key, "count": question.count, "batch_size": batch_size, "code": _code()}, sort_keys=True)
     whole = folder / f"{question.name}.safetensors"
     firsts = range(0, question.count, batch_size)
     rank, world = place
