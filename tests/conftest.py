@@ -149,6 +149,21 @@ def tiny_pictures(tmp_path_factory) -> Path:
     return make_picture_shards(tmp_path_factory.mktemp("pictures"))
 
 
+@pytest.fixture
+def vgg16_weights(tmp_path, monkeypatch):
+    """Random weights of VGG16 where torch's hub keeps the real ones, which LPIPS needs: 528 MB, while the test lasts."""
+    from torchvision.models import VGG16_Weights, vgg16
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub-home"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", pytest.fail)
+    path = tmp_path / "hub-home" / "hub" / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(vgg16(weights=None).state_dict(), path)
+    yield path
+    path.unlink()
+
+
 def write_tiny_options(path: Path, shards: Path, **run) -> Path:
     """A config of stage 1 at `path`, whose steps take some milliseconds, for the run folder `run` beside it; `run`: options of the run."""
     options = {

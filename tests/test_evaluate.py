@@ -17,17 +17,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from conftest import TINY_UNET
 from eqldm import evaluate as command
 from eqldm.anagram.sampling import Sampler
+from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompt_pairs
 from eqldm.evaluation.fit import Fit
 from eqldm.evaluation.judge import Judge, save_judge
 from eqldm.evaluation.reconstruction import Reconstruction
 from eqldm.evaluation.sampled import Sampled
-from eqldm.model_folder import Networks, Pixels, save_model_folder
+from eqldm.model_folder import Networks, Pixels, decode, encode, load_vae, save_model_folder
+from eqldm.views import parse_view
 from test_clip import make_clip
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +271,20 @@ def test_a_plain_folder_of_pictures(run, vae_alone, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             run(vae_alone, data=folder, judge=None, more=[*more, *words])
+
+
+@pytest.mark.slow  # writes 528 MB of stand-in weights
+def test_lpips_is_that_of_torchmetrics(run, vae_alone, tiny_pictures, vgg16_weights):
+    metrics = metrics_of(run(vae_alone), "vae-eq")
+    samples, vae = PictureSamples(tiny_pictures), load_vae(vae_alone)
+    x = torch.stack([samples[n]["x"] for n in range(6)])
+    theirs, view = LearnedPerceptualImagePatchSimilarity(net_type="vgg"), parse_view("rotate_180")
+    with torch.no_grad():
+        z = encode(vae, x)
+        assert metrics["reconstruction/lpips"] == pytest.approx(float(theirs(decode(vae, z).clamp(-1, 1), x)), rel=1e-4)
+        theirs.reset()
+        turned = float(theirs(decode(vae, view(z)).clamp(-1, 1), view(x)))
+    assert metrics["equivariance/rotate_180/lpips"] == pytest.approx(turned, rel=1e-4) and "equivariance/mean/lpips" in metrics
 
 
 def test_all_pairs_and_their_matrix(run, tiny_model_folder):

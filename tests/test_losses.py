@@ -86,16 +86,8 @@ def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # writes 528 MB of stand-in weights
-def test_lpips_with_weights_gives_gradients(tmp_path, monkeypatch):
-    from torchvision.models import VGG16_Weights, vgg16
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", pytest.fail)
-    path = tmp_path / "hub" / "checkpoints" / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    path.parent.mkdir(parents=True)
-    torch.save(vgg16(weights=None).state_dict(), path)
+def test_lpips_with_weights_gives_gradients(vgg16_weights):
     lpips = load_lpips()
-    path.unlink()
     assert isinstance(lpips, nn.Module) and not any(p.requires_grad for p in lpips.parameters())
     x, y = normal(2, 3, 32, 32).tanh(), normal(2, 3, 32, 32, seed=1).tanh().requires_grad_()
     distance = lpips(y, x)

@@ -19,6 +19,7 @@ from eqldm.views import D4, IDENTITY, Rescale, View
 SYMMETRIES = [view for view in D4 if view != IDENTITY]
 RESCALES = [Rescale(scale, scale, "bilinear") for scale in (0.75, 0.5, 0.25)]  # as EQ-VAE measures
 ROTATIONS = ("rotate_90", "rotate_180", "rotate_270")
+LPIPS_SIDE = 16  # VGG16 halves pictures four times before its last layer: smaller (shrunk) ones have no LPIPS
 MAP_SIDE = 128  # the most pixels a side of the maps of where it fails
 
 
@@ -60,7 +61,7 @@ class Equivariance:
             values[f"{name}/difference"] = (expected.double() - moved.double()).square().sum((2, 3))
             values[f"{name}/psnr"] = psnr(turned, wanted)
             values[f"{name}/decoder_psnr"] = psnr(turned, transform(y))
-            if self.lpips is not None:
+            if self.lpips is not None and min(wanted.shape[-2:]) >= LPIPS_SIDE:
                 values[f"{name}/lpips"] = self.lpips(turned.float().clamp(-1, 1), wanted).view(len(x))
             if isinstance(transform, View):
                 more = (transform.inverse(turned).clamp(-1, 1) - x).square() - plain
