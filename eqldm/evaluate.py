@@ -21,15 +21,11 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from eqldm.atomic import write_whole
-from eqldm.evaluation.compare import Measured
 from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
-from eqldm.evaluation.report import Model, Report, console_table, write_report
-from eqldm.evaluation.run import QUESTIONS, Evaluation, Result
-from eqldm.evaluation.sheets import equivariance_sheet, models_sheet
+from eqldm.evaluation.results import Result, keep, write_results
+from eqldm.evaluation.run import QUESTIONS, Evaluation
 from eqldm.processes import pick_device, process_rank
 
 FULL = {"num_images": 512, "num_letters": 256, "num_pairs": "128", "num_inference_steps": 20}
@@ -49,38 +45,16 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     for entry in entries:
         results[entry.name] = evaluation.answer(entry)
         if results[entry.name] is not None:
-            evaluation.keep(results[entry.name], command)
+            keep(evaluation.out, results[entry.name], command)
     if world > 1 and None in results.values():  # others may have finished meanwhile
         evaluation.look_at_data()
         results = {entry.name: results[entry.name] or evaluation.answer(entry) for entry in entries}
     if None in results.values():
         print(f"process {rank} of {world} is done: the report is written by the one that finishes last")
         return None, bool(evaluation.missing)
-    for result in results.values():
-        evaluation.keep(result, command)
-    return _report(evaluation, list(results.values())), bool(evaluation.missing)
-
-
-def _report(evaluation: Evaluation, results: list[Result]) -> Path:
-    out, shared = evaluation.out, {}
-    decodings = {result.entry.name: result.decodings for result in results if result.decodings}
-    readings = {result.entry.name: result.readings for result in results if result.readings}
-    for name, found, draw in (("equivariance", decodings, equivariance_sheet), ("models", readings, models_sheet)):
-        if found:
-            sheet, shared[name] = draw(found), Path(f"{name}.png")
-            write_whole(out / shared[name], lambda path, sheet=sheet: sheet.save(path, "PNG"))
-    measured = [Measured.open(out / result.entry.name) for result in results]
-    models = [Model(m, r.verdict, r.sheets, m.about) for m, r in zip(measured, results)]
-    text, page = write_report(out, Report(models, evaluation.missing, evaluation.notes, shared))
-    write_whole(out / "report.md", lambda path: path.write_text(text))
-    write_whole(out / "report.html", lambda path: path.write_text(page))
-    Console().print(console_table(measured, f"{evaluation.count} pictures of {evaluation.args.data}"))
-    for model in models:
-        if model.verdict:
-            print(f"{model.measured.name}: {model.verdict.text}")
-    for text in evaluation.missing:
-        print(f"not computed: {text}")
-    return out / "report.html"
+    title = f"{evaluation.count} pictures of {args.data}"
+    report = write_results(evaluation.out, list(results.values()), evaluation.missing, evaluation.notes, command, title)
+    return report, bool(evaluation.missing)
 
 
 def parse_args() -> argparse.Namespace:

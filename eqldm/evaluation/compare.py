@@ -29,7 +29,7 @@ FEWEST = 30  # pictures for that: p is by the normal distribution, with the spre
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's results, as `evaluate` keeps them; see `run.Result`."""
+    """A model's results, as `evaluate` keeps them; see `results`."""
 
     name: str
     metrics: dict[str, float]

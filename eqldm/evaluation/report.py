@@ -25,7 +25,7 @@ COLOURS = ("#3778bf", "#d1603d", "#3a9a5b", "#9b59b6", "#b08a1e", "#c2417f")  # 
 @dataclass(frozen=True)
 class Model:
     """A model's part of a report. verdict: of its fit, or None.  sheets: picture files by title, under the report's folder.  about: see
-    `Evaluation.keep`."""
+    `results.keep`."""
 
     measured: Measured
     verdict: Verdict | None

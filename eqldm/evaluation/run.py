@@ -1,11 +1,9 @@
-"""Asks each question of each model, and keeps the answers: what `python -m eqldm.evaluate` does."""
+"""Asks each question of a model: what `python -m eqldm.evaluate` does with each."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +11,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save
 from torch import Tensor
 
 from eqldm.anagram.sampling import Sampler
@@ -26,48 +23,23 @@ from eqldm.evaluation.anagram import PROMPT_PAIRS, Reading, anagram_metrics, eve
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.entries import Entry
 from eqldm.evaluation.equivariance import RESCALES, SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
-from eqldm.evaluation.fit import Fit, Verdict, fit_metrics, verdict
+from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
 from eqldm.evaluation.pictures import open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
+from eqldm.evaluation.results import Result
 from eqldm.evaluation.sampled import NUM_SHOWN, Sampled, sampling_precision
 from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
-from eqldm.training.run_folder import git_commit, versions
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 OF_VAES = ("reconstruction", "equivariance")
 QUESTIONS = (*OF_VAES, "fit", "generation", "anagram")
 
 console = Console(stderr=True)
-
-
-@dataclass
-class Result:
-    """What was found of one model.
-
-    metrics: by name.  resampled: [R] by name, of those with an interval.  sheets: pictures, by the path under the report's folder.
-    samples: by question, what its pictures were: two results are paired where it is equal.
-    """
-
-    entry: Entry
-    metrics: dict[str, float] = field(default_factory=dict)
-    resampled: dict[str, Tensor] = field(default_factory=dict)
-    samples: dict[str, dict] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    sheets: dict[str, Path] = field(default_factory=dict)
-    decodings: dict[str, Tensor] = field(default_factory=dict)
-    readings: list[tuple[list[View], Reading]] = field(default_factory=list)
-    verdict: Verdict | None = None
-
-    def add(self, findings: Findings, question: str, samples: dict) -> None:
-        """What one question found."""
-        self.metrics |= findings.metrics
-        self.resampled |= findings.resampled
-        self.samples[question] = samples
 
 
 class Evaluation:
@@ -100,6 +72,12 @@ class Evaluation:
                               "the fit knows the spectrum of just these.")  # fmt: skip
         if self.count < len(self.samples):
             self.notes.append(f"The first {self.count} of {len(self.samples)} pictures.")
+
+    def about(self, entry: Entry) -> dict:
+        """How an entry was evaluated, but for what `Result` knows."""
+        sampling = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale} | entry.options
+        known = {"data": str(self.args.data), "sampling": sampling, "sampling precision": self.precision, "seed": self.args.seed}
+        return known | {"device": str(self.device)}
 
     def ask(self, question: Question, folder: Path, about: str) -> dict[str, Tensor] | None:
         """The values of a question, with a bar of progress; None while other processes are at work on it."""
@@ -146,7 +124,7 @@ class Evaluation:
 
     def answer(self, entry: Entry) -> Result | None:
         """All that is found of a model; None while other processes are at work on it."""
-        folder, result, complete = self.out / entry.name, Result(entry), True
+        folder, result, complete = self.out / entry.name, Result(entry, self.about(entry)), True
         folder.mkdir(parents=True, exist_ok=True)
         vae, sampler = self.open(entry)
         real = None if self.values is None else RealPictures.of(self.values)
@@ -285,21 +263,6 @@ class Evaluation:
     def _save(self, result: Result, path: Path, sheet: Image.Image) -> None:
         write_whole(path, lambda partial: sheet.save(partial, "PNG"))
         result.sheets[path.stem] = path.relative_to(self.out)
-
-    def keep(self, result: Result, command: str) -> None:
-        """Writes `metrics.json`, `resampled.safetensors` and `about.json` of a model."""
-        folder = self.out / result.entry.name
-        about = {
-            "model": result.entry.text, "hashes": result.hashes, "samples": result.samples, "data": str(self.args.data),
-            "sampling precision": self.precision, "device": str(self.device), "seed": self.args.seed, "command": command,
-            "sampling": {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale}
-            | result.entry.options,
-            "verdict": result.verdict and result.verdict.text, "commit": git_commit(), "versions": versions(),
-        }  # fmt: skip
-        resampled = {name: values.float() for name, values in result.resampled.items()}
-        write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(result.metrics, indent=2) + "\n"))
-        write_whole(folder / "resampled.safetensors", lambda path: path.write_bytes(save(resampled)))
-        write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
 
 
 def _is_letter(sample: dict) -> bool:

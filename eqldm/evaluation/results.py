@@ -1,0 +1,88 @@
+"""What an evaluation found, kept and put together: `metrics.json` and the like for each model, and one report on all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from safetensors.torch import save
+from torch import Tensor
+
+from eqldm.atomic import write_whole
+from eqldm.evaluation.anagram import Reading
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.compare import Measured
+from eqldm.evaluation.entries import Entry
+from eqldm.evaluation.fit import Verdict
+from eqldm.evaluation.report import Model, Report, console_table, write_report
+from eqldm.evaluation.sheets import equivariance_sheet, models_sheet
+from eqldm.training.run_folder import git_commit, versions
+from eqldm.views import View
+
+
+@dataclass
+class Result:
+    """What was found of one model.
+
+    about: how it was evaluated.  metrics: by name.  resampled: [R] by name, of those with an interval.  sheets: pictures, by the path
+    under the report's folder.  samples: by question, what its pictures were: two results are paired where it is equal.
+    """
+
+    entry: Entry
+    about: dict
+    metrics: dict[str, float] = field(default_factory=dict)
+    resampled: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, dict] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    sheets: dict[str, Path] = field(default_factory=dict)
+    decodings: dict[str, Tensor] = field(default_factory=dict)
+    readings: list[tuple[list[View], Reading]] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+    def add(self, findings: Findings, question: str, samples: dict) -> None:
+        """What one question found."""
+        self.metrics |= findings.metrics
+        self.resampled |= findings.resampled
+        self.samples[question] = samples
+
+
+def keep(out: Path, result: Result, command: str) -> None:
+    """Writes `metrics.json`, `resampled.safetensors` and `about.json` of a model, which `compare` reads."""
+    folder = out / result.entry.name
+    about = {"model": result.entry.text, "hashes": result.hashes, "samples": result.samples, **result.about, "command": command}
+    about |= {"verdict": result.verdict and result.verdict.text, "commit": git_commit(), "versions": versions()}
+    resampled = {name: values.float() for name, values in result.resampled.items()}
+    write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(result.metrics, indent=2) + "\n"))
+    write_whole(folder / "resampled.safetensors", lambda path: path.write_bytes(save(resampled)))
+    write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
+
+
+def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], notes: Sequence[str], command: str, title: str) -> Path:
+    """Keeps all models' results, writes the report and what they share, prints the table; returns the path of the page.
+
+    missing, notes: see `Instruments`.  title: of the table.
+    """
+    for result in results:
+        keep(out, result, command)
+    shared: dict[str, Path] = {}
+    decodings = {result.entry.name: result.decodings for result in results if result.decodings}
+    readings = {result.entry.name: result.readings for result in results if result.readings}
+    for name, found, draw in (("equivariance", decodings, equivariance_sheet), ("models", readings, models_sheet)):
+        if found:
+            sheet, shared[name] = draw(found), Path(f"{name}.png")
+            write_whole(out / shared[name], lambda path, sheet=sheet: sheet.save(path, "PNG"))
+    measured = [Measured.open(out / result.entry.name) for result in results]
+    models = [Model(m, r.verdict, r.sheets, m.about) for m, r in zip(measured, results)]
+    text, page = write_report(out, Report(models, missing, notes, shared))
+    write_whole(out / "report.md", lambda path: path.write_text(text))
+    write_whole(out / "report.html", lambda path: path.write_text(page))
+    Console().print(console_table(measured, title))
+    for model in models:
+        if model.verdict:
+            print(f"{model.measured.name}: {model.verdict.text}")
+    for text in missing:
+        print(f"not computed: {text}")
+    return out / "report.html"
