@@ -33,7 +33,7 @@ def inception(tmp_path_factory) -> Path:
     return path
 
 
-def pictures(seed: int, count: int = 12) -> torch.Tensor:
+def pictures(seed: int, count: int = 8) -> torch.Tensor:
     """uint8 [N, 3, 32, 32]."""
     patches = np.random.default_rng(seed).integers(0, 256, (count, 3, 4, 4), np.uint8)
     return torch.from_numpy(patches).repeat_interleave(8, -1).repeat_interleave(8, -2)
@@ -47,12 +47,13 @@ def test_distances_are_those_of_torch_fidelity(inception, tmp_path):
         for k, x in enumerate(pictures(seed)):
             Image.fromarray(x.permute(1, 2, 0).numpy()).save(folders[-1] / f"{k:03d}.png")
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(folders[1]), input2=str(folders[0]), cuda=False, fid=True, kid=True, prc=True, verbose=False, kid_subset_size=12,
-        kid_subsets=1, feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), batch_size=12, cache=False,
+        input1=str(folders[1]), input2=str(folders[0]), cuda=False, fid=True, kid=True, prc=True, verbose=False, kid_subset_size=8,
+        kid_subsets=1, feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), batch_size=8, cache=False,
+        save_cpu_ram=True,
     )  # fmt: skip
     features = inception_features(inception)
     real, fake = (features.extract(from_bytes(pictures(seed))) for seed in (0, 1))
-    assert features.name == "inception" and real.shape == (12, 2048)
+    assert features.name == "inception" and real.shape == (8, 2048)
     assert float(kid(real, fake)) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert float(fid(real, fake)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert precision_recall(real, fake) == (theirs["precision"], theirs["recall"])
