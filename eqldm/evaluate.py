@@ -40,20 +40,23 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     evaluation = Evaluation(args, entries, place)
     for entry in entries:  # before anything long
         evaluation.open(entry)
-    evaluation.look_at_data()
-    results: dict[str, Result | None] = {}
-    for entry in entries:
-        results[entry.name] = evaluation.answer(entry)
-        if results[entry.name] is not None:
-            keep(evaluation.out, results[entry.name], command)
-    if world > 1 and None in results.values():  # others may have finished meanwhile
+    results: dict[str, Result | None] = dict.fromkeys(entry.name for entry in entries)
+
+    def ask() -> None:
         evaluation.look_at_data()
-        results = {entry.name: results[entry.name] or evaluation.answer(entry) for entry in entries}
+        for entry in entries:
+            if results[entry.name] is None and (result := evaluation.answer(entry)) is not None:
+                results[entry.name] = result
+                keep(evaluation.out, result, command)
+
+    ask()
+    if world > 1 and None in results.values():  # others may have finished meanwhile
+        ask()
     if None in results.values():
         print(f"process {rank} of {world} is done: the report is written by the one that finishes last")
         return None, bool(evaluation.missing)
     title = f"{evaluation.count} pictures of {args.data}"
-    report = write_results(evaluation.out, list(results.values()), evaluation.missing, evaluation.notes, command, title)
+    report = write_results(evaluation.out, list(results.values()), evaluation.missing, evaluation.notes, title)
     return report, bool(evaluation.missing)
 
 

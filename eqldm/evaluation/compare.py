@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,15 +101,20 @@ def difference_cell(each: Difference | None) -> str:
     return f"{each.value:+.3g} ({low} to {high}){' *' if each.real else ''}{'' if each.paired else ' (other pictures)'}"
 
 
-def comparison_rows(models: Sequence[Measured]) -> list[list[str]]:
-    """One row a metric: each model's value, and of all but the first what it has more than that."""
-    first, *others = models
-    against = [differences(other, first) for other in others]
-    names = [name for name in dict.fromkeys(name for model in models for name in model.metrics) if "/bin_" not in name]
+def comparison_headings(models: Sequence[Measured]) -> list[str]:
+    """Of the columns of `comparison_rows`."""
+    names = [model.name for model in models]
+    return ["metric", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
+
+
+def comparison_rows(
+    models: Sequence[Measured], names: Sequence[str], against: Sequence[dict[str, Difference]], cell: Callable[[Measured, str], str]
+) -> list[list[str]]:
+    """One row for each of these metrics, with the way to better: each model's cell, and what all but the first have more than that."""
     return [
         [
-            f"{name} {direction(name)}",
-            *(number(model.metrics.get(name)) for model in models),
+            f"{name} {direction(name)}".strip(),
+            *(cell(model, name) for model in models),
             *(difference_cell(found.get(name)) for found in against),
         ]
         for name in names
@@ -117,9 +122,12 @@ def comparison_rows(models: Sequence[Measured]) -> list[list[str]]:
 
 
 def comparison_table(models: Sequence[Measured]) -> str:
-    """The same as a Markdown table."""
-    headings = ["metric", *(model.name for model in models), *(f"{model.name} minus {models[0].name}" for model in models[1:])]
-    return markdown(headings, comparison_rows(models))
+    """All metrics, but those of a single bin, as a Markdown table."""
+    first, *others = models
+    names = [name for name in dict.fromkeys(name for model in models for name in model.metrics) if "/bin_" not in name]
+    against = [differences(other, first) for other in others]
+    rows = comparison_rows(models, names, against, lambda model, name: number(model.metrics.get(name)))
+    return markdown(comparison_headings(models), rows)
 
 
 NOTE = (

@@ -53,11 +53,11 @@ class Equivariance:
         z = encode(self.vae, x)
         y = decode(self.vae, z)
         plain = (y.clamp(-1, 1) - x).square()
-        values = {f"latent/{name}": value for name, value in _sums(z).items()}
+        values = {f"latent/{name}": value for name, value in channel_sums(z).items()}
         for name, transform in self.transforms.items():
             wanted, moved = transform(x), transform(z)
             expected, turned = encode(self.vae, wanted), decode(self.vae, moved)
-            values |= {f"{name}/{key}": value for key, value in _sums(expected).items()}
+            values |= {f"{name}/{key}": value for key, value in channel_sums(expected).items()}
             values[f"{name}/difference"] = (expected.double() - moved.double()).square().sum((2, 3))
             values[f"{name}/psnr"] = psnr(turned, wanted)
             values[f"{name}/decoder_psnr"] = psnr(turned, transform(y))
@@ -69,10 +69,17 @@ class Equivariance:
         return {name: value.cpu() for name, value in values.items()}
 
 
-def _sums(z: Tensor) -> dict[str, Tensor]:
+def channel_sums(z: Tensor) -> dict[str, Tensor]:
     """Of latents [B, C, h, w], over cells, in float64."""
     z = z.double()
     return {"sum": z.sum((2, 3)), "square": z.square().sum((2, 3)), "cells": torch.full((len(z),), float(z[0, 0].numel()))}
+
+
+def channel_statistics(values: dict[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+    """(mean [C], standard deviation [C]) of latents over all pictures, of their `channel_sums` `PREFIX/...`."""
+    total = values[f"{prefix}/cells"].sum()
+    mean = values[f"{prefix}/sum"].sum(0) / total
+    return mean, (values[f"{prefix}/square"].sum(0) / total - mean.square()).clamp_min(0).sqrt()
 
 
 def _small(maps: Tensor) -> Tensor:
@@ -93,9 +100,7 @@ def equivariance_metrics(values: dict[str, Tensor], vae: AutoencoderKL, transfor
     error of the raw latents, with their offset and scale, over rotations and over scales. Source: EQ-VAE, arXiv 2502.09509, Table 1.
     """
     findings = Findings(torch.arange(len(values["latent/cells"])))
-    total = values["latent/cells"].sum()
-    mean = values["latent/sum"].sum(0) / total
-    std = (values["latent/square"].sum(0) / total - mean.square()).clamp_min(0).sqrt()
+    mean, std = channel_statistics(values, "latent")
     errors = {name: _error(values, name, mean, std) for name in transforms}
     for name in transforms:
         findings.mean(f"equivariance/{name}/latent_error", errors[name])

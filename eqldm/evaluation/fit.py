@@ -17,6 +17,7 @@ from eqldm.data.samples import PictureSamples, collate
 from eqldm.diffusion.module import LatentDiffusion, draw
 from eqldm.diffusion.objective import Objective
 from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.equivariance import channel_statistics, channel_sums
 from eqldm.evaluation.work import identity
 
 NUM_BINS = 10  # of timesteps, in the report
@@ -57,7 +58,7 @@ class Fit:
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """At one (t, noise) a picture, the same as in training's validation: `t` [B]; `loss`, `own_loss`, `aligned_loss` [B].
 
-        Of the latents: `channels/sum`, `channels/square`, `channels/cells` as `Equivariance` has them, of the own VAE's `own_channels/...`;
+        Of the latents: `channels/sum`, `channels/square`, `channels/cells` see `channel_sums`, of the own VAE's `own_channels/...`;
         `sum/spectrum` [h, w, C, C, 2], the batch's sum of cross-spectra, real and imaginary part; `aligned_difference` [B]: the sum of
         (z' - z_own)^2, z' the aligned latents.
         """
@@ -73,20 +74,11 @@ class Fit:
         values["sum/spectrum"] = torch.view_as_real(torch.einsum("bhwc,bhwd->hwcd", transformed, transformed.conj()))
         for name, prefix in (("loss", "channels"), ("own_loss", "own_channels")):
             if name in latents:
-                z = latents[name].double()
-                cells = torch.full((len(z),), float(z[0, 0].numel()))
-                values |= {f"{prefix}/sum": z.sum((2, 3)), f"{prefix}/square": z.square().sum((2, 3)), f"{prefix}/cells": cells}
+                values |= {f"{prefix}/{key}": value for key, value in channel_sums(latents[name]).items()}
         if self.own is not None:
             aligned, wanted = latents["aligned_loss"].double(), latents["own_loss"].double()
             values["aligned_difference"] = (aligned - wanted).square().sum((1, 2, 3))
         return {name: value.cpu() for name, value in values.items()}
-
-
-def channel_statistics(values: dict[str, Tensor], prefix: str = "channels") -> tuple[Tensor, Tensor]:
-    """(mean [C], standard deviation [C]) of the latents' channels over all pictures."""
-    total = values[f"{prefix}/cells"].double().sum()
-    mean = values[f"{prefix}/sum"].sum(0) / total
-    return mean, (values[f"{prefix}/square"].sum(0) / total - mean.square()).clamp_min(0).sqrt()
 
 
 def spectral_loss(values: dict[str, Tensor], objective: Objective, t: Tensor) -> Tensor:
@@ -98,7 +90,7 @@ def spectral_loss(values: dict[str, Tensor], objective: Objective, t: Tensor) ->
     """
     count = len(values["channels/cells"])
     spectrum = torch.view_as_complex(values["sum/spectrum"].contiguous()) / count
-    mean, _ = channel_statistics(values)
+    mean, _ = channel_statistics(values, "channels")
     height, width = spectrum.shape[:2]
     spectrum[0, 0] -= height * width * torch.outer(mean, mean)  # the mean is at frequency 0 alone, known and no signal
     eigenvalues = torch.linalg.eigvalsh(spectrum).clamp_min(0).flatten()
@@ -141,7 +133,7 @@ def fit_metrics(values: dict[str, Tensor], objective: Objective) -> Findings:
         mean, std = channel_statistics(values, "own_channels")
         variance = float(std.square().sum() * values["own_channels/cells"].double().sum())
         findings.metrics["fit/aligned_share"] = 1 - float(values["aligned_difference"].sum()) / variance
-    mean, std = channel_statistics(values)
+    mean, std = channel_statistics(values, "channels")
     findings.metrics |= {"fit/latent_mean": float(mean.square().mean().sqrt()), "fit/latent_std": float(std.square().mean().sqrt())}
     for number, rows in enumerate(bins(values["t"], 1000 if objective.is_flow else len(objective.alphas_cumprod))):
         if len(rows):

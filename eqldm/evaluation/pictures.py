@@ -8,9 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from eqldm.data.remote import is_remote
 from eqldm.data.samples import MAX_SKIPS, PictureSamples, picture_to_tensor
-from eqldm.data.shards import MANIFEST, hash_file
+from eqldm.data.shards import hash_file, holds_shards
 from eqldm.data.sources import PictureFolder, UnfitPicture, read_picture
 
 
@@ -62,7 +61,7 @@ def open_pictures(data: str, image_size: int | None, limit: int) -> PictureSampl
     as `PictureSamples`.
     """
     folder = Path(data)
-    if is_remote(data) or (folder / MANIFEST).is_file() or not folder.is_dir() or any(folder.glob("*.tar")):
+    if holds_shards(data) or not folder.is_dir() or any(folder.glob("*.tar")):
         samples = PictureSamples(data)
         if image_size not in (None, samples.image_size[0]):
             raise ValueError(f"--image-size {image_size}: '{data}' is a shard folder, whose pictures are {samples.image_size[0]} px")

@@ -19,7 +19,6 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
-from eqldm.evaluation.judge import Judge
 from eqldm.model_folder import decode, encode
 
 NEIGHBOURS = 3  # of precision and recall
@@ -46,21 +45,17 @@ class RealData:
 
     name = "data"
 
-    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None):
-        self.samples, self.count, self.features, self.judge = samples, count, features, judge
+    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = ()):
+        self.samples, self.count, self.features = samples, count, features
         self.key = {"data": samples.digest, "features": {f.name: f.hash for f in features}}
-        if judge is not None:
-            self.key["judge"] = judge.hash
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
-        `read` [B], what the judge reads."""
+        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D]."""
         batch = collate([self.samples[i] for i in numbers])
         x = batch["x"]
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
         values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
-        values |= {f"features/{f.name}": f.extract(x) for f in self.features}
-        return values | ({"read": self.judge(x)} if self.judge is not None else {})
+        return values | {f"features/{f.name}": f.extract(x) for f in self.features}
 
 
 def features_of(values: dict[str, Tensor]) -> dict[str, Tensor]:

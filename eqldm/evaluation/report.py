@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.table import Column, Table
 
 from eqldm.evaluation.bootstrap import interval
-from eqldm.evaluation.compare import NOTE, Difference, Measured, difference_cell, differences
+from eqldm.evaluation.compare import NOTE, Difference, Measured, comparison_headings, comparison_rows, differences
 from eqldm.evaluation.fit import NUM_BINS, Verdict
 from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
 from eqldm.markdown import markdown
@@ -24,13 +24,11 @@ COLOURS = ("#3778bf", "#d1603d", "#3a9a5b", "#9b59b6", "#b08a1e", "#c2417f")  # 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's part of a report. verdict: of its fit, or None.  sheets: picture files by title, under the report's folder.  about: see
-    `results.keep`."""
+    """A model's part of a report. verdict: of its fit, or None.  sheets: picture files by title, under the report's folder."""
 
     measured: Measured
     verdict: Verdict | None
     sheets: dict[str, Path]
-    about: dict
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,10 @@ def value_cell(measured: Measured, name: str) -> str:
     return f"{number(value)} ({number(low)} to {number(high)})"
 
 
-def metric_rows(report: Report, names: Sequence[str], against: Sequence[dict[str, Difference]]) -> list[list[str]]:
-    """One row a metric: its name with the way to better, each model's value, and differences from the first."""
-    return [
-        [
-            f"{name} {direction(name)}".strip(),
-            *(value_cell(model.measured, name) for model in report.models),
-            *(difference_cell(found.get(name)) for found in against),
-        ]
-        for name in names
-    ]
-
-
-def headings(report: Report) -> list[str]:
-    """Of the tables of metrics."""
-    names = [model.measured.name for model in report.models]
-    return ["metric", *names, *(f"{name} minus {names[0]}" for name in names[1:])]
+def metric_table(report: Report, names: Sequence[str], against: Sequence[dict[str, Difference]]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of these metrics: their values with intervals, and differences from the first model's."""
+    models = [model.measured for model in report.models]
+    return comparison_headings(models), comparison_rows(models, names, against, value_cell)
 
 
 def console_table(models: Sequence[Measured], title: str) -> Table:
@@ -117,7 +103,7 @@ def _markdown(report: Report, against: Sequence[dict[str, Difference]]) -> str:
     parts += [f"**{model.measured.name}**: {model.verdict.text}\n" for model in report.models if model.verdict]
     for question in report.questions():
         parts.append(f"## {QUESTION_TITLES.get(question, question.capitalize())}\n")
-        parts += [markdown(headings(report), metric_rows(report, names, against)) for names in report.means_and_details(question) if names]
+        parts += [markdown(*metric_table(report, names, against)) for names in report.means_and_details(question) if names]
     parts.append(NOTE + "\n")
     if report.missing:
         parts.append("## Not computed\n\n" + "".join(f"- {text}\n" for text in report.missing))
@@ -130,7 +116,7 @@ def provenance(report: Report) -> list[list[str]]:
     """Rows of what each model's figures are from: command, hashes of models and data, seeds, counts, versions."""
     rows = []
     for name in ("command", "model", "hashes", "data", "samples", "seed", "sampling", "sampling precision", "device", "commit", "versions"):
-        first, *others = (_plainly(model.about.get(name)) for model in report.models)
+        first, *others = (_plainly(model.measured.about.get(name)) for model in report.models)
         rows.append([name, first, *("the same" if other == first else other for other in others)])
     return rows
 
@@ -151,9 +137,9 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
     sections = []
     for question in report.questions():
         main, single = report.means_and_details(question)
-        body = [_plot(question, report), _html_table(headings(report), metric_rows(report, main, against))]
+        body = [_plot(question, report), _html_table(*metric_table(report, main, against))]
         if single:
-            table = _html_table(headings(report), metric_rows(report, single, against))
+            table = _html_table(*metric_table(report, single, against))
             body.append(f"<details><summary>by view</summary>{table}</details>")
         body += [_picture(out, title, path) for title, path in report.shared.items() if _belongs(title, question)]
         body += [

@@ -60,13 +60,11 @@ def keep(out: Path, result: Result, command: str) -> None:
     write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
 
 
-def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], notes: Sequence[str], command: str, title: str) -> Path:
-    """Keeps all models' results, writes the report and what they share, prints the table; returns the path of the page.
+def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], notes: Sequence[str], title: str) -> Path:
+    """Writes the report on results that `keep` has kept, and what they share; prints the table. Returns the path of the page.
 
     missing, notes: see `Instruments`.  title: of the table.
     """
-    for result in results:
-        keep(out, result, command)
     shared: dict[str, Path] = {}
     decodings = {result.entry.name: result.decodings for result in results if result.decodings}
     readings = {result.entry.name: result.readings for result in results if result.readings}
@@ -75,7 +73,7 @@ def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], 
             sheet, shared[name] = draw(found), Path(f"{name}.png")
             write_whole(out / shared[name], lambda path, sheet=sheet: sheet.save(path, "PNG"))
     measured = [Measured.open(out / result.entry.name) for result in results]
-    models = [Model(m, r.verdict, r.sheets, m.about) for m, r in zip(measured, results)]
+    models = [Model(m, r.verdict, r.sheets) for m, r in zip(measured, results)]
     text, page = write_report(out, Report(models, missing, notes, shared))
     write_whole(out / "report.md", lambda path: path.write_text(text))
     write_whole(out / "report.html", lambda path: path.write_text(page))

@@ -92,7 +92,7 @@ class Evaluation:
 
     def look_at_data(self) -> None:
         """Measures the real pictures, once for all models."""
-        question = RealData(self.samples, self.count, self.tools.features, self.judge)
+        question = RealData(self.samples, self.count, self.tools.features)
         self.values = self.ask(question, self.out, "data")
         if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
@@ -106,7 +106,7 @@ class Evaluation:
         if any(side % factor for side in size):
             raise ValueError(f"pictures of '{self.args.data}' are {size[0]} x {size[1]}: '{entry.folder}' takes multiples of f = {factor}")
         for view in self.views:
-            view.check(size[0] // factor, size[1] // factor, " (latents)")
+            view.check(*self._latent_sides(vae), " (latents)")
         if sampler is not None:
             for view in self.views:
                 sampler.check(["", ""], [IDENTITY, view])
@@ -157,7 +157,7 @@ class Evaluation:
                 yield "reconstruction", question, lambda *found: self._reconstruction(vae, *found)
             if "equivariance" in asked:
                 views = list(dict.fromkeys([*SYMMETRIES, *(view for view in self.views if view not in D4)]))
-                sides = [side // downsampling(vae) for side in self.samples.image_size]
+                sides = self._latent_sides(vae)
                 if sides[0] != sides[1]:
                     views = [view for view in views if _fits(view, *sides)]
                     self._note("The pictures are not square: equivariance is that of the views that keep their shape.")
@@ -189,8 +189,10 @@ class Evaluation:
             self.notes.append(text)
 
     def _rescales(self, vae: AutoencoderKL) -> list:
-        sides = [side // downsampling(vae) for side in self.samples.image_size]
-        return [rescale for rescale in RESCALES if all(side * rescale.height % 1 == 0 for side in sides)]
+        return [rescale for rescale in RESCALES if all(side * rescale.height % 1 == 0 for side in self._latent_sides(vae))]
+
+    def _latent_sides(self, vae: AutoencoderKL | Pixels) -> list[int]:
+        return [side // downsampling(vae) for side in self.samples.image_size]
 
     def _letter_pairs(self) -> Tensor:
         return every_pair().T if self.args.num_pairs == "all" else letter_pairs(int(self.args.num_pairs))

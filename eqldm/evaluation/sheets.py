@@ -31,9 +31,9 @@ def turned_decodings(vae: AutoencoderKL, pictures: Tensor, views: Sequence[View]
 def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
     """The `turned_decodings` of several models, of the same pictures: a row for each model of each picture."""
     first = next(iter(decodings.values()))
-    count, _, _, width = first["x"].shape
+    count = len(first["x"])
     rows = [[columns[heading][i] for heading in first] for i in range(count) for columns in decodings.values()]
-    return picture_sheet(rows, list(decodings) * count, list(first), scale=max(1, 96 // width))
+    return picture_sheet(rows, list(decodings) * count, list(first), scale=_scale(first["x"]))
 
 
 def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
@@ -69,10 +69,7 @@ def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most
 def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
     """The rows in several columns of sheets, so that a long list fits on a screen."""
     per = -(-len(rows) // columns)
-    sheets = [
-        picture_sheet(rows[i : i + per], labels[i : i + per], headings, scale=max(1, 96 // rows[0][0].shape[-1]))
-        for i in range(0, len(rows), per)
-    ]
+    sheets = [picture_sheet(rows[i : i + per], labels[i : i + per], headings, scale=_scale(rows[0][0])) for i in range(0, len(rows), per)]
     return _joined(sheets)
 
 
@@ -133,6 +130,7 @@ def error_map_sheet(maps: dict[str, Tensor]) -> Image.Image:
 
 
 def _scale(x: Tensor) -> int:
+    """How often small pictures are enlarged."""
     return max(1, 96 // x.shape[-1])
 
 
