@@ -28,11 +28,14 @@ demo-scratch: setup
 clean-demo:
 	rm -rf $(if $(RUN),'$(RUN)',runs/demo runs/scratch)
 
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(PARALLEL)
 
 test-all: setup
-	$(PY) -m pytest -q -m ''
+	$(PY) -m pytest -q $(PARALLEL) -m 'not slurm'
+	$(PY) -m pytest -q -m slurm -rs tests/slurm
 
 # The jobs of slurm/ on a Slurm of two nodes, started here; as root, after apt-get install slurm-wlm munge
 test-slurm: setup
