@@ -31,7 +31,7 @@ from torch import Tensor
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples, from_bytes, to_bytes
 from eqldm.data.shards import write_json
-from eqldm.evaluation.anagram import Reading, every_pair, letter_pairs, unordered
+from eqldm.evaluation.anagram import Reading, every_pair, letter_tuples, unordered
 from eqldm.evaluation.bootstrap import bootstrap_weights, interval, weighted_mean
 from eqldm.evaluation.entries import Entry, parse_entries
 from eqldm.evaluation.features import judge_features
@@ -45,16 +45,13 @@ from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
 from eqldm.views import View, parse_view
 
 
-def letter_tuples(which: str, num_views: int) -> Tensor:
+def read_tuples(which: str, num_views: int) -> Tensor:
     """[T, views] label numbers: every ordered pair, or a fixed draw of so many tuples of different letters."""
     if which == "all":
         if num_views != 2:
             raise ValueError(f"--tuples all: for two views, got {num_views}: give a number of tuples")
         return every_pair()
-    if num_views == 2:
-        return letter_pairs(int(which)).T
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(int(which))])
+    return letter_tuples(int(which), num_views).T
 
 
 def sampling_options(method: Entry, args: argparse.Namespace) -> dict:
@@ -72,7 +69,7 @@ def open_method(method: Entry, views: list[View], args: argparse.Namespace) -> S
     options = sampling_options(method, args)
     sampler.check([""] * len(views), views)
     networks, solver = sampler.networks, sampler.solver(*(options[key] for key in ("scheduler", "reduction", "blend")))
-    config = {key: value for key, value in solver.config.items() if not key.startswith("_diffusers")}
+    config = {key: value for key, value in solver.config.items() if not key.startswith("_")}
     about = {
         "unet_hash": weights_hash(networks.unet),
         "vae_hash": vae_hash(sampler.vae),
@@ -222,7 +219,7 @@ def table(results: dict[str, dict]) -> str:
 def run(args: argparse.Namespace) -> Path:
     views = [parse_view(name) for name in args.views]
     methods = parse_entries(args.methods)
-    tuples = letter_tuples(args.tuples, len(views))
+    tuples = read_tuples(args.tuples, len(views))
     if args.num_seeds < 1 or args.batch_size < 1 or len(tuples) < 20:
         raise ValueError(f"wanted --num-seeds and --batch-size of at least 1, and 20 tuples to resample: got {args.num_seeds}, "
                          f"{args.batch_size} and {len(tuples)}")  # fmt: skip

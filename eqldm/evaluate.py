@@ -73,7 +73,14 @@ def parse_args() -> argparse.Namespace:
         help="a further model, the first of the tables: all others are held against it (default: the first MODEL)",
     )
     add("--metrics", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="what to ask (default: all)")
-    add("--views", nargs="+", default=["rotate_180"], help="second views of the anagrams; also of the equivariance")
+    add(
+        "--views",
+        nargs="+",
+        default=["rotate_180"],
+        metavar="VIEW[,VIEW...]",
+        help="anagrams to sample, by their views beside the upright one: rotate_180, or rotate_90,rotate_180 for three at once; their "
+        "equivariance too",
+    )
     add("--judge", metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
     add("--features", nargs="+", default=[], metavar="NAME=WEIGHTS", help="timm backbones for FID, KID, precision and recall")
     add("--inception", metavar="FILE", help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)")

@@ -24,7 +24,7 @@ from eqldm import evaluate as command
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import write_manifest, write_shard
-from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompt_pairs
+from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompts
 from eqldm.evaluation.fit import Fit
 from eqldm.evaluation.judge import Judge, save_judge
 from eqldm.evaluation.reconstruction import Reconstruction
@@ -244,8 +244,10 @@ def test_captions_and_prompt_pairs_where_there_are_no_letters(run, tiny_model_fo
     for text, message in (("pairs: [[a]]", "a list of two subjects each"), ("[1]", "wanted a YAML of `pairs`")):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_prompt_pairs(tmp_path / "bad.yaml")
-    shipped = read_prompt_pairs(PROMPT_PAIRS)
+            read_prompts(tmp_path / "bad.yaml")
+    shipped = read_prompts(PROMPT_PAIRS)
+    three = read_prompts(PROMPT_PAIRS, 3)
+    assert [texts[:2] for texts in three] == shipped and three[0][2] == "an oil painting of an old fisherman" and len(set(three[-1])) == 3
     assert len(shipped) >= 20 and len(set(shipped)) == len(shipped) and all(style in shipped[0][0] for style in ["oil painting"])
 
 
@@ -291,6 +293,21 @@ def test_all_pairs_and_their_matrix(run, tiny_model_folder):
     out = run(tiny_model_folder, more=["--without", "lpips", "--metrics", "anagram", "--num-pairs", "all", "--num-inference-steps", 1])
     assert Image.open(out / "tiny" / "letter_matrix_rotate_180.png").width == 800
     assert json.loads((out / "tiny" / "about.json").read_text())["samples"]["anagram/rotate_180"]["count"] == 676
+
+
+def test_anagrams_of_three_views(run, tiny_model_folder):
+    views = ["--views", "rotate_90,patch_permute:2:1", "flip"]
+    out = run(tiny_model_folder, more=["--without", "lpips", "--metrics", "equivariance", "anagram", *views])
+    names = metrics_of(out, "tiny")
+    assert {"anagram/rotate_90,patch_permute:2:1/read_right_turned_2", "anagram/flip/read_right_turned"} <= names.keys()
+    assert "equivariance/patch_permute:2:1/psnr" in names
+    sheet = Image.open(out / "tiny" / "anagrams_rotate_90_patch_permute-2-1.png")
+    assert sheet.width > Image.open(out / "tiny" / "anagrams_flip.png").width
+    page = (out / "report.html").read_text()
+    assert (
+        "anagram/rotate_90,patch_permute:2:1/ambigramability ↑" in page
+        and "<td>anagram/rotate_90,patch_permute:2:1/texture_turned_1 →1" in page
+    )
 
 
 def test_quick_is_smaller(monkeypatch):
@@ -355,6 +372,7 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--inception", "nowhere"], "no Inception weights at 'nowhere'"),
         (["--features", "resnet18"], "--features: got 'resnet18', wanted NAME=WEIGHTS"),
         (["--num-images", "0"], "--num-images: got 0, wanted at least 2"),
+        (["--num-pairs", "all", "--views", "flip,mirror"], "--num-pairs all: for anagrams of two views, got 3"),
         (["--num-pairs", "some"], "--num-pairs: got some, wanted at least 2"),
         (["--device", "foo"], "--device foo: "),
         (["--without", "judge", "lpips", "inception", "clip", "--judge", "x"], "--judge and --without judge: give one of them"),

@@ -19,7 +19,7 @@ from eqldm.config import load_config
 from eqldm.data.samples import PictureSamples
 from eqldm.diffusion.module import train_diffusion
 from eqldm.diffusion.objective import Objective
-from eqldm.evaluation.anagram import anagram_metrics, every_pair, letter_pairs, letter_rates, unordered
+from eqldm.evaluation.anagram import anagram_metrics, every_pair, letter_rates, letter_tuples, unordered
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.equivariance import SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
 from eqldm.evaluation.features import judge_features
@@ -295,13 +295,19 @@ def test_what_training_logs_at_validation_is_what_the_evaluation_gives(tmp_path,
 
     judge, wanted = Judge.open(), plain_letters(4)
     features = [judge_features(judge)]
-    real = RealPictures.of(measure_all(RealData(samples, 10, features)))
+    real = RealPictures.of(measure_all(RealData(samples, 10, features, judge)))
     question = Sampled(
         "generation", sampler, [IDENTITY], letter_prompts(wanted), wanted=wanted, judge=judge, features=features,
         num_inference_steps=20, guidance_scale=5.0,
     )  # fmt: skip
     metrics = generation_metrics(measure_all(question), real, wanted).metrics
-    assert {"generation/read_right", "generation/kid_judge", "generation/texture", "generation/round_trip_psnr"} <= metrics.keys()
+    assert {
+        "generation/read_right",
+        "generation/read_right_data",
+        "generation/kid_judge",
+        "generation/texture",
+        "generation/round_trip_psnr",
+    } <= metrics.keys()
     for name, value in metrics.items():
         assert float(logged[f"val/{name}"]) == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
@@ -312,13 +318,16 @@ def measured_fit_loss(sampler: Sampler, samples: PictureSamples, batch_size: int
     return fit_metrics(values, Objective.of(sampler.networks.scheduler)).metrics["fit/val_loss"]
 
 
-def test_letter_pairs():
-    pairs = letter_pairs(650)
+def test_letter_tuples():
+    pairs = letter_tuples(650)
     assert pairs.shape == (2, 650) and bool((pairs[0] != pairs[1]).all())
     assert len({tuple(pair) for pair in pairs.T.tolist()}) == 26 * 25  # all of them, once each
-    assert torch.equal(letter_pairs(100), pairs[:, :100])
-    assert not torch.equal(letter_pairs(100, seed=1), letter_pairs(100))
-    assert letter_pairs(700).shape == (2, 700) and int(pairs.min()) == 0 and int(pairs.max()) == 25
+    assert torch.equal(letter_tuples(100), pairs[:, :100])
+    assert not torch.equal(letter_tuples(100, seed=1), letter_tuples(100))
+    assert letter_tuples(700).shape == (2, 700) and int(pairs.min()) == 0 and int(pairs.max()) == 25
+    triples = letter_tuples(500, 3)
+    assert triples.shape == (3, 500) and torch.equal(letter_tuples(10, 3), triples[:, :10])
+    assert all(len(set(letters)) == 3 for letters in triples.T.tolist()) and int(triples.min()) == 0 and int(triples.max()) == 25
 
 
 def test_plain_letters_are_drawn_alike():
@@ -344,7 +353,7 @@ def test_anagram_metrics_closed_form():
     values["features/judge"] = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))
     values["similarity"] = torch.tensor([[[0.3, 0.1], [0.2, 0.4]]]).expand(4, 2, 2)
     real = RealPictures({"judge": torch.randn(9, 5)}, None, 2.0)
-    found = anagram_metrics(parse_view("flip"), values, real, wanted, temperature=0.01).metrics
+    found = anagram_metrics([IDENTITY, parse_view("flip")], values, real, wanted, temperature=0.01).metrics
     shares = ("ambigramability", "read_right_upright", "read_right_turned", "forced_ambigramability")
     assert [found[f"anagram/flip/{name}"] for name in shares] == [0.5, 0.75, 0.5, 0.75]
     assert found["anagram/flip/texture_upright"] == 0.5 and found["anagram/flip/texture_turned"] == 1.5
@@ -353,12 +362,24 @@ def test_anagram_metrics_closed_form():
     assert {"anagram/flip/kid_judge_upright", "anagram/flip/precision_judge_turned"} <= found.keys()
 
 
+def test_anagrams_of_three_views():
+    wanted = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    read = torch.tensor([[0, 2, 4], [1, 3, 26]])
+    values = {"read": read, "forced": wanted.T, "energy": torch.tensor([[1.0, 2.0, 3.0]]).expand(2, 3)}
+    views = [IDENTITY, parse_view("rotate_90"), parse_view("patch_permute:2")]
+    found = anagram_metrics(views, values, RealPictures({}, None, 1.0), wanted).metrics
+    assert {name.removeprefix("anagram/rotate_90,patch_permute:2/"): value for name, value in found.items()} == {
+        "ambigramability": 0.5, "forced_ambigramability": 1, "read_right_upright": 1, "read_right_turned_1": 1, "read_right_turned_2": 0.5,
+        "texture_upright": 1, "texture_turned_1": 2, "texture_turned_2": 3,
+    }  # fmt: skip
+
+
 def test_intervals_draw_the_pictures_of_two_letters_together():
     """Ten pictures of each of six pairs, all ten alike: six draws, not sixty."""
     wanted = torch.tensor([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]).repeat(1, 10)
     right = torch.tensor([True, True, True, False, False, False]).repeat(10)
     values = sampled_values(torch.where(right, wanted, 26).tolist())
-    found = anagram_metrics(parse_view("flip"), values, RealPictures({}, None, 1.0), wanted)
+    found = anagram_metrics([IDENTITY, parse_view("flip")], values, RealPictures({}, None, 1.0), wanted)
     spread = float(found.resampled["anagram/flip/ambigramability"].std())
     assert spread == pytest.approx((0.25 / 6) ** 0.5, rel=0.1)
     assert torch.equal(unordered(torch.tensor([[0, 1], [1, 0], [1, 1]])), torch.tensor([0, 0, 1]))
@@ -392,7 +413,7 @@ def test_what_is_sampled_is_seen_in_each_view(tiny_model_folder):
             shown.append(x)
             return nn.functional.one_hot(torch.arange(len(x)) + 5, 27).float()
 
-    views, wanted = [IDENTITY, parse_view("rotate_180")], letter_pairs(5)
+    views, wanted = [IDENTITY, parse_view("rotate_180")], letter_tuples(5)
     question = Sampled("anagram", sampler, views, letter_prompts(wanted), judge=Letters(), wanted=wanted, seed=3, num_inference_steps=2)
     values = measure_all(question, 5)
     pictures = values["shown"].float() / 127.5 - 1

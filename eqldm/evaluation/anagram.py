@@ -1,10 +1,11 @@
-"""Does it read as both? Pictures of two prompts, one upright and one in another view.
+"""Does it read as both? Pictures of two prompts or more, one upright and each other in a view of its own.
 
-Ambigramability: the share of letters that the judge reads right in *both* views. Source: arXiv 2306.12049, section 5.
+Ambigramability: the share of letters that the judge reads right in *every* view. Source: arXiv 2306.12049, section 5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from eqldm.evaluation.quality import RealPictures, distances, features_of
 from eqldm.views import View
 
 PROMPT_PAIRS = Path(__file__).parent / "prompt_pairs.yaml"
-SIDES = ("upright", "turned")
 QUANTILES = (0.9, 0.95)  # of alignment and concealment, as Visual Anagrams reports them
 
 
@@ -46,17 +46,21 @@ def every_pair() -> Tensor:
     return torch.cartesian_prod(torch.arange(len(LETTERS)), torch.arange(len(LETTERS)))
 
 
-def letter_pairs(count: int, seed: int = 0) -> Tensor:
-    """[2, count] label numbers: a seeded draw from all ordered pairs of different letters, without repeats while they last."""
+def letter_tuples(count: int, num_views: int = 2, seed: int = 0) -> Tensor:
+    """[num_views, count] label numbers: a seeded draw from all ordered tuples of different letters; of pairs without repeats while they
+    last."""
+    generator = torch.Generator().manual_seed(seed)
+    if num_views > 2:
+        return torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(count)], 1)
     every = every_pair()
     every = every[every[:, 0] != every[:, 1]]
-    generator = torch.Generator().manual_seed(seed)
     rounds = [every[torch.randperm(len(every), generator=generator)] for _ in range(-(-count // len(every)))]
     return torch.cat(rounds)[:count].T
 
 
-def read_prompt_pairs(path: Path) -> list[tuple[str, str]]:
-    """(upright, turned) prompts of a file of the form of prompt_pairs.yaml. Raises ValueError, FileNotFoundError."""
+def read_prompts(path: Path, num_views: int = 2) -> list[tuple[str, ...]]:
+    """(upright, turned, ...) prompts, one a view, of a file of the form of prompt_pairs.yaml; of more views than two, the subjects after
+    a pair's own are those of the next pairs. Raises ValueError, FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"no prompt pairs at '{path}': wanted a YAML of `pairs`, of two subjects each, and `styles`")
     try:
@@ -67,7 +71,9 @@ def read_prompt_pairs(path: Path) -> list[tuple[str, str]]:
     if not isinstance(pairs, list) or len(pairs) < 2 or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"'{path}': wanted a YAML of `pairs`, two or more, a list of two subjects each, and perhaps `styles`")
     styles = found.get("styles") or [""]
-    return [tuple(f"{styles[k % len(styles)]} {subject}".strip() for subject in pair) for k, pair in enumerate(pairs)]
+    subjects = [subject for pair in pairs for subject in pair]
+    tuples = [[subjects[(2 * k + i) % len(subjects)] for i in range(num_views)] for k in range(len(pairs))]
+    return [tuple(f"{styles[k % len(styles)]} {subject}".strip() for subject in chosen) for k, chosen in enumerate(tuples)]
 
 
 def unordered(tuples: Tensor) -> Tensor:
@@ -75,36 +81,47 @@ def unordered(tuples: Tensor) -> Tensor:
     return torch.unique(tuples.sort(1).values, dim=0, return_inverse=True)[1]
 
 
+def title(views: Sequence[View]) -> str:
+    """What results call anagrams of these views, of which the first is upright: `rotate_180`, `rotate_90,rotate_180`."""
+    return ",".join(view.name for view in views[1:])
+
+
+def sides(count: int) -> list[str]:
+    """What results call each of `count` views: upright, turned; of more than two upright, turned_1, turned_2, ..."""
+    return ["upright", "turned"] if count == 2 else ["upright", *(f"turned_{i}" for i in range(1, count))]
+
+
 def anagram_metrics(
-    view: View, values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
+    views: Sequence[View], values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
     temperature: float | None = None,
 ) -> Findings:  # fmt: skip
-    """Of what `Sampled` measured under the views (identity, V), each as `anagram/V/...`, with `_upright` and `_turned` for the two:
+    """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
+    (see `sides`):
 
-    `ambigramability`   the share that the judge reads right in both;  `read_right_*` in each;  wanted: [2, N]
+    `ambigramability`   the share that the judge reads right in every view;  `read_right_*` in each;  wanted: [views, N]
     `forced_ambigramability`   the same where it must name one of the 26 letters, as the literature's must
     `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
     `round_trip_psnr`   dB of D(E(x)) against x, upright
     `alignment`, `concealment`   means of `clip.alignment` and `clip.concealment` (at CLIP's temperature), and their `_q90`, `_q95`
 
-    clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same two letters.
+    clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same letters.
     """
     count = len(values["energy"])
     if clusters is None:
         clusters = torch.arange(count) if wanted is None else unordered(wanted.T)
-    findings, prefix = Findings(clusters), f"anagram/{view.name}/"
+    findings, prefix, names = Findings(clusters), f"anagram/{title(views)}/", sides(len(views))
     if wanted is not None:
         for name, read in (("", values["read"]), ("forced_", values["forced"])):
             right = (read == wanted.T).double()
             findings.mean(f"{prefix}{name}ambigramability", right.prod(1))
-            for side, each in zip(SIDES, right.T) if not name else ():
+            for side, each in zip(names, right.T) if not name else ():
                 findings.mean(f"{prefix}read_right_{side}", each)
     if "similarity" in values:
         scores = {"alignment": alignment(values["similarity"]), "concealment": concealment(values["similarity"], temperature)}
         for name, score in scores.items():
             findings.mean(f"{prefix}{name}", score)
             findings.metrics |= {f"{prefix}{name}_q{q * 100:.0f}": float(score.double().quantile(q)) for q in QUANTILES}
-    for i, side in enumerate(SIDES):
+    for i, side in enumerate(names):
         distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
         findings.mean(f"{prefix}texture_{side}", values["energy"][:, i] / real.energy)
     if "round_trip" in values:

@@ -26,6 +26,7 @@ def generation_metrics(
     """Of what `Sampled` measured of plain pictures (one view):
 
     `generation/read_right`   the share that the judge reads right;  wanted: [1, N]
+    `generation/read_right_data`   the same of the real pictures, which is what it can reach
     `generation/kid_NAME`, `fid_NAME`, `precision_NAME`, `recall_NAME`   see `distances`
     `generation/texture`      high-frequency energy over that of real pictures: above 1 where they are rough, below where blurred
     `generation/round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
@@ -38,6 +39,7 @@ def generation_metrics(
     findings = Findings(torch.arange(count) if clusters is None else clusters)
     if wanted is not None:
         findings.mean("generation/read_right", (values["read"][:, 0] == wanted[0]).double())
+        findings.metrics |= {"generation/read_right_data": real.read_right} if real.read_right is not None else {}
     distances(findings, real, {name: features[:, 0] for name, features in features_of(values).items()}, "generation/")
     findings.mean("generation/texture", values["energy"][:, 0] / real.energy)
     if "round_trip" in values:

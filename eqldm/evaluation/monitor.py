@@ -50,7 +50,7 @@ class LetterMonitor(pl.Callback):
         self.judge, samples = Judge.open(), PictureSamples(self.folder)
         self.features = [judge_features(self.judge)]
         count = min(len(samples), self.config.data.val_samples)
-        self.real = RealPictures.of(RealData(samples, count, self.features).measure(range(count)))
+        self.real = RealPictures.of(RealData(samples, count, self.features, self.judge).measure(range(count)))
         validation_sampler(module).check_length(["the letter A"])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

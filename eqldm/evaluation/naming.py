@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-UP = set("psnr ssim read_right ambigramability accuracy precision recall clip_score alignment concealment aligned_share".split())
+UP = set("psnr ssim read_right ambigramability precision recall clip_score alignment concealment aligned_share".split())
 DOWN = set("lpips rfid fid kid error loss ratio".split())
+NEITHER = {"fit/spectral_loss", "generation/read_right_data"}
 TO_ONE = {"texture", "latent_std"}
 QUESTION_TITLES = {
     "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
@@ -16,7 +17,7 @@ QUESTION_TITLES = {
 
 def direction(name: str) -> str:
     """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better."""
-    parts = [] if name == "fit/spectral_loss" else name.split("/")
+    parts = [] if name in NEITHER else name.split("/")
     for part in reversed(parts):
         part = "_".join(word for word in part.split("_") if word not in ("upright", "turned"))
         if any(f"_{word}_" in f"_{part}_" for word in TO_ONE):

@@ -19,6 +19,7 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
+from eqldm.evaluation.judge import Judge
 from eqldm.model_folder import decode, encode
 
 NEIGHBOURS = 3  # of precision and recall
@@ -26,18 +27,20 @@ NEIGHBOURS = 3  # of precision and recall
 
 @dataclass(frozen=True)
 class RealPictures:
-    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), and
-    their mean high-frequency energy."""
+    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), their mean
+    high-frequency energy, and the share of them that the judge reads right (None where none reads)."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
     energy: float
+    read_right: float | None = None
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> RealPictures:
         """Of what `RealData` measured."""
         labels = values["label"]
-        return cls(features_of(values), None if bool((labels < 0).any()) else labels, float(values["energy"].mean()))
+        read_right = float((values["read"] == labels).double().mean()) if "read" in values else None
+        return cls(features_of(values), None if bool((labels < 0).any()) else labels, float(values["energy"].mean()), read_right)
 
 
 class RealData:
@@ -45,17 +48,19 @@ class RealData:
 
     name = "data"
 
-    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = ()):
-        self.samples, self.count, self.features = samples, count, features
-        self.key = {"data": samples.digest, "features": {f.name: f.hash for f in features}}
+    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None):
+        self.samples, self.count, self.features, self.judge = samples, count, features, judge
+        self.key = {"data": samples.digest, "features": {f.name: f.hash for f in features}, "judge": judge and judge.hash}
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D]."""
+        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
+        `read` [B], what the judge reads."""
         batch = collate([self.samples[i] for i in numbers])
         x = batch["x"]
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
         values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
-        return values | {f"features/{f.name}": f.extract(x) for f in self.features}
+        values |= {f"features/{f.name}": f.extract(x) for f in self.features}
+        return values | ({"read": self.judge(x)} if self.judge is not None else {})
 
 
 def features_of(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from eqldm.data.samples import from_bytes
 from eqldm.diffusion.conditioning import too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.evaluation import sheets
-from eqldm.evaluation.anagram import PROMPT_PAIRS, Reading, anagram_metrics, every_pair, letter_pairs, letter_rates, read_prompt_pairs
+from eqldm.evaluation.anagram import PROMPT_PAIRS, Reading, anagram_metrics, every_pair, letter_rates, letter_tuples, read_prompts, title
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.entries import Entry
 from eqldm.evaluation.equivariance import RESCALES, SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
@@ -56,7 +56,8 @@ class Evaluation:
         if not self.asked:
             raise ValueError(f"--metrics {' '.join(args.metrics)}: no model holds a UNet, so there is nothing to ask")
         self.device = torch.device(args.device)
-        self.views = [parse_view(name) for name in args.views]
+        self.anagrams = [[IDENTITY, *map(parse_view, names.split(","))] for names in dict.fromkeys(args.views)]
+        self.views = list(dict.fromkeys(view for views in self.anagrams for view in views[1:]))
         self.samples = open_pictures(args.data, args.image_size, args.num_images)
         self.count = min(args.num_images, len(self.samples))
         height, width = self.samples.image_size
@@ -92,7 +93,7 @@ class Evaluation:
 
     def look_at_data(self) -> None:
         """Measures the real pictures, once for all models."""
-        question = RealData(self.samples, self.count, self.tools.features)
+        question = RealData(self.samples, self.count, self.tools.features, self.judge)
         self.values = self.ask(question, self.out, "data")
         if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
@@ -108,15 +109,17 @@ class Evaluation:
         for view in self.views:
             view.check(*self._latent_sides(vae), " (latents)")
         if sampler is not None:
-            for view in self.views:
-                sampler.check(["", ""], [IDENTITY, view])
+            for views in self.anagrams:
+                sampler.check([""] * len(views), views)
             if "fit" in self.asked:
                 Objective.of(sampler.networks.scheduler)
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
-            for prompts in self._prompt_pairs() if not self.judge and "anagram" in self.asked else ():
+            for views in self.anagrams if "anagram" in self.asked else ():
+                prompts, _ = self._anagram_prompts(len(views))
                 try:
-                    sampler.check_length(prompts)
+                    for texts in prompts:
+                        sampler.check_length(texts)
                 except ValueError as error:
                     how = "give others with --prompt-pairs, or leave anagram out of --metrics"
                     raise ValueError(f"the prompt pairs do not fit '{entry.folder}' ({error}): {how}") from error
@@ -178,11 +181,10 @@ class Evaluation:
             prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]
             question = Sampled("generation", sampler, [IDENTITY], prompts, wanted=wanted, **options)
             yield "generation", question, lambda *found, q=question: self._generation(q, *found)
-        for view in self.views if "anagram" in asked else ():
-            wanted = self._letter_pairs() if self.judge else None
-            prompts = letter_prompts(wanted) if self.judge else self._prompt_pairs()
-            question = Sampled(f"anagram_{file_name(view)}", sampler, [IDENTITY, view], prompts, wanted=wanted, **options)
-            yield f"anagram/{view.name}", question, lambda *found, q=question, v=view: self._anagram(q, v, *found)
+        for views in self.anagrams if "anagram" in asked else ():
+            prompts, wanted = self._anagram_prompts(len(views))
+            question = Sampled(f"anagram_{file_name(views)}", sampler, views, prompts, wanted=wanted, **options)
+            yield f"anagram/{title(views)}", question, lambda *found, q=question: self._anagram(q, *found)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -193,9 +195,6 @@ class Evaluation:
 
     def _latent_sides(self, vae: AutoencoderKL | Pixels) -> list[int]:
         return [side // downsampling(vae) for side in self.samples.image_size]
-
-    def _letter_pairs(self) -> Tensor:
-        return every_pair().T if self.args.num_pairs == "all" else letter_pairs(int(self.args.num_pairs))
 
     def _captions(self, count: int, sampler: Sampler) -> list[str]:
         """The data's first captions that the model can read whole, again from the first where there are too few. Raises ValueError
@@ -212,10 +211,17 @@ class Evaluation:
             )
         return [found[k % len(found)] for k in range(count)]
 
-    def _prompt_pairs(self) -> list[list[str]]:
-        found = read_prompt_pairs(Path(self.args.prompt_pairs or PROMPT_PAIRS))
-        count = len(found) if self.args.num_pairs == "all" else int(self.args.num_pairs)
-        return [[found[k % len(found)][side] for k in range(count)] for side in (0, 1)]
+    def _anagram_prompts(self, num_views: int) -> tuple[list[list[str]], Tensor | None]:
+        """(for each view, each picture's prompt; label numbers [views, N] where a judge reads). Raises ValueError, FileNotFoundError."""
+        every, count = self.args.num_pairs == "all", self.args.num_pairs
+        if self.judge:
+            if every and num_views > 2:
+                raise ValueError(f"--num-pairs all: for anagrams of two views, got {num_views} with upright: give a number of them")
+            wanted = every_pair().T if every else letter_tuples(int(count), num_views)
+            return letter_prompts(wanted), wanted
+        found = read_prompts(Path(self.args.prompt_pairs or PROMPT_PAIRS), num_views)
+        chosen = found if every else [found[k % len(found)] for k in range(int(count))]
+        return [list(texts) for texts in zip(*chosen)], None
 
     def _reconstruction(self, vae, values, real, result: Result, folder: Path) -> Findings:
         worst = worst_reconstructions(vae, self.samples, values)
@@ -242,14 +248,15 @@ class Evaluation:
         self._sampled(question, values, result, folder / ("letters.png" if self.judge else "generation.png"))
         return generation_metrics(values, real, question.wanted, None if self.judge else question.clusters)
 
-    def _anagram(self, question: Sampled, view: View, values, real, result: Result, folder: Path) -> Findings:
-        self._sampled(question, values, result, folder / f"anagrams_{file_name(view)}.png")
+    def _anagram(self, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
+        views = question.views
+        self._sampled(question, values, result, folder / f"anagrams_{file_name(views)}.png")
         if question.wanted is not None and self.args.num_pairs == "all":
-            title = f"{result.entry.name}: read right in both views"
-            matrix = sheets.letter_matrix(letter_rates(values, question.wanted), title, [IDENTITY.name, view.name])
-            self._save(result, folder / f"letter_matrix_{file_name(view)}.png", matrix)
+            heading = f"{result.entry.name}: read right in both views"
+            matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views])
+            self._save(result, folder / f"letter_matrix_{file_name(views)}.png", matrix)
         clusters = None if self.judge else question.clusters
-        return anagram_metrics(view, values, real, question.wanted, clusters, self.tools.clip and self.tools.clip.temperature)
+        return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.clip and self.tools.clip.temperature)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
         """Keeps the first pictures, to be shown."""
@@ -288,6 +295,6 @@ def headline(findings: Findings, most: int = 4) -> list[tuple[str, float]]:
     return (means or short)[:most]
 
 
-def file_name(view: View) -> str:
-    """Of a view, in file names."""
-    return view.name.replace(":", "-").replace("@", "+")
+def file_name(views: Sequence[View]) -> str:
+    """Of an anagram's views, in file names."""
+    return title(views).replace(":", "-").replace("@", "+").replace(",", "_")
