@@ -64,7 +64,7 @@ def _needs(config) -> list[str]:
 def _train(config):
     """Run the config's stage. The stages are imported here, so that --help and errors in options answer at once."""
     if config.stage == "judge":
-        from eqldm.evaluation.judge import train_judge
+        from eqldm.evaluation.judge_training import train_judge
 
         return train_judge(config)
     import torch

@@ -108,7 +108,8 @@ def test_names():
         "reconstruction/psnr": "↑", "reconstruction/rfid_judge": "↓", "generation/texture": "→1", "anagram/flip/kid_judge_turned": "↓",
         "anagram/flip/texture_upright": "→1", "generation/round_trip_psnr": "↑", "fit/loss_ratio": "↓", "fit/latent_mean": "",
         "equivariance/rotate_90/latent_error": "↓", "anagram/flip/alignment_q90": "↑", "anagram/flip/read_right_upright": "↑",
-        "fit/val_loss/bin_3": "↓", "equivariance/eqvae_scale_error": "↓", "generation/recall_inception": "↑", "generation/read_right_data": "",
+        "fit/val_loss/bin_3": "↓", "equivariance/eqvae_scale_error": "↓", "generation/recall_inception": "↑",
+            "generation/read_right_data": "",
     }  # fmt: skip
     assert {name: direction(name) for name in ways} == ways
     assert (

@@ -12,7 +12,8 @@ import yaml
 from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
-from eqldm.evaluation.judge import ANSWERS, READS_AS, UNCERTAIN, Judge, JudgeTraining, save_judge, train_judge, turned_label
+from eqldm.evaluation.judge import ANSWERS, Judge, save_judge
+from eqldm.evaluation.judge_training import READS_AS, UNCERTAIN, JudgeTraining, train_judge, turned_label
 from eqldm.training.run_folder import LAST
 from eqldm.views import D4
 
@@ -124,7 +125,7 @@ def test_resuming_with_other_micro_batches_keeps_its_steps(configured):
     train_judge(parts)
     parts.run.num_steps, parts.data.micro_batch_size = 5, 2
     seen = []
-    import eqldm.evaluation.judge as module
+    import eqldm.evaluation.judge_training as module
 
     class Watched(module.JudgeTraining):
         def training_step(self, batch, batch_idx):
