@@ -35,7 +35,8 @@ def grid_views(draw):
     return View("drawn", cells, tuple(draw(st.permutations(range(cells**2)))), turns, draw(st.sampled_from((1, -1))))
 
 
-simple = st.one_of(st.sampled_from((*D4, NEGATE)), st.builds(patch_permute, st.integers(2, 4), st.integers(0, 99)), grid_views())
+zoo = st.sampled_from([parse_view(name, 4) for name in ("skew", "skew:-1", "inner_circle", "square_hinge:2", "pixel_permute")])
+simple = st.one_of(zoo, st.sampled_from((*D4, NEGATE)), st.builds(patch_permute, st.integers(2, 4), st.integers(0, 99)), grid_views())
 views = st.one_of(simple, st.builds(lambda a, b: a @ b, simple, simple))
 
 
@@ -145,7 +146,7 @@ def test_aliases_parameters_and_seeds():
     ("", "unknown view ''"),
     ("flip@fli", "unknown view 'fli': did you mean flip"),
     ("flip:2", "view 'flip' takes no parameters, got 'flip:2'"),
-    ("patch_permute", "wanted patch_permute:N or patch_permute:N:SEED"),
+    ("patch_permute", r"wanted patch_permute:N\[:SEED\], such as patch_permute:4"),
     ("patch_permute:-4", "wanted patch_permute:N"),
     ("patch_permute:2:3:4", "wanted patch_permute:N"),
     ("patch_permute:1", "at least 2 cells"),
@@ -157,7 +158,9 @@ def test_bad_names_say_what_is_wanted(text, message):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=re.escape("view 'patch_permute:16' needs sides divisible by 16, got 8 x 8. Use a size")):
+    with pytest.raises(
+        ValueError, match=re.escape("view 'patch_permute:16' needs sides divisible by 16 (16, 32, 48...), got 8 x 8. Use a size")
+    ):
         parse_view("patch_permute:16")(noise(8))
     with pytest.raises(ValueError, match=re.escape("it needs a square, got 4 x 6 (latents)")):
         D4[1].check(4, 6, " (latents)")
