@@ -38,8 +38,7 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     rank, world = place = process_rank()
     entries = parse_entries([*([args.baseline] if args.baseline else []), *args.models])
     evaluation = Evaluation(args, entries, place)
-    for entry in entries:  # before anything long
-        evaluation.open(entry)
+    evaluation.prepare(entries)  # before anything long
     results: dict[str, Result | None] = dict.fromkeys(entry.name for entry in entries)
 
     def ask() -> None:

@@ -296,11 +296,12 @@ def test_all_pairs_and_their_matrix(run, tiny_model_folder):
 
 
 def test_anagrams_of_three_views(run, tiny_model_folder):
-    views = ["--views", "rotate_90,patch_permute:2:1", "flip"]
+    views = ["--views", "rotate_90,patch_permute:2:1", "flip", "inner_circle"]
     out = run(tiny_model_folder, more=["--without", "lpips", "--metrics", "equivariance", "anagram", *views])
     names = metrics_of(out, "tiny")
     assert {"anagram/rotate_90,patch_permute:2:1/read_right_turned_2", "anagram/flip/read_right_turned"} <= names.keys()
     assert "equivariance/patch_permute:2:1/psnr" in names
+    assert "anagram/inner_circle:8/texture_turned" in names  # as fine as the latents
     sheet = Image.open(out / "tiny" / "anagrams_rotate_90_patch_permute-2-1.png")
     assert sheet.width > Image.open(out / "tiny" / "anagrams_flip.png").width
     page = (out / "report.html").read_text()
@@ -366,7 +367,7 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
     ("more", "message"),
     [
         (["--views", "rotat_180"], "unknown view 'rotat_180': did you mean rotate_180"),
-        (["--views", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8"),
+        (["--views", "patch_permute:3"], "needs sides divisible by 3 (3, 6, 9...), got 8 x 8"),
         (["--judge", "nowhere"], "'nowhere' holds no judge"),
         (["--clip", "nowhere"], "no CLIP in 'nowhere'"),
         (["--inception", "nowhere"], "no Inception weights at 'nowhere'"),

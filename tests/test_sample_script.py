@@ -140,7 +140,7 @@ def test_a_full_disk(failed, tiny_model_folder, tmp_path, name):
         (["--scheduler", "dppm"], "unknown scheduler 'dppm'"),
         (["--reduction", "median"], "unknown reduction 'median'"),
         (["--image-size", "30"], "image size 30: wanted a multiple of f = 4"),
-        (["--views", "identity", "patch_permute:3"], "needs sides divisible by 3, got 8 x 8 (32 px at f = 4)"),
+        (["--views", "identity", "patch_permute:3"], "needs sides divisible by 3 (3, 6, 9...), got 8 x 8 (32 px at f = 4)"),
         (["--views", "identity", "rescale"], "'rescale' is no view for sampling"),
         (["--negative-prompt", "a " * 20], "is longer than the model's 8 tokens"),
         (["--num-samples", "0"], "--num-samples, --batch-size and --num-inference-steps must be at least 1"),

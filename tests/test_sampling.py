@@ -118,7 +118,7 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
         ({"prompts": PROMPTS[:1]}, r"one prompt for each view: got 1 prompts and 2 views \(identity, rotate_180\)"),
         ({"prompts": [], "views": []}, "one prompt for each view: got 0 prompts and 0 views"),
         ({"prompts": [["a", "v", "x"], "a"]}, "needs one for each seed: got 3 prompts for 2 seeds"),
-        ({"views": [IDENTITY, parse_view("patch_permute:3")]}, r"needs sides divisible by 3, got 8 x 8 \(32 px at f = 4\)"),
+        ({"views": [IDENTITY, parse_view("patch_permute:3")]}, r"needs sides divisible by 3 \(3, 6, 9...\), got 8 x 8 \(32 px at f = 4\)"),
         ({"image_size": 30}, "image size 30: wanted a multiple of f = 4"),
         ({"image_size": 0}, "image size 0: wanted a multiple of f = 4"),
         ({"scheduler": "dppm"}, "unknown scheduler 'dppm': wanted one of ddim, ddpm, euler"),

@@ -33,9 +33,10 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     """
     if args.num_samples < 1 or args.batch_size < 1 or args.num_inference_steps < 1:
         raise ValueError("--num-samples, --batch-size and --num-inference-steps must be at least 1")
-    views = [parse_view(name) for name in args.views]
     model = args.model or PRETRAINED / DEFAULT
     sampler = Sampler.open(model, args.device)
+    side = sampler.side(args.image_size)
+    views = [parse_view(name, side) for name in args.views]
     sampler.check(args.prompts, views, args.image_size)
     out = Path(args.out)
     try:

@@ -72,16 +72,21 @@ class Sampler:
         side = self.networks.unet.config.sample_size
         return side if isinstance(side, int) else side[0]
 
+    def side(self, image_size: int | None = None) -> int:
+        """The latent side of pictures of a size; None: the size that the UNet was trained at. Raises ValueError for one that is no multiple
+        of f."""
+        factor = downsampling(self.vae)
+        if image_size is not None and (image_size < factor or image_size % factor):
+            raise ValueError(f"image size {image_size}: wanted a multiple of f = {factor}")
+        return self.latent_side if image_size is None else image_size // factor
+
     def check(self, prompts: Sequence[Prompt], views: Sequence[View], image_size: int | None = None) -> int:
         """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
         if len(prompts) != len(views) or not views:
             raise ValueError(
                 f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)})"
             )
-        factor = downsampling(self.vae)
-        if image_size is not None and (image_size < factor or image_size % factor):
-            raise ValueError(f"image size {image_size}: wanted a multiple of f = {factor}")
-        side = self.latent_side if image_size is None else image_size // factor
+        side, factor = self.side(image_size), downsampling(self.vae)
         for view in views:
             view.check(side, side, f" ({side * factor} px at f = {factor})")
         self.check_length(_flatten(prompts))

@@ -56,8 +56,8 @@ class Evaluation:
         if not self.asked:
             raise ValueError(f"--metrics {' '.join(args.metrics)}: no model holds a UNet, so there is nothing to ask")
         self.device = torch.device(args.device)
-        self.anagrams = [[IDENTITY, *map(parse_view, names.split(","))] for names in dict.fromkeys(args.views)]
-        self.views = list(dict.fromkeys(view for views in self.anagrams for view in views[1:]))
+        self.anagrams: list[list[View]] = []  # each by its views; see `prepare`
+        self.views: list[View] = []
         self.samples = open_pictures(args.data, args.image_size, args.num_images)
         self.count = min(args.num_images, len(self.samples))
         height, width = self.samples.image_size
@@ -99,24 +99,35 @@ class Evaluation:
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
             self._note(f"{len(keys)} pictures cannot be read, the next one stands in for each: {', '.join(keys)}.")
 
+    def prepare(self, entries: list[Entry]) -> None:
+        """Looks whether all models, options and pictures fit each other, and finds the views, which are the same for all: those that are as
+        fine as latents, as fine as the coarsest. Raises ValueError, FileNotFoundError."""
+        grids = []
+        for entry in entries:
+            vae, sampler = self.open(entry)
+            grids.append(self._latent_sides(vae))
+            grids += [[sampler.latent_side] * 2] if sampler is not None else []
+        coarsest = min(map(min, grids))
+        self.anagrams = [[IDENTITY, *(parse_view(name, coarsest) for name in names.split(","))] for names in dict.fromkeys(self.args.views)]
+        self.views = list(dict.fromkeys(view for views in self.anagrams for view in views[1:]))
+        for view in self.views:
+            for height, width in grids:
+                view.check(height, width, " (latents)")
+
     def open(self, entry: Entry) -> tuple[AutoencoderKL | Pixels, Sampler | None]:
-        """The VAE and, where the folder holds a UNet, the sampler of an entry. Raises ValueError where they do not fit each other
-        or the views."""
+        """The VAE and, where the folder holds a UNet, the sampler of an entry. Raises ValueError where they do not fit each other,
+        the pictures or the prompts."""
         vae, sampler = entry.open(self.device)
         factor, size = downsampling(vae), self.samples.image_size
         if any(side % factor for side in size):
             raise ValueError(f"pictures of '{self.args.data}' are {size[0]} x {size[1]}: '{entry.folder}' takes multiples of f = {factor}")
-        for view in self.views:
-            view.check(*self._latent_sides(vae), " (latents)")
         if sampler is not None:
-            for views in self.anagrams:
-                sampler.check([""] * len(views), views)
             if "fit" in self.asked:
                 Objective.of(sampler.networks.scheduler)
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
-            for views in self.anagrams if "anagram" in self.asked else ():
-                prompts, _ = self._anagram_prompts(len(views))
+            for names in self.args.views if "anagram" in self.asked else ():
+                prompts, _ = self._anagram_prompts(names.count(",") + 2)
                 try:
                     for texts in prompts:
                         sampler.check_length(texts)
