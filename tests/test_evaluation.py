@@ -427,6 +427,16 @@ def test_what_is_sampled_is_seen_in_each_view(tiny_model_folder):
     assert int((measure_all(question, 2)["shown"].int() - values["shown"].int()).abs().max()) <= 1
 
 
+def test_the_pictures_that_are_shown_are_drawn_from_all(tiny_model_folder):
+    question = Sampled("anagram", Sampler.open(tiny_model_folder, "cpu"), [IDENTITY], [["the letter a"] * 60], num_inference_steps=1)
+    shown = question.shown.tolist()
+    assert len(shown) == 32 and shown == sorted(set(shown)) and shown[-1] > 50
+    last = question.measure(range(50, 60))
+    alone = question.sampler(["the letter a"], [IDENTITY], [shown[-1]], num_inference_steps=1)
+    assert len(last["shown"]) == sum(number >= 50 for number in shown)
+    torch.testing.assert_close(last["shown"][-1:].float() / 127.5 - 1, alone, atol=1e-2, rtol=0)
+
+
 def test_a_key_says_all_that_a_model_computes_with(tiny_model_folder, make_tiny_vae):
     """Weights alone do not: settings of the networks, but not the order in which diffusers lists those that were left out."""
     networks = Networks.open(tiny_model_folder)

@@ -141,7 +141,7 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
         if single:
             table = _html_table(*metric_table(report, single, against))
             body.append(f"<details><summary>by view</summary>{table}</details>")
-        body += [_picture(out, title, path) for title, path in report.shared.items() if _belongs(title, question)]
+        body += [_picture(out, CAPTIONS.get(title, title), path) for title, path in report.shared.items() if _belongs(title, question)]
         body += [
             _picture(out, f"{model.measured.name}: {CAPTIONS.get(title.split('_')[0], title.replace('_', ' '))}", path)
             for model in report.models
@@ -272,8 +272,8 @@ def _equivariance_plot(report: Report) -> Figure | None:
         if (plain := metrics.get("reconstruction/psnr")) is not None:
             axes.axhline(plain, color=colour, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(views)), views, rotation=30, ha="right")
-    axes.set_ylabel("dB of D(T z) against T x; dashed: of D(z)", color="#888")
-    axes.legend(labelcolor="#888", frameon=False)
+    axes.set_ylabel("dB of D(T z) (dashed: D(z))", color="#888")
+    axes.legend(labelcolor="#888", frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(report.models), borderaxespad=0.2)
     return figure
 
 
@@ -284,6 +284,7 @@ def _colours(report: Report) -> list[str]:
 CAPTIONS = {  # of sheets, by the first word of their names; the others' names say it
     "letters": "letters, wanted → read (-: no letter)",
     "reconstruction": "the worst reconstructions",
+    "models": "the same prompts and seeds by each model",
     "latents": "latents, their three principal components as colours: where they turn with the picture, all are alike",
 }
 

@@ -31,7 +31,7 @@ from eqldm.evaluation.pictures import open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.results import Result
-from eqldm.evaluation.sampled import NUM_SHOWN, Sampled, sampling_precision
+from eqldm.evaluation.sampled import Sampled, sampling_precision
 from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
 from eqldm.views import D4, IDENTITY, View, parse_view
@@ -270,13 +270,13 @@ class Evaluation:
         return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.clip and self.tools.clip.temperature)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
-        """Keeps the first pictures, to be shown."""
-        pictures = from_bytes(values["shown"])
+        """Keeps the pictures that are shown."""
+        pictures, shown = from_bytes(values["shown"]), question.shown
         if question.wanted is None:
-            prompts = [texts[:NUM_SHOWN] for texts in question.prompts]
+            prompts = [[texts[number] for number in shown.tolist()] for texts in question.prompts]
             self._save(result, path, sheets.prompt_sheet(pictures, question.views, prompts))
             return
-        reading = Reading(pictures, question.wanted[:, : len(pictures)], values["read"][: len(pictures)].T)
+        reading = Reading(pictures, question.wanted[:, shown], values["read"][shown].T)
         result.readings.append((question.views, reading))
         self._save(result, path, sheets.reading_sheet(reading, question.views))
 

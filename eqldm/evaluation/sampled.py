@@ -22,7 +22,7 @@ from eqldm.model_folder import Pixels, config_hash
 from eqldm.training.speed import native_precision
 from eqldm.views import View
 
-NUM_SHOWN = 32  # pictures that are kept
+NUM_SHOWN = 32  # pictures that are kept, drawn from all: of every pair of letters the first are alike
 
 
 class Sampled:
@@ -40,6 +40,8 @@ class Sampled:
         self.name, self.sampler, self.views, self.prompts, self.count = name, sampler, list(views), prompts, len(prompts[0])
         self.wanted, self.judge, self.features, self.clip, self.seed = wanted, judge, features, clip, seed
         self.precision, self.on_step, self.options = precision, on_step, options
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
+        self.shown = order[:NUM_SHOWN].sort().values
         solver = sampler.solver(*(options.get(key, default) for key, default in SOLVER))
         self.key = {
             **identity(sampler.vae, sampler.networks),
@@ -64,7 +66,7 @@ class Sampled:
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """Of pictures, rounded to 8 bits as they would be saved, of each view V of them:
 
-        `shown` [?, 3, H, W] uint8, the first `NUM_SHOWN`;  `round_trip` [B] dB of D(E(x)) against x;  `energy` [B, V];
+        `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;  `energy` [B, V];
         `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `features/NAME` [B, V, D];
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
         """
@@ -75,7 +77,8 @@ class Sampled:
         saved = to_bytes(pictures)
         x = from_bytes(saved)
         seen = [view(x) for view in self.views]
-        values = {"shown": saved[: max(0, NUM_SHOWN - numbers.start)], "energy": torch.stack([high_frequency_energy(x) for x in seen], 1)}
+        shown = [number - numbers.start for number in self.shown.tolist() if number in numbers]
+        values = {"shown": saved[shown], "energy": torch.stack([high_frequency_energy(x) for x in seen], 1)}
         if not isinstance(self.sampler.vae, Pixels):
             values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
         if self.judge is not None:
