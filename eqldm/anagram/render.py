@@ -18,7 +18,7 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def picture_sheet(rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str], column_labels: Sequence[str], scale: int = 1) -> Image.Image:
     """A labelled grid of pictures [3, H, W] in [-1, 1], enlarged `scale` times without smoothing."""
     height, width = (side * scale for side in rows[0][0].shape[-2:])
-    font = _font()
+    font = caption_font(12)
     gap, line = 6, 16
     left = int(max([font.getlength(label) for label in row_labels], default=0)) + 2 * gap
     wide = max(width, int(max([font.getlength(label) for label in column_labels], default=0)))
@@ -42,6 +42,7 @@ def anagram_sheet(x: Tensor, seeds: Sequence[int], prompts: Sequence[str], views
     return picture_sheet([[view(picture) for view in views] for picture in x], [f"seed {s}" for s in seeds], headings, scale)
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
+@lru_cache(maxsize=8)
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """Of captions, `size` pixels high; it knows most scripts, and is at hand with matplotlib."""
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

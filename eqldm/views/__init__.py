@@ -3,6 +3,7 @@
 grid         View, and the symmetries of the square
 zoo          the named views, and parse_view
 transforms   what training draws: views at random, and rescaling
+motion       how a picture moves from view to view, in rigid pieces
 """
 
 from eqldm.views.grid import D4, D4_NAMES, IDENTITY, NEGATE, View, turn

@@ -67,7 +67,7 @@ def square_hinge(cells: int = 4) -> View:
 
 def jigsaw(pieces: int, seed: int, cells: int) -> View:
     """A jigsaw of `pieces` x `pieces` interlocking pieces on `cells` x `cells` cells, put together in another, seeded order: each piece in
-    the place of one of its shape, turned as it must be to fit.
+    the place of another of its shape, turned as it must be to fit.
 
     Every second piece has knobs to the left and right and holes above and below, the others the reverse: so all corners are of one shape,
     and all inner pieces.
@@ -79,15 +79,22 @@ def jigsaw(pieces: int, seed: int, cells: int) -> View:
             f"view '{name}': {pieces} x {pieces} pieces need a multiple of {pieces} cells a side, {wanted[0]} or more to interlock "
             f"({wanted[0]}, {wanted[1]}, {wanted[2]}...), got {cells}. Use a larger picture, or fewer pieces: jigsaw:2"
         )
-    shapes = _jigsaw_shapes(pieces, cells // pieces)
-    generator = torch.Generator().manual_seed(seed)
+    shapes, generator = _jigsaw_shapes(pieces, cells // pieces), torch.Generator().manual_seed(seed)
+    while True:
+        source, turns = _shuffled(shapes, pieces, cells, generator)
+        if len(set(turns)) > 1:  # else the whole is turned, not put together anew
+            return View(name, cells, tuple(source), tuple(turns))
+
+
+def _shuffled(shapes: list[Shape], pieces: int, cells: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """(source, turns) of a view that takes each piece to the place of another of its shape."""
     source, turns, placed = [-1] * cells**2, [0] * cells**2, set()
     for first in range(pieces**2):
         if first in placed:
             continue
         alike = [k for k in range(pieces**2) if _turns_onto(shapes[first], shapes[k])]
-        order = torch.randperm(len(alike), generator=generator).tolist()
-        for place, piece in zip(alike, (alike[k] for k in order)):
+        order = [alike[k] for k in torch.randperm(len(alike), generator=generator).tolist()]
+        for piece, place in zip(order, order[1:] + order[:1]):  # in a circle: none stays where it is
             fitting = _turns_onto(shapes[piece], shapes[place])
             element = fitting[int(torch.randint(len(fitting), (), generator=generator))]
             for row, column in shapes[place]:
@@ -95,7 +102,7 @@ def jigsaw(pieces: int, seed: int, cells: int) -> View:
                 source[there] = _cell(piece, turned_place((row, column), element), pieces, cells)
                 turns[there] = element
         placed.update(alike)
-    return View(name, cells, tuple(source), tuple(turns))
+    return source, turns
 
 
 Shape = frozenset[tuple[int, int]]

@@ -1,0 +1,84 @@
+"""The gallery of a run: one page with its pictures, that turn from view to view under the pointer. Opens from the file system, offline."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from eqldm.atomic import write_whole
+from eqldm.data.samples import tensor_to_picture
+from eqldm.views import View
+from eqldm.views.motion import extent, motion
+
+TEMPLATE = Path(__file__).with_name("gallery.html")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture [3, H, W] in [-1, 1], what it is called, and what makes it again, as text to copy."""
+
+    x: Tensor
+    name: str
+    settings: str
+
+
+def write_gallery(path: Path, pictures: Sequence[Shown], views: Sequence[View], prompts: Sequence[str]) -> None:
+    """Writes the page of pictures that read as prompt i in view i. Raises OSError."""
+    motions = [motion(view @ views[0].inverse) for view in views]
+    side = min(1.5, max(map(extent, motions)) + 0.04)
+    title = " / ".join(prompts)
+    data = {
+        "views": [view.name for view in views],
+        "prompts": list(prompts),
+        "motions": [
+            {
+                "cells": way.cells,
+                "spreads": way.spreads,
+                "sign": way.sign,
+                "pieces": [
+                    {"runs": piece.runs, "element": piece.element, "start": _rounded(piece.start), "end": _rounded(piece.end)}
+                    for piece in way.pieces
+                ],
+            }
+            for way in motions
+        ],
+        "negates": any(way.sign < 0 for way in motions),
+        "extent": round(side, 4),
+        "pictures": [{"alt": shown.name, "settings": shown.settings} for shown in pictures],
+    }
+    parts = {
+        "title": html.escape(title),
+        "margin": f"{50 * (1 - 1 / side):.2f}",  # percent: the picture as large as the script draws it
+        "figures": "\n".join(_figure(shown, views, prompts) for shown in pictures),
+        "data": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], TEMPLATE.read_text())
+    write_whole(path, lambda partial: partial.write_text(page))
+
+
+def _rounded(place: tuple[float, float]) -> list[float]:
+    return [round(each, 6) for each in place]
+
+
+def _figure(shown: Shown, views: Sequence[View], prompts: Sequence[str]) -> str:
+    """A picture as the first view shows it, its prompt, and what one can do with it; without the script it does not turn."""
+    buffer = io.BytesIO()
+    tensor_to_picture(views[0](shown.x)).save(buffer, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    name = html.escape(shown.name)
+    label = html.escape(f"{shown.name}, shown: {views[0].name}, {prompts[0]}")
+    dots = "".join(f'<i title="{html.escape(view.name)}"{" class=on" if not k else ""}></i>' for k, view in enumerate(views))
+    return (
+        f'<figure><button class="picture" aria-label="{label}"><img alt="{name}: {html.escape(prompts[0])}" src="{source}"></button>'
+        f'<figcaption><div class="prompt">{html.escape(prompts[0])}</div><div class="dots" aria-hidden="true">{dots}</div>'
+        f'<div class="actions">{name} <button class="copy">copy settings</button> '
+        f'<a href="{source}" download="{name.replace(" ", "-")}.png">download</a></div></figcaption></figure>'
+    )
