@@ -38,10 +38,10 @@ from eqldm.evaluation.features import judge_features
 from eqldm.evaluation.generation import letter_prompts
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import RealData, RealPictures, fid, high_frequency_energy, kid, round_trip_psnr
-from eqldm.evaluation.sampled import precise, sampling_precision
 from eqldm.evaluation.sheets import letter_matrix, models_sheet, reading_sheet
 from eqldm.markdown import markdown
 from eqldm.model_folder import Pixels, text_hash, vae_hash, weights_hash
+from eqldm.training.speed import native_precision
 from eqldm.views import View, parse_view
 
 
@@ -63,7 +63,7 @@ def sampling_options(method: Entry, args: argparse.Namespace) -> dict:
 def open_method(method: Entry, views: list[View], args: argparse.Namespace) -> Sampler:
     """The sampler of a method. Raises ValueError, before anything is sampled, where model, views and options do not fit each other,
     or where DIR/NAME holds pictures that were made otherwise."""
-    _, sampler = method.open(args.device)
+    _, sampler = method.open(args.device, native_precision(torch.device(args.device).type))
     if sampler is None:
         raise ValueError(f"'{method.folder}' holds no UNet: wanted a whole model folder")
     options = sampling_options(method, args)
@@ -105,8 +105,7 @@ def make_pictures(
             rows = tuples[first : first + args.batch_size]
             seeds = range(k * len(tuples) + first, k * len(tuples) + first + len(rows))
             start = time.perf_counter()
-            with precise(sampling_precision("auto", sampler.device), sampler.device):
-                pictures = sampler(letter_prompts(rows.T), views, seeds, **sampling_options(method, args))
+            pictures = sampler(letter_prompts(rows.T), views, seeds, **sampling_options(method, args))
             seconds = time.perf_counter() - start
             save_file({"pictures": to_bytes(pictures), "seconds": torch.tensor(seconds / len(rows))}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)

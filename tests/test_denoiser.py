@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views
-from eqldm.model_folder import load_unet
+from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views, rectified_mean
+from eqldm.diffusion.objective import Objective
+from eqldm.model_folder import load_unet, make_scheduler
 from eqldm.views import D4, IDENTITY, NEGATE, parse_view
 
 VIEWS = (IDENTITY, parse_view("rotate_180"), parse_view("patch_permute:2:3"))
@@ -119,3 +121,45 @@ def test_negation_is_turned_back(unet):
     z = latents()
     torch.testing.assert_close(denoise(-z, T), -denoise(z, T), atol=1e-5, rtol=1e-4)
     assert (guided(-z[None], T, [0]) + guided(z[None], T, [0])).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_rescaled_guidance_is_that_of_diffusers(unet, share):
+    z, embeds, negative = latents(), prompts(1), prompts(2)[1]
+    guided = Guidance(unet, embeds, negative, 6.0)(z[None], T, [0])[0]
+    prompted = unet(z, T, embeds.expand(3, -1, -1)).sample
+    found = Guidance(unet, embeds, negative, 6.0, rescale=share)(z[None], T, [0])[0]
+    torch.testing.assert_close(found, rescale_noise_cfg(guided, prompted, share), atol=1e-5, rtol=1e-4)
+
+
+def test_scales_and_negative_prompts_of_each_prompt(unet):
+    z, embeds, negative = latents(), prompts(2), prompts(4)[2:]
+    both = Guidance(unet, embeds, negative, [2.0, 7.0])(torch.stack([z, z]), T, [0, 1])
+    assert unet.batches == [2 * 2 * 3]
+    for i, scale in enumerate((2.0, 7.0)):
+        alone = Guidance(unet, embeds[i : i + 1], negative[i], scale)(z[None], T, [0])[0]
+        torch.testing.assert_close(both[i], alone, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="got 3 scales and 2 negative prompts for 2 prompts"):
+        Guidance(unet, embeds, negative, [1, 2, 3])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("weights", [None, [3, 1]])
+def test_a_rectified_mean_has_the_variance_of_one_view(prediction, weights):
+    """Of independent noise estimates; the plain mean has half of it."""
+    scheduler = {"_class_name": "DDIMScheduler", "prediction_type": prediction, "rescale_betas_zero_snr": True}
+    objective, z, t = Objective.of(make_scheduler(scheduler)), torch.randn(2, 4, 32, 32), torch.tensor(400)
+    eps, times = torch.randn(2, 2, 4, 32, 32), t.expand(2)
+
+    def guided(z, t, prompts):
+        return torch.stack([objective.output_of_noise(each, row, times) for each, row in zip(eps, z)])
+
+    views = [IDENTITY, IDENTITY]
+    found = objective.noise(rectified_mean(guided, views, objective, weights)(z, t), z, times)
+    plain = objective.noise(mean_of_views(guided, views, weights)(z, t), z, times)
+    assert float(found.std()) == pytest.approx(1, abs=0.02) and float(plain.std()) == pytest.approx(
+        (0.5, 0.625)[weights is not None] ** 0.5, abs=0.02
+    )
+    torch.testing.assert_close(found / found.std(), plain / plain.std(), atol=0.05, rtol=0)
+    pure = torch.tensor(999)  # there the signal is 0: nothing is divided by it
+    assert bool(torch.isfinite(rectified_mean(lambda z, t, p: eps, views, objective, weights)(z, pure)).all())

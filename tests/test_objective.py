@@ -89,6 +89,16 @@ def test_picture_is_recovered_from_the_target(prediction):
     torch.testing.assert_close(found, z, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_noise_is_recovered_from_the_target(prediction):
+    found = objective(prediction)
+    z, eps = draw()
+    t = torch.tensor([20.0, 100, 300, 500, 700, 900])
+    noisy, target = found.add_noise(z, eps, t), found.target(z, eps, t)
+    torch.testing.assert_close(found.noise(target, noisy, t), eps, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.output_of_noise(eps, noisy, t), target, atol=1e-3, rtol=1e-3)
+
+
 def test_min_snr_weights():
     """min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v; both are weight 1 on the picture's error where SNR <= gamma."""
     a = make_scheduler(SCHEDULES["epsilon"]).alphas_cumprod

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
-from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views
+from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, load_autoencoder, make_scheduler
-from eqldm.views import View
+from eqldm.training.speed import native_precision
+from eqldm.views import D4, View
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -25,27 +27,128 @@ SCHEDULERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
 }
-REDUCTIONS = ("mean", "alternate")
+FLOWS = ("dpm++", "unipc", "flow_euler")  # those that sample flow models; the last samples no other
+REDUCTIONS = ("mean", "weighted", "rectified", "alternate")
 BLENDS = ("latents", "pixels")
+TRAVELLING = ("DDIMScheduler", "DDPMScheduler")  # whose steps remember nothing
 BLENDING = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # deterministic, at the levels of training
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
 
 
-@torch.no_grad()
-def sample(denoise: Denoiser, scheduler: SchedulerMixin, z: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Latents z_0 [B, C, h, w] from unit-variance noise z [B, C, h, w]; the scheduler's timesteps must be set.
+@dataclass(frozen=True)
+class Options:
+    """How pictures are sampled."""
 
-    generators: one a sample, which any noise of the scheduler's steps is drawn from.
+    num_inference_steps: int = 30
+    guidance_scale: float | Sequence[float] = 5.0
+    """Of all prompts, or one for each; 1 is unguided."""
+    guidance_rescale: float = 0.0
+    """0 to 1, against too much contrast; see `Guidance`."""
+    negative_prompt: str | Sequence[str] = ""
+    """Of all prompts, or one for each."""
+    style: str = ""
+    """Goes before each prompt, such as "an oil painting of"."""
+    reduction: str = "mean"
+    """How the views become one estimate: mean; weighted, by `weights`; rectified, which keeps the noise's variance; alternate, a view a
+    step in turn."""
+    weights: Sequence[float] | None = None
+    """Of the views, for the weighted and the rectified mean; None: alike."""
+    blend: str = "latents"
+    """Where the views meet, in the latents or (for latents that do not turn) in decoded pictures; see `blending`."""
+    scheduler: str | None = None
+    """A name of `SCHEDULERS`; None is the model folder's own."""
+    time_travel: int = 1
+    """How often each step of `travel_band` is done; before each again, the noise that it took is given back. Source: RePaint, arXiv
+    2201.09865, section 4.2; for anagrams LookingGlass, arXiv 2504.08902."""
+    travel_band: tuple[float, float] = (0.2, 0.8)
+    """From which to which share of the steps."""
+    image_size: int | None = None
+    """Pixels a side; None: what the UNet was trained at."""
+    upscale: int = 1
+    """How much larger a second pass makes the picture: its latents enlarged, noised and denoised again under all views."""
+    upscale_strength: float = 0.5
+    """The share of the steps that the second pass takes."""
+    symmetrise: bool = False
+    """Decode as the mean over the square's eight symmetries: exactly equivariant, eight times the cost."""
+
+    @property
+    def num_calls(self) -> int:
+        """How often the UNet is called."""
+        second = max(1, round(self.upscale_strength * self.num_inference_steps)) if self.upscale > 1 else 0
+        last = self.num_inference_steps - 1
+        return sum(self.times(k) if k < last else 1 for k in range(self.num_inference_steps)) + second
+
+    def times(self, k: int) -> int:
+        """How often step k is done."""
+        share = k / self.num_inference_steps
+        return self.time_travel if self.travel_band[0] <= share < self.travel_band[1] else 1
+
+    def check(self, num_views: int) -> None:
+        """Raises ValueError for values that cannot be."""
+        wanted = {
+            "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
+            "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 to 1"),
+            "reduction": (self.reduction in REDUCTIONS, f"one of {', '.join(REDUCTIONS)}"),
+            "blend": (self.blend in BLENDS, f"one of {', '.join(BLENDS)}"),
+            "time_travel": (self.time_travel >= 1, "at least 1"),
+            "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
+            "upscale": (self.upscale >= 1, "at least 1"),
+            "upscale_strength": (0 < self.upscale_strength < 1, "above 0, below 1"),
+        }
+        for name, (fits, what) in wanted.items():
+            if not fits:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {what}")
+        if self.weights is not None and self.reduction not in ("weighted", "rectified"):
+            raise ValueError(f"weights mean nothing with reduction={self.reduction}: use weighted or rectified")
+        if self.reduction == "weighted" and self.weights is None:
+            raise ValueError("reduction=weighted needs weights, one for each view")
+        for name in ("guidance_scale", "negative_prompt", "weights"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != num_views:
+                both = "" if name == "weights" else " for all, or one"
+                raise ValueError(f"{name}: got {len(value)} for {num_views} views, wanted one{both} for each")
+        if self.blend == "pixels":
+            for name, default in (("reduction", "mean"), ("time_travel", 1), ("upscale", 1)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"blend=pixels averages the views of each step, got {name}={getattr(self, name)}: use {default}")
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser, scheduler: SchedulerMixin, z: Tensor, generators: list[torch.Generator], first: int = 0,
+    again: Callable[[int], int] = lambda k: 1,
+) -> Tensor:  # fmt: skip
+    """Latents z_0 [B, C, h, w] from z [B, C, h, w], unit-variance noise, or latents noised as the step number `first` wants them; the
+    scheduler's timesteps must be set.
+
+    generators: one a sample, which any noise of the scheduler's steps is drawn from.  again: how often step k is done (see
+    `Options.time_travel`).
     """
     takes = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in takes else {}
-    z = z * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        output = denoise(scheduler.scale_model_input(z, t), t)
-        z = scheduler.step(output, t, z, **extra).prev_sample
+    if first:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+    else:
+        z = z * getattr(scheduler, "init_noise_sigma", 1.0)
+    steps = scheduler.timesteps
+    for k in range(first, len(steps)):
+        t = steps[k]
+        for left in reversed(range(again(k) if k + 1 < len(steps) else 1)):
+            scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+            z = scheduler.step(denoise(scaled, t), t, z, **extra).prev_sample
+            if left:
+                kept = scheduler.alphas_cumprod[t.long().cpu()] / scheduler.alphas_cumprod[steps[k + 1].long().cpu()]
+                z = kept.sqrt().to(z) * z + (1 - kept).sqrt().to(z) * draw_noise(z.shape[1:], generators).to(z)
     return z
+
+
+def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """[B, ...] unit-variance noise, each sample's from its own generator, on the CPU."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 @dataclass
@@ -55,16 +158,41 @@ class Sampler:
     networks: Networks
     vae: AutoencoderKL | Pixels
     device: torch.device
+    precision: str = "32-true"
+    """`32-true`, or `bf16-mixed`: bfloat16 where it does no harm (autocast)."""
 
     @classmethod
-    def open(cls, folder: str | Path, device: str | torch.device | None = None) -> Sampler:
-        """Raises FileNotFoundError where the folder is no whole model folder."""
+    def open(cls, folder: str | Path, device: str | torch.device | None = None, precision: str = "32-true") -> Sampler:
+        """precision: as the field, or `auto`: bfloat16 where the device computes it natively.
+
+        Raises FileNotFoundError where the folder is no whole model folder."""
         check_model_folder(folder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision = native_precision(device.type) if precision == "auto" else precision
         networks = Networks.open(folder)
         networks.unet.to(device)
         networks.text_encoder.to(device)
-        return cls(networks, load_autoencoder(folder).to(device), device)
+        return cls(networks, load_autoencoder(folder).to(device), device, precision)
+
+    def save_memory(self, attention_slicing: bool = False, tiled: bool = False, offload: bool = False) -> None:
+        """Less memory for more time, by diffusers' own switches: attention head by head; large pictures decoded in overlapping tiles, one
+        after the other; networks on the GPU only while they compute. Raises ValueError where a switch does not fit."""
+        if attention_slicing:
+            self.networks.unet.set_attention_slice("auto")
+        if tiled:
+            if isinstance(self.vae, Pixels):
+                raise ValueError("tiled decoding: this is a pixel model, which decodes nothing")
+            self.vae.enable_tiling()
+            self.vae.enable_slicing()
+        if offload:
+            if self.device.type != "cuda":
+                raise ValueError(f"offloading moves networks from a GPU to the CPU and back, but the device is {self.device}")
+            parts = {**vars(self.networks), "vae": self.vae, "safety_checker": None, "feature_extractor": None}
+            StableDiffusionPipeline(**parts, requires_safety_checker=False).enable_model_cpu_offload(device=self.device)
+
+    def computing(self):
+        """The context that networks compute in, of the precision."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-mixed" else nullcontext()
 
     @property
     def latent_side(self) -> int:
@@ -98,76 +226,99 @@ class Sampler:
             limit = self.networks.tokenizer.model_max_length
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
 
-    def __call__(self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], **options) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one for each seed, that read as prompt i in view i; see `latents`."""
-        pictures = self.decode(self.latents(prompts, views, seeds, **options))
-        return blend_pictures(pictures, views) if options.get("blend") == "pixels" else pictures
+    def __call__(
+        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None, **options
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one for each seed, that read as prompt i in view i.
+
+        options: of `Options`.  Otherwise as `latents`."""
+        chosen = Options(**options)
+        pictures = self.decode(self.latents(prompts, views, seeds, on_step, **options), chosen.symmetrise)
+        return blend_pictures(pictures, views) if chosen.blend == "pixels" else pictures
 
     @torch.no_grad()
     def latents(
-        self,
-        prompts: Sequence[Prompt],
-        views: Sequence[View],
-        seeds: Sequence[int],
-        *,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 5.0,
-        negative_prompt: str = "",
-        reduction: str = "mean",
-        blend: str = "latents",
-        scheduler: str | None = None,
-        image_size: int | None = None,
-        on_step: Callable[[], None] | None = None,
+        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None, **options
     ) -> Tensor:
         """Latents [B, C, h, w] of the pictures; with blend="pixels" those of all views, [N B, C, h, w], view by view.
 
-        prompts: one for each view; a list in place of a prompt gives each seed its own.
-        blend: where the views meet, in the latents or (for latents that do not turn) in decoded pictures; see `blending`.
-        scheduler: a name of `SCHEDULERS`; None is the model folder's own. Each seed has its own generator, so its picture
-        does not depend on the batch. Raises ValueError (see `check`), also for an unknown scheduler, reduction or blend.
+        prompts: one for each view; a list in place of a prompt gives each seed its own.  on_step: called after each call of the UNet.
+        options: of `Options`.
+        Each seed has its own generator, so its picture does not depend on the batch. Raises ValueError (see `check`), also for options
+        that do not fit each other or the model.
         """
-        side = self.check(prompts, views, image_size)
-        self.check_length([negative_prompt])
-        solver = self.solver(scheduler, reduction, blend)
-        embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
-        guided = Guidance(self.networks.unet, embeds, self._embed(negative_prompt, 1)[0], guidance_scale)
-        solver.set_timesteps(num_inference_steps, device=self.device)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (self.networks.unet.config.in_channels, side, side)
-        z = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
-        if blend == "pixels":
-            denoise = blended_in_pixels(guided, views, self.vae, Objective.of(solver))
-            z = torch.cat([view(z) for view in views])
-        elif reduction == "mean":
-            denoise = mean_of_views(guided, views)
+        o = Options(**options)
+        prompts = [styled(prompt, o.style) for prompt in prompts]
+        side = self.check(prompts, views, o.image_size)
+        o.check(len(views))
+        negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
+        self.check_length(negative)
+        solver = self.solver(o.scheduler, o.reduction, o.blend, o.time_travel)
+        with self.computing():
+            embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
+            negatives = torch.cat([self._embed(text, 1) for text in negative])
+            guided = Guidance(self.networks.unet, embeds, negatives.expand(len(views), -1, -1), o.guidance_scale, o.guidance_rescale)
+            solver.set_timesteps(o.num_inference_steps, device=self.device)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            z = draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device)
+            if o.blend == "pixels":
+                denoise = blended_in_pixels(guided, views, self.vae, Objective.of(solver))
+                z = torch.cat([view(z) for view in views])
+            elif o.reduction == "alternate":
+                denoise = alternating_views(guided, views, solver.timesteps)
+            elif o.reduction == "rectified":
+                denoise = rectified_mean(guided, views, Objective.of(self.networks.scheduler), o.weights)
+            else:
+                denoise = mean_of_views(guided, views, o.weights)
+            denoise = denoise if on_step is None else _counting(denoise, on_step)
+            z = sample(denoise, solver, z, generators, again=o.times)
+            return z if o.upscale == 1 else self._refined(denoise, solver, z, generators, o)
+
+    def _refined(self, denoise: Denoiser, solver: SchedulerMixin, z: Tensor, generators: list[torch.Generator], o: Options) -> Tensor:
+        """Latents [B, C, u h, u w] of a second, larger pass from those of the first."""
+        z = torch.nn.functional.interpolate(z.float(), scale_factor=o.upscale, mode="bicubic")
+        solver.set_timesteps(o.num_inference_steps, device=self.device)
+        first = o.num_inference_steps - max(1, round(o.upscale_strength * o.num_inference_steps))
+        steps = solver.timesteps
+        if hasattr(solver, "set_begin_index"):
+            solver.set_begin_index(first)
+        noise = draw_noise(z.shape[1:], generators).to(z)
+        if hasattr(solver, "add_noise"):
+            z = solver.add_noise(z, noise, steps[first].expand(len(z)))
         else:
-            denoise = alternating_views(guided, views, solver.timesteps)
-        return sample(denoise if on_step is None else _counting(denoise, on_step), solver, z, generators)
+            z = solver.scale_noise(z, steps[first].expand(len(z)), noise)
+        return sample(denoise, solver, z, generators, first)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU."""
-        return decode(self.vae, z).float().clamp(-1, 1).cpu()
+    def decode(self, z: Tensor, symmetrise: bool = False) -> Tensor:
+        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU. symmetrise: see `Options`."""
+        with self.computing():
+            if not symmetrise:
+                return decode(self.vae, z).float().clamp(-1, 1).cpu()
+            return sum(view.inverse(decode(self.vae, view(z)).float()) for view in D4).div(len(D4)).clamp(-1, 1).cpu()
 
-    def solver(self, scheduler: str | None = None, reduction: str = "mean", blend: str = "latents") -> SchedulerMixin:
-        """The scheduler to sample with; its timesteps are not set. Raises ValueError where scheduler, reduction and blend (see `latents`)
-        do not fit each other or the model."""
+    def solver(self, scheduler: str | None = None, reduction: str = "mean", blend: str = "latents", time_travel: int = 1) -> SchedulerMixin:
+        """The scheduler to sample with; its timesteps are not set. Raises ValueError where these options do not fit each other or the
+        model."""
+        Options(scheduler=scheduler, reduction=reduction, blend=blend, weights=[1] if reduction == "weighted" else None).check(1)
         own = self.networks.scheduler
         if scheduler is not None and scheduler not in SCHEDULERS:
             raise ValueError(f"unknown scheduler '{scheduler}': wanted one of {', '.join(SCHEDULERS)}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction '{reduction}': wanted one of {', '.join(REDUCTIONS)}")
-        if blend not in BLENDS:
-            raise ValueError(f"unknown blend '{blend}': wanted one of {', '.join(BLENDS)}")
-        if own.config.get("use_flow_sigmas") and scheduler not in (None, "dpm++", "unipc"):
-            raise ValueError(f"scheduler '{scheduler}' cannot sample a flow model: use dpm++ or unipc")
-        name = type(own).__name__ if scheduler is None else SCHEDULERS[scheduler]
-        solver = make_scheduler(dict(own.config), name)
+        flow = bool(own.config.get("use_flow_sigmas"))
+        if flow and scheduler not in (None, *FLOWS):
+            raise ValueError(f"scheduler '{scheduler}' cannot sample a flow model: use {', '.join(FLOWS)}")
+        if scheduler == "flow_euler":
+            if not flow:
+                raise ValueError("scheduler 'flow_euler' samples flow models, which this is not: use euler")
+            solver = FlowMatchEulerDiscreteScheduler(shift=own.config.get("flow_shift") or 1.0)
+        else:
+            solver = make_scheduler(dict(own.config), type(own).__name__ if scheduler is None else SCHEDULERS[scheduler])
+        name = type(solver).__name__
+        if time_travel > 1 and name not in TRAVELLING:
+            raise ValueError(f"time travel does a step again, which {name} would remember: use ddim or ddpm")
         if blend == "pixels":
             if isinstance(self.vae, Pixels):
                 raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
-            if reduction != "mean":
-                raise ValueError(f"blend=pixels averages the views, got reduction={reduction}: use mean")
             sigmas = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if solver.config.get(key)]
             if name not in BLENDING or sigmas or "sde" in str(solver.config.get("algorithm_type")):
                 raise ValueError(f"blend=pixels cannot use {name}{' with ' + sigmas[0] if sigmas else ''}: use ddim, dpm++ or unipc")
@@ -189,6 +340,11 @@ def _counting(denoise: Denoiser, on_step: Callable[[], None]) -> Denoiser:
         return output
 
     return counted
+
+
+def styled(prompt: Prompt, style: str) -> Prompt:
+    """A prompt, or each of several, after a style."""
+    return f"{style} {prompt}".strip() if isinstance(prompt, str) else [f"{style} {text}".strip() for text in prompt]
 
 
 def _flatten(prompts: Sequence[Prompt]) -> list[str]:

@@ -108,6 +108,20 @@ class Objective:
             return (z_t - signal * clean) / noise
         return (z_t - clean) / noise if self.is_flow else (signal * z_t - clean) / noise
 
+    def noise(self, output: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of eps [B, C, h, w] that an output at z_t and timesteps t [B] states: the inverse of `output_of_noise`."""
+        signal, noise = self.levels(t)
+        if self.prediction == "epsilon":
+            return output
+        return z_t + signal * output if self.is_flow else signal * output + noise * z_t
+
+    def output_of_noise(self, eps: Tensor, z_t: Tensor, t: Tensor) -> Tensor:
+        """The output [B, C, h, w] that states this estimate of eps. Needs signal in z_t (of a flow: t below 1000)."""
+        signal, noise = self.levels(t)
+        if self.prediction == "epsilon":
+            return eps
+        return (eps - z_t) / signal if self.is_flow else (eps - noise * z_t) / signal
+
     @cached_property
     def min_snr_weights(self) -> Tensor:
         """[T] min-SNR weight of each timestep."""

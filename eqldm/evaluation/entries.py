@@ -18,29 +18,38 @@ from diffusers import AutoencoderKL
 from eqldm.anagram.sampling import Sampler
 from eqldm.model_folder import Pixels, downsampling, load_autoencoder
 
-SOLVER = (("scheduler", None), ("reduction", "mean"), ("blend", "latents"))  # the options that choose the solver, and their defaults
+SOLVER = (
+    ("scheduler", None),
+    ("reduction", "mean"),
+    ("blend", "latents"),
+    ("time_travel", 1),
+)  # the options that choose the solver, and their defaults
 RESERVED = ("report.html", "report.md", "data.safetensors", "equivariance.png", "models.png")  # what lies beside the models' folders
-OPTIONS = {"vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "num_inference_steps": int}
+OPTIONS = {
+    "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
+    "num_inference_steps": int, "time_travel": int, "symmetrise": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `Sampler.latents`."""
+    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `sampling.Options`."""
 
     name: str
     folder: Path
     vae: Path | None
     options: dict[str, str | float | int]
 
-    def open(self, device: torch.device) -> tuple[AutoencoderKL | Pixels, Sampler | None]:
-        """The VAE and, where the folder holds a UNet, the sampler. Raises ValueError where they or the options do not fit each other;
+    def open(self, device: torch.device, precision: str = "32-true") -> tuple[AutoencoderKL | Pixels, Sampler | None]:
+        """The VAE and, where the folder holds a UNet, the sampler, of that precision. Raises ValueError where they or the options do not
+        fit each other;
         as the loaders."""
         vae = load_autoencoder(self.vae or self.folder).to(device)
         if not (self.folder / "unet").is_dir():
             if self.vae or self.options:
                 raise ValueError(f"'{self.text}': '{self.folder}' holds no UNet, so the options after '@' mean nothing")
             return vae, None
-        sampler = Sampler.open(self.folder, device)
+        sampler = Sampler.open(self.folder, device, precision)
         unet = sampler.networks.unet.config
         if self.vae and isinstance(sampler.vae, Pixels):
             raise ValueError(f"'{self.text}': '{self.folder}' is a pixel model, whose UNet knows no VAE")

@@ -31,9 +31,10 @@ from eqldm.evaluation.pictures import open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.results import Result
-from eqldm.evaluation.sampled import Sampled, sampling_precision
+from eqldm.evaluation.sampled import Sampled
 from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
+from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View, parse_view
 
 OF_VAES = ("reconstruction", "equivariance")
@@ -66,7 +67,7 @@ class Evaluation:
         self.tools = Instruments(args, self.asked, letters, self.device)
         self.missing, self.notes, self.judge = self.tools.missing, self.tools.notes, self.tools.judge
         self.values: dict[str, Tensor] | None = None  # of the real pictures
-        self.precision = sampling_precision(args.precision, self.device)
+        self.precision = native_precision(self.device.type) if args.precision == "auto" else args.precision
         few = [n for n in (self.count, args.num_letters, args.num_pairs) if n != "all" and int(n) < 100]
         if few:
             self.notes.append(f"A first look: of {min(map(int, few))} pictures FID, precision and recall say little, and the filter of "
@@ -117,7 +118,7 @@ class Evaluation:
     def open(self, entry: Entry) -> tuple[AutoencoderKL | Pixels, Sampler | None]:
         """The VAE and, where the folder holds a UNet, the sampler of an entry. Raises ValueError where they do not fit each other,
         the pictures or the prompts."""
-        vae, sampler = entry.open(self.device)
+        vae, sampler = entry.open(self.device, self.precision)
         factor, size = downsampling(vae), self.samples.image_size
         if any(side % factor for side in size):
             raise ValueError(f"pictures of '{self.args.data}' are {size[0]} x {size[1]}: '{entry.folder}' takes multiples of f = {factor}")
@@ -186,7 +187,7 @@ class Evaluation:
             yield "fit", Fit(sampler, self.samples, self.count, own), lambda *found: self._fit(sampler, *found)
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, **entry.options}
         options |= {"features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
-        options |= {"precision": self.precision, "seed": args.seed}
+        options["seed"] = args.seed
         if "generation" in asked:
             wanted = plain_letters(args.num_letters) if self.judge else None
             prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
 from eqldm.evaluation.work import identity
 from eqldm.model_folder import Pixels, config_hash
-from eqldm.training.speed import native_precision
 from eqldm.views import View
 
 NUM_SHOWN = 32  # pictures that are kept, drawn from all: of every pair of letters the first are alike
@@ -29,17 +27,17 @@ class Sampled:
     """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view.
 
     prompts: for each view, each picture's.  wanted: [views, N] label numbers, where a judge reads.
-    options: of `Sampler.latents`.  precision: `32-true` or `bf16-mixed`, of the sampling.
+    options: of `sampling.Options`.
     """
 
     def __init__(
         self, name: str, sampler: Sampler, views: Sequence[View], prompts: Sequence[Sequence[str]], *, wanted: Tensor | None = None,
         judge: Judge | None = None, features: Sequence[Features] = (), clip: Clip | None = None, seed: int = 0,
-        precision: str = "32-true", on_step: Callable[[], None] | None = None, **options,
+        on_step: Callable[[], None] | None = None, **options,
     ):  # fmt: skip
         self.name, self.sampler, self.views, self.prompts, self.count = name, sampler, list(views), prompts, len(prompts[0])
         self.wanted, self.judge, self.features, self.clip, self.seed = wanted, judge, features, clip, seed
-        self.precision, self.on_step, self.options = precision, on_step, options
+        self.on_step, self.options = on_step, options
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self.shown = order[:NUM_SHOWN].sort().values
         solver = sampler.solver(*(options.get(key, default) for key, default in SOLVER))
@@ -52,7 +50,7 @@ class Sampled:
             "features": {f.name: f.hash for f in features},
             "clip": clip and clip.hash,
             "seed": seed,
-            "precision": precision,
+            "precision": sampler.precision,
             "options": options,
         }
 
@@ -72,8 +70,7 @@ class Sampled:
         """
         prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
         seeds = [self.seed + number for number in numbers]
-        with precise(self.precision, self.sampler.device):
-            pictures = self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
+        pictures = self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
         saved = to_bytes(pictures)
         x = from_bytes(saved)
         seen = [view(x) for view in self.views]
@@ -89,13 +86,3 @@ class Sampled:
             texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
             values["similarity"] = torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT
         return values
-
-
-def precise(precision: str, device: torch.device):
-    """The context of a precision, as training names it."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-
-
-def sampling_precision(wanted: str, device: torch.device) -> str:
-    """`auto` resolved for a device: bfloat16 where it computes that natively."""
-    return native_precision(device.type) if wanted == "auto" else wanted
