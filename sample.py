@@ -1,7 +1,8 @@
 """Sample anagrams: one picture that reads as prompt i in view i.
 
-python sample.py                         # the shipped glyphs-eq: A, and V when turned
+python sample.py                         # the shipped glyphs-eq: A, and V when turned; writes a page to look at
 python sample.py --model FOLDER --prompts "the letter A" "the letter V" --views identity rotate_180 --out DIR
+python sample.py --prompts "the letter A" "the letter V" --num-samples 32 --keep 4 --animate mp4        # the best four of 32
 """
 
 from __future__ import annotations
@@ -13,39 +14,59 @@ import time
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
-    parser.add_argument("--prompts", nargs="+", help="one for each view; default, of the shipped model: the letter A, the letter V")
-    parser.add_argument("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, patch_permute:4")
-    parser.add_argument("--negative-prompt", default="")
-    parser.add_argument("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures sampled together; does not change them beyond rounding")
-    parser.add_argument("--num-inference-steps", type=int, default=30)
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is unguided")
-    parser.add_argument("--reduction", default="mean", help="mean or alternate")
-    parser.add_argument("--blend", default="latents", help="latents, or pixels: for models whose latents do not turn (slow)")
-    parser.add_argument("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc; default: the model's own")
-    parser.add_argument("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
-    parser.add_argument("--out", help="folder for SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
+    add = parser.add_argument
+    add("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
+    add("--prompts", nargs="+", help="one for each view; default, of the shipped model: the letter A, the letter V")
+    add("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, jigsaw, inner_circle, patch_permute:4")
+    add("--style", default="", help='goes before each prompt: "an oil painting of"')
+    add("--negative-prompt", nargs="+", default=[""], help="one, or one for each prompt")
+    add("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=16, help="pictures sampled together; does not change them beyond rounding")
+    add("--keep", type=int, help="of all that are sampled keep so many, those that read best: by the judge (letters) or --clip")
+    add("--clip", metavar="FOLDER", help="a CLIP of transformers, for --keep")
+    add("--animate", nargs="+", default=[], choices=["mp4", "gif", "webp"], help="each picture moving from view to view")
+    add("--num-inference-steps", type=int, default=30)
+    add("--guidance-scale", type=float, nargs="+", default=[5.0], help="one, or one for each prompt; 1 is unguided")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1, against too much contrast")
+    add("--reduction", default="mean", help="of the views: mean, weighted (--weights), rectified (keeps the noise's variance), alternate")
+    add("--weights", type=float, nargs="+", help="of the views")
+    add("--blend", default="latents", help="latents, or pixels: for models whose latents do not turn (slow)")
+    add("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc, flow_euler; default: the model's own")
+    add("--time-travel", type=int, default=1, help="how often each step of --travel-band is done, after its noise was given back")
+    add("--travel-band", type=float, nargs=2, default=[0.2, 0.8], help="from which to which share of the steps")
+    add("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
+    add("--upscale", type=int, default=1, help="a second pass, so many times larger, that keeps every view")
+    add("--upscale-strength", type=float, default=0.5, help="the share of the steps that it takes")
+    add("--symmetrise", action="store_true", help="decode as the mean over the square's symmetries (8 x the decoding)")
+    add("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
+    add("--precision", choices=["auto", "32-true", "bf16-mixed"], default="auto", help="auto: bfloat16 where it is native")
+    add("--attention-slicing", action="store_true", help="less memory, slower")
+    add("--tiled", action="store_true", help="decode large pictures in tiles")
+    add("--offload", action="store_true", help="networks on the GPU only while they compute")
+    add("--out", help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
     args = parser.parse_args()
     if args.prompts is None:
         if args.model is not None or len(args.views) != 2:
             parser.error("--prompts: give one for each view")
         args.prompts = ["the letter A", "the letter V"]
+    if args.keep is not None and args.keep < 1:
+        parser.error(f"--keep: got {args.keep}, wanted at least 1")
+    if args.clip and not args.keep:
+        parser.error("--clip chooses what is kept: give --keep too")
     args.out = args.out or time.strftime("runs/samples/%Y%m%d-%H%M%S")
     return args
 
 
 def main() -> None:
     args = parse_args()
-    from eqldm.anagram.job import sample_to_folder  # after parsing, so that --help answers at once
+    from eqldm.sample import sample_to_folder  # after parsing, so that --help answers at once
 
     try:
-        sheet = sample_to_folder(args)
+        page = sample_to_folder(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"done: {sheet}")
+    print(f"open in a browser: {page}")
 
 
 if __name__ == "__main__":

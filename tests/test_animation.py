@@ -61,7 +61,7 @@ def frames() -> list[Frame]:
 
 
 def test_mp4(frames, tmp_path):
-    write_animation(frames, tmp_path / "a.mp4")
+    write_animation(frames, tmp_path / "a.mp4", "mp4")
     with av.open(str(tmp_path / "a.mp4")) as file:
         stream = file.streams.video[0]
         assert stream.average_rate == FPS and stream.codec_context.pix_fmt == "yuv420p"
@@ -71,7 +71,7 @@ def test_mp4(frames, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_animated_pictures(kind, frames, tmp_path):
-    write_animation(frames, tmp_path / f"a.{kind}")
+    write_animation(frames, tmp_path / f"a.{kind}", kind)
     with Image.open(tmp_path / f"a.{kind}") as file:
         assert file.is_animated and file.info.get("loop") == 0
         found = [(np.asarray(frame.convert("RGB"))[30, 30, 0], frame.info["duration"]) for frame in ImageSequence.Iterator(file)]
@@ -80,7 +80,7 @@ def test_animated_pictures(kind, frames, tmp_path):
     assert np.abs(np.array(reds).astype(int) - [0, 40, 80, 120, 160, 200]).max() <= 6
 
 
-def test_another_ending(frames, tmp_path):
-    with pytest.raises(ValueError, match="animation 'a.avi': wanted one of mp4, gif, webp"):
-        write_animation(frames, tmp_path / "a.avi")
+def test_another_kind(frames, tmp_path):
+    with pytest.raises(ValueError, match="animation 'avi': wanted one of mp4, gif, webp"):
+        write_animation(frames, tmp_path / "a.avi", "avi")
     assert not list(tmp_path.iterdir())

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eqldm.anagram import job
-from eqldm.anagram.job import command
+from eqldm import sample as job
+from eqldm.data.samples import picture_to_tensor
+from eqldm.evaluation.judge import Judge
 from eqldm.model_folder import load_unet, weights_hash
+from eqldm.sample import command
+from eqldm.views import D4
+from test_clip import make_clip
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["the letter a", "the letter v"]
@@ -57,16 +61,19 @@ def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp
     prompts = ['the letter a\'s "$HOME"', "`v` \u00e9"]  # what a shell would change
     out = tmp_path / "out"
     more = ["--num-samples", 3, "--batch-size", 2, "--seed", 5, "--guidance-scale", 2.5, "--views", "identity", "flip@patch_permute:2:7",
-            "--scheduler", "euler_ancestral", "--negative-prompt", "picture 1", "--image-size", 48]  # fmt: skip
+            "--scheduler", "euler_ancestral", "--negative-prompt", "picture 1", "picture 2", "--image-size", 48, "--style", "a",
+            "--reduction", "weighted", "--weights", 1, 2, "--guidance-rescale", 0.5, "--symmetrise", "--precision", "32-true"]  # fmt: skip
     long = ["--model", tiny_model_folder, "--num-inference-steps", 2, "--out", out]
     run(*long, "--prompts", "picture 0 '", "$a `v`", *more)
-    assert capsys.readouterr().out.splitlines()[-1] == f"done: {out / 'sheet.png'}"
-    assert sorted(path.name for path in out.iterdir()) == sorted([f"{s}.{e}" for s in (5, 6, 7) for e in ("png", "json")] + ["sheet.png"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"open in a browser: {out / 'index.html'}"
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [f"{s}.{e}" for s in (5, 6, 7) for e in ("png", "json")] + ["sheet.png", "index.html"]
+    )
     assert Image.open(out / "6.png").size == (48, 48)
     about = json.loads((out / "6.json").read_text())
     assert about["seed"] == 6 and about["views"] == ["identity", "flip@patch_permute:2:7"]
     assert about["unet_hash"] == weights_hash(load_unet(tiny_model_folder)) != about["vae_hash"]
-    assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == 2.5
+    assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == [2.5]
 
     words = shlex.split(about["command"])
     assert words[:2] == ["python", "sample.py"] and words[-2:] == ["--out", "DIR"]
@@ -126,10 +133,10 @@ def test_a_folder_that_cannot_be_made(failed, tiny_model_folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["1.png", "0.json", "sheet.png"])
+@pytest.mark.parametrize("name", ["1.png", "0.json", "sheet.png", "index.html", "0.gif"])
 def test_a_full_disk(failed, tiny_model_folder, tmp_path, name):
     (tmp_path / f"{name}.partial").symlink_to("/dev/full")
-    error = failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 2)
+    error = failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 2, "--animate", "gif")
     assert f"'{tmp_path / name}' cannot be written (No space left on device): make room" in error
     assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial")), "half a file was left"
 
@@ -138,13 +145,69 @@ def test_a_full_disk(failed, tiny_model_folder, tmp_path, name):
     ("arguments", "message"),
     [
         (["--scheduler", "dppm"], "unknown scheduler 'dppm'"),
-        (["--reduction", "median"], "unknown reduction 'median'"),
+        (["--reduction", "median"], "reduction: got median, wanted one of mean"),
         (["--image-size", "30"], "image size 30: wanted a multiple of f = 4"),
         (["--views", "identity", "patch_permute:3"], "needs sides divisible by 3 (3, 6, 9...), got 8 x 8 (32 px at f = 4)"),
         (["--views", "identity", "rescale"], "'rescale' is no view for sampling"),
         (["--negative-prompt", "a " * 20], "is longer than the model's 8 tokens"),
-        (["--num-samples", "0"], "--num-samples, --batch-size and --num-inference-steps must be at least 1"),
+        (["--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
+        (["--num-inference-steps", "0"], "num_inference_steps: got 0, wanted at least 1"),
     ],
 )
 def test_more_errors(failed, tiny_model_folder, tmp_path, arguments, message):
     assert message in failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, *arguments)
+
+
+def test_the_best_are_kept(run, make_model_folder, tmp_path, monkeypatch):
+    letters = [f"the letter {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    model, out = make_model_folder(tmp_path / "model", captions=letters), tmp_path / "out"
+    run(*options(model, out), "--prompts", *PROMPTS, "--num-samples", 5, "--batch-size", 2, "--keep", 2, "--seed", 3)
+    scores = {int(seed): score for seed, score in json.loads((out / "scores.json").read_text()).items()}
+    assert list(scores) == [3, 4, 5, 6, 7] and all(0 <= score <= 1 for score in scores.values())
+    best = sorted(scores, key=scores.get, reverse=True)[:2]
+    assert {path.stem for path in out.glob("?.png")} == {path.stem for path in out.glob("?.json")} == set(map(str, best))
+    about = json.loads((out / f"{best[0]}.json").read_text())
+    assert about["score"] == scores[best[0]] and f"seed {best[0]}, score" in (out / "index.html").read_text()
+    judge, x = Judge.open(), picture_to_tensor(Image.open(out / f"{best[0]}.png"))[None]
+    probabilities = [float(judge.probabilities(view(x))[0, label]) for view, label in ((D4[0], 0), (D4[2], 21))]
+    assert min(probabilities) == pytest.approx(scores[best[0]], abs=0.02)  # 8 bits
+
+
+def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
+    out = tmp_path / "out"
+    clip = make_clip(tmp_path / "clip")
+    run(*options(tiny_model_folder, out), "--prompts", "picture 1", "picture 2", "--num-samples", 3, "--keep", 1, "--clip", clip)
+    scores = json.loads((out / "scores.json").read_text())
+    assert len(scores) == 3 and all(-1 <= score <= 1 for score in scores.values()) and len(list(out.glob("?.png"))) == 1
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--keep", 9], "--keep 9: only 2 are sampled (--num-samples)"),
+    (["--keep", 1, "--prompts", "picture 1", "the letter a"], "--keep: the shipped judge reads letters alone; for other prompts"),
+    (["--keep", 1, "--clip", "nowhere"], "no CLIP in 'nowhere'"),
+    (["--reduction", "weighted"], "reduction=weighted needs weights"),
+    (["--weights", 1, 2], "weights mean nothing with reduction=mean"),
+    (["--negative-prompt", "a", "b", "c"], "negative_prompt: got 3 for 2 views"),
+    (["--offload"], "but the device is cpu"),
+    (["--time-travel", 2, "--scheduler", "unipc"], "use ddim or ddpm"),
+    (["--views", "identity", "inner_circle:2"], "wanted at least 4 cells a side"),
+    (["--views", "identity", "jigsaw"], "12 or more to interlock"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tiny_model_folder, tmp_path, more, message):
+    error = failed(*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--num-samples", 2, "--device", "cpu", *more)
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def test_animations(run, tiny_model_folder, tmp_path):
+    run(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 1, "--animate", "mp4", "webp")
+    assert (tmp_path / "0.mp4").stat().st_size > 1000
+    assert Image.open(tmp_path / "0.webp").is_animated
+
+
+def test_what_the_command_leaves_out_is_what_the_script_has_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    args = script.parse_args()
+    assert {name: getattr(args, name) for name in job.DEFAULTS} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in job.DEFAULTS.items()
+    }
+    assert set(job.OPTIONS) <= vars(args).keys() and job.DEFAULTS.keys() <= set(job.OPTIONS)

@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from eqldm.anagram.render import caption_font
-from eqldm.atomic import write_whole
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import View
 from eqldm.views.motion import Motion, Piece, extent, motion
@@ -142,12 +141,11 @@ def _with_prompt(picture: Image.Image, prompt: str, strength: float) -> Image.Im
     return whole
 
 
-def write_animation(frames: Sequence[Frame], path: Path) -> None:
-    """Writes frames as the kind that the name's ending says, looping for ever. Raises ValueError for another ending; OSError."""
-    kind = path.suffix[1:]
+def write_animation(frames: Sequence[Frame], path: Path, kind: str) -> None:
+    """Writes frames as one of `FORMATS`, looping for ever. Raises ValueError for another; OSError."""
     if kind not in FORMATS:
-        raise ValueError(f"animation '{path.name}': wanted one of {', '.join(FORMATS)}")
-    write_whole(path, lambda partial: _WRITERS[kind](frames, partial))
+        raise ValueError(f"animation '{kind}': wanted one of {', '.join(FORMATS)}")
+    _WRITERS[kind](frames, path)
 
 
 def _write_mp4(frames: Sequence[Frame], path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eqldm.atomic import write_whole
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import View
 from eqldm.views.motion import extent, motion
@@ -58,10 +57,10 @@ def write_gallery(path: Path, pictures: Sequence[Shown], views: Sequence[View], 
         "title": html.escape(title),
         "margin": f"{50 * (1 - 1 / side):.2f}",  # percent: the picture as large as the script draws it
         "figures": "\n".join(_figure(shown, views, prompts) for shown in pictures),
-        "data": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], TEMPLATE.read_text())
-    write_whole(path, lambda partial: partial.write_text(page))
+    path.write_text(page)
 
 
 def _rounded(place: tuple[float, float]) -> list[float]:

@@ -1,0 +1,197 @@
+"""A sampling job, what `python sample.py` does: options in, a folder of pictures with everything needed to make them again out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+import eqldm
+from eqldm.anagram.animation import animate, write_animation
+from eqldm.anagram.gallery import Shown, write_gallery
+from eqldm.anagram.render import anagram_sheet
+from eqldm.anagram.sampling import Options, Sampler, styled
+from eqldm.data.samples import tensor_to_picture
+from eqldm.evaluation.clip import Clip, alignment
+from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
+from eqldm.views import View, parse_view
+
+DEFAULT = "glyphs-eq"
+"""The shipped model that samples where none is given."""
+FLAGS = ("symmetrise", "attention_slicing", "tiled", "offload")
+OPTIONS = (  # of the command, in the order in which it is written down; those of `Options` first
+    "num_inference_steps", "guidance_scale", "guidance_rescale", "negative_prompt", "style", "reduction", "weights", "blend", "scheduler",
+    "time_travel", "travel_band", "image_size", "upscale", "upscale_strength", "symmetrise", "device", "precision", "attention_slicing",
+    "tiled", "offload",
+)  # fmt: skip
+
+
+def sample_to_folder(args: argparse.Namespace) -> Path:
+    """Samples as `sample.py` asks for it; writes `SEED.png` and `SEED.json`, `sheet.png`, animations, and the page `index.html`, whose path
+    is returned.
+
+    Raises: ValueError for options that do not fit each other or the model; FileNotFoundError for a folder that is no model;
+    OSError where `--out` cannot be written.
+    """
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise ValueError("--num-samples and --batch-size must be at least 1")
+    model = args.model or PRETRAINED / DEFAULT
+    sampler = Sampler.open(model, args.device, args.precision)
+    sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
+    side = sampler.side(args.image_size)
+    views = [parse_view(name, side) for name in args.views]
+    options = sampling_options(args)
+    Options(**options).check(len(views))
+    sampler.check([styled(prompt, args.style) for prompt in args.prompts], views, args.image_size)
+    sampler.check_length(args.negative_prompt)
+    sampler.solver(args.scheduler, args.reduction, args.blend, args.time_travel)
+    chooser = choose_by(args) if args.keep else None
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
+
+    settings = {
+        "model": str(model),
+        "vae_hash": vae_hash(sampler.vae),
+        "unet_hash": weights_hash(sampler.networks.unet),
+        "prompts": args.prompts,
+        "views": [view.name for view in views],
+        **{name: getattr(args, name) for name in OPTIONS},
+        "scheduler": args.scheduler or type(sampler.networks.scheduler).__name__,
+        "device": str(sampler.device),
+        "precision": sampler.precision,
+        "versions": {"eqldm": eqldm.__version__, "torch": torch.__version__},
+    }
+    start = time.perf_counter()
+    pictures, batch_of, scores = {}, {}, {}
+    seeds = list(range(args.seed, args.seed + args.num_samples))
+    batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
+    with Progress(transient=True) as progress:
+        task = progress.add_task("sampling", total=len(batches) * Options(**options).num_calls)
+        for batch in batches:
+            made = sampler(args.prompts, views, batch, lambda: progress.advance(task), **options)
+            if chooser:
+                scores |= dict(zip(batch, chooser(made, views).tolist()))
+            pictures |= dict(zip(batch, made))
+            batch_of |= dict.fromkeys(batch, batch)
+            for seed in [] if chooser else batch:  # as they come; what is kept is known at the end
+                write_picture(out, pictures[seed], {**settings, "seed": seed, "command": command(settings, batch)})
+    seconds = (time.perf_counter() - start) / len(seeds)
+    if chooser:
+        with _writing(out / "scores.json") as path:
+            path.write_text(json.dumps(scores, indent=2) + "\n")
+        seeds = sorted(scores, key=scores.get, reverse=True)[: args.keep]
+        for seed in seeds:
+            about = {**settings, "seed": seed, "score": scores[seed], "command": command(settings, batch_of[seed])}
+            write_picture(out, pictures[seed], about)
+    kept = torch.stack([pictures[seed] for seed in seeds])
+    with _writing(out / "sheet.png") as path:
+        anagram_sheet(kept, seeds, args.prompts, views).save(path, "png")
+    animate_all(out, kept, seeds, views, args.prompts, args.animate)
+    shown = [Shown(x, _called(seed, scores), command(settings, batch_of[seed])) for seed, x in zip(seeds, kept)]
+    with _writing(page := out / "index.html") as path:
+        write_gallery(path, shown, views, args.prompts)
+    print(f"{len(batch_of)} pictures, {seconds:.2f} s a picture" + (f", the best {len(seeds)} kept" if chooser else ""))
+    return page
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """Those of `Options`: one number in place of a list of one."""
+    options = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+    single = {name: options[name][0] for name in ("guidance_scale", "negative_prompt") if len(options[name]) == 1}
+    return {**options, **single, "travel_band": tuple(options["travel_band"])}
+
+
+class choose_by:
+    """Scores pictures [B, 3, H, W]: [B], by the view that shows its prompt worst.
+
+    Letters ("the letter A") by the probability that the judge gives them; other prompts by their CLIP similarity.
+    Raises ValueError where there is no CLIP for prompts that are no letters, FileNotFoundError.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.prompts, self.letters = args.prompts, [re.search(r"\bletter ([a-zA-Z])\b", prompt) for prompt in args.prompts]
+        if args.keep > args.num_samples:
+            raise ValueError(f"--keep {args.keep}: only {args.num_samples} are sampled (--num-samples)")
+        if args.clip:
+            self.clip = Clip(args.clip, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        elif all(self.letters):
+            self.clip, self.judge = None, Judge.open()
+        else:
+            raise ValueError("--keep: the shipped judge reads letters alone; for other prompts give --clip FOLDER, a CLIP of transformers")
+
+    def __call__(self, pictures: Tensor, views: Sequence[View]) -> Tensor:
+        if self.clip:
+            seen = torch.stack([self.clip.pictures(view(pictures)) for view in views], 1)
+            return alignment(seen @ self.clip.texts(list(self.prompts)).T)
+        labels = [LETTERS.index(letter[1].upper()) for letter in self.letters]
+        return torch.stack([self.judge.probabilities(view(pictures))[:, label] for view, label in zip(views, labels)]).amin(0)
+
+
+def animate_all(
+    out: Path, pictures: Tensor, seeds: Sequence[int], views: Sequence[View], prompts: Sequence[str], kinds: Sequence[str]
+) -> None:
+    """Writes `SEED.mp4` and the like."""
+    with Progress(transient=True) as progress:
+        for seed, picture in zip(seeds, progress.track(pictures, description="animating") if kinds else ()):
+            frames = list(animate(picture, views, prompts))
+            for kind in kinds:
+                with _writing(out / f"{seed}.{kind}") as path:
+                    write_animation(frames, path, kind)
+
+
+def write_picture(out: Path, picture: Tensor, about: dict) -> None:
+    """`SEED.png`, and `SEED.json` beside it."""
+    with _writing(out / f"{about['seed']}.png") as path:
+        tensor_to_picture(picture).save(path, "png")
+    with _writing(out / f"{about['seed']}.json") as path:
+        path.write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _called(seed: int, scores: dict[int, float]) -> str:
+    return f"seed {seed}" + (f", score {scores[seed]:.2f}" if seed in scores else "")
+
+
+def command(settings: dict, batch: Sequence[int]) -> str:
+    """The command that makes a batch of seeds again, byte for byte; a batch of another size rounds floats differently. Options that are
+    as sample.py has them by default are left out."""
+    words = [] if settings["model"] == str(PRETRAINED / DEFAULT) else ["--model", settings["model"]]
+    words += ["--prompts", *settings["prompts"], "--views", *settings["views"]]
+    words += ["--seed", batch[0], "--num-samples", len(batch), "--batch-size", len(batch)]
+    for name in OPTIONS:
+        value = settings[name]
+        if value == DEFAULTS.get(name) or (name == "scheduler" and value.endswith("Scheduler")):
+            continue
+        words += ["--" + name.replace("_", "-"), *([] if name in FLAGS else value if isinstance(value, list | tuple) else [value])]
+    return shlex.join(["python", "sample.py", *map(str, words), "--out", "DIR"])
+
+
+DEFAULTS = {  # of sample.py
+    **{name: field.default for name, field in Options.__dataclass_fields__.items()},
+    "guidance_scale": [5.0], "negative_prompt": [""], "travel_band": [0.2, 0.8], **dict.fromkeys(FLAGS, False),
+}  # fmt: skip
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """Where to write the file: beside its name, to which it is renamed when whole. Raises OSError that names it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"'{path}' cannot be written ({error.strerror or error}): make room, or give another --out") from error
