@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     add("--upscale", type=int, default=1, help="a second pass, so many times larger, that keeps every view")
     add("--upscale-strength", type=float, default=0.5, help="the share of the steps that it takes")
     add("--symmetrise", action="store_true", help="decode as the mean over the square's symmetries (8 x the decoding)")
+    add("--force", action="store_true", help="the view negate for models that were not trained with it, too")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     add("--precision", choices=["auto", "32-true", "bf16-mixed"], default="auto", help="auto: bfloat16 where it is native")
     add("--attention-slicing", action="store_true", help="less memory, slower")

@@ -29,11 +29,11 @@ from eqldm.views import View, parse_view
 
 DEFAULT = "glyphs-eq"
 """The shipped model that samples where none is given."""
-FLAGS = ("symmetrise", "attention_slicing", "tiled", "offload")
+FLAGS = ("symmetrise", "force", "attention_slicing", "tiled", "offload")
 OPTIONS = (  # of the command, in the order in which it is written down; those of `Options` first
     "num_inference_steps", "guidance_scale", "guidance_rescale", "negative_prompt", "style", "reduction", "weights", "blend", "scheduler",
-    "time_travel", "travel_band", "image_size", "upscale", "upscale_strength", "symmetrise", "device", "precision", "attention_slicing",
-    "tiled", "offload",
+    "time_travel", "travel_band", "image_size", "upscale", "upscale_strength", "symmetrise", "force", "device", "precision",
+    "attention_slicing", "tiled", "offload",
 )  # fmt: skip
 
 
@@ -55,6 +55,8 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     Options(**options).check(len(views))
     sampler.check([styled(prompt, args.style) for prompt in args.prompts], views, args.image_size)
     sampler.check_length(args.negative_prompt)
+    if not args.force:
+        sampler.check_negation(views)
     sampler.solver(args.scheduler, args.reduction, args.blend, args.time_travel)
     chooser = choose_by(args) if args.keep else None
     out = Path(args.out)

@@ -191,11 +191,17 @@ def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     (["--offload"], "but the device is cpu"),
     (["--time-travel", 2, "--scheduler", "unipc"], "use ddim or ddpm"),
     (["--views", "identity", "inner_circle:2"], "wanted at least 4 cells a side"),
+    (["--views", "identity", "flip@negate"], "this autoencoder was not trained with negation (D(-z) is "),
     (["--views", "identity", "jigsaw"], "12 or more to interlock"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tiny_model_folder, tmp_path, more, message):
     error = failed(*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--num-samples", 2, "--device", "cpu", *more)
     assert message in error and not (tmp_path / "out").exists()
+
+
+def test_negation_can_be_forced(run, tiny_model_folder, tmp_path):
+    run(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 1, "--views", "identity", "negate", "--force")
+    assert "--force" in json.loads((tmp_path / "0.json").read_text())["command"]
 
 
 def test_animations(run, tiny_model_folder, tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views
 from eqldm.anagram.sampling import SCHEDULERS, Options, Sampler, sample
-from eqldm.model_folder import load_scheduler, load_unet, make_scheduler
+from eqldm.autoencoder.equivariance import negation_error
+from eqldm.model_folder import PRETRAINED, load_autoencoder, load_scheduler, load_unet, make_scheduler
 from eqldm.views import D4, IDENTITY, NEGATE, parse_view
 
 PROMPTS = ["the letter a", "the letter v"]
@@ -280,6 +283,30 @@ def test_symmetrised_decoding_is_equivariant(sampler):
         torch.testing.assert_close(x, view(plain), atol=1e-5, rtol=0)
     assert float((sampler.decode(D4[1](z)) - D4[1](sampler.decode(z))).abs().max()) > 1e-3
     assert torch.equal(sampler(PROMPTS, VIEWS, [0], symmetrise=True, **FAST), plain)
+
+
+def test_negation_needs_a_vae_that_knows_it(sampler, monkeypatch):
+    views = [IDENTITY, parse_view("flip@negate")]
+    with pytest.raises(ValueError, match="this autoencoder was not trained with negation"):
+        sampler.check_negation(views)
+    sampler.check_negation(VIEWS)
+
+    class Odd(torch.nn.Module):
+        """E(-x) = -E(x), D(-z) = -D(z)."""
+
+        config = {"block_out_channels": (1, 1, 1), "scaling_factor": 1.0}
+        device = torch.device("cpu")
+
+        def encode(self, x):
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=torch.nn.functional.avg_pool2d(x, 4)))
+
+        def decode(self, z):
+            return SimpleNamespace(sample=torch.nn.functional.interpolate(z, scale_factor=4))
+
+    Odd.config = FrozenDict(Odd.config)
+    Sampler(sampler.networks, Odd(), torch.device("cpu")).check_negation(views)
+    for shipped in ("glyphs-base", "glyphs-eq"):
+        assert negation_error(load_autoencoder(PRETRAINED / shipped)) > 0.4
 
 
 def test_bfloat16_is_near(tiny_model_folder, sampler):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
+from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, load_autoencoder, make_scheduler
@@ -219,6 +220,14 @@ class Sampler:
             view.check(side, side, f" ({side * factor} px at f = {factor})")
         self.check_length(_flatten(prompts))
         return side
+
+    def check_negation(self, views: Sequence[View]) -> None:
+        """Raises ValueError where a view negates and the autoencoder's latents do not know it."""
+        if any(view.sign < 0 for view in views) and not isinstance(self.vae, Pixels) and (error := negation_error(self.vae)) > 0.2:
+            raise ValueError(
+                f"view 'negate': this autoencoder was not trained with negation (D(-z) is {error:.2f} away from -D(z), trained ones .1): "
+                "train it with equivariance.negate_prob, or sample all the same with --force"
+            )
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError where a prompt is longer than the model takes."""
