@@ -18,6 +18,9 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
     add("--prompts", nargs="+", help="one for each view; default, of the shipped model: the letter A, the letter V")
     add("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, jigsaw, inner_circle, patch_permute:4")
+    add("--components", metavar="NAME", help="parts in place of views: hybrid:0.05 (low, high), hybrid:0.08:0.03, colour, motion:0.3")
+    add("--reference", metavar="FILE", help="a picture, one part of which is kept")
+    add("--hold", metavar="PART", help="which: low, high, grey, colour, moving, still, ...")
     add("--style", default="", help='goes before each prompt: "an oil painting of"')
     add("--negative-prompt", nargs="+", default=[""], help="one, or one for each prompt")
     add("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ...")
@@ -48,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
     args = parser.parse_args()
     if args.prompts is None:
-        if args.model is not None or len(args.views) != 2:
+        if args.model is not None or len(args.views) != 2 or args.components:
             parser.error("--prompts: give one for each view")
         args.prompts = ["the letter A", "the letter V"]
     if args.keep is not None and args.keep < 1:

@@ -8,24 +8,27 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from rich.progress import Progress
 from torch import Tensor
 
 import eqldm
-from eqldm.anagram.animation import animate, write_animation
-from eqldm.anagram.gallery import Shown, write_gallery
-from eqldm.anagram.render import anagram_sheet
+from eqldm.anagram.animation import Frame, animate, animate_parts, write_animation
+from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
+from eqldm.anagram.render import anagram_sheet, picture_sheet
 from eqldm.anagram.sampling import Options, Sampler, styled
-from eqldm.data.samples import tensor_to_picture
+from eqldm.data.samples import picture_to_tensor, tensor_to_picture
+from eqldm.data.sources import read_picture
 from eqldm.evaluation.clip import Clip, alignment
 from eqldm.evaluation.judge import LETTERS, Judge
-from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
-from eqldm.views import View, parse_view
+from eqldm.model_folder import PRETRAINED, downsampling, vae_hash, weights_hash
+from eqldm.views import parse_view
+from eqldm.views.components import parse_components
 
 DEFAULT = "glyphs-eq"
 """The shipped model that samples where none is given."""
@@ -49,14 +52,10 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     model = args.model or PRETRAINED / DEFAULT
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
-    side = sampler.side(args.image_size)
-    views = [parse_view(name, side) for name in args.views]
     options = sampling_options(args)
-    Options(**options).check(len(views))
-    sampler.check([styled(prompt, args.style) for prompt in args.prompts], views, args.image_size)
+    Options(**options).check(len(args.prompts))
+    kind = (Parts if args.components else Anagram)(args, sampler)
     sampler.check_length(args.negative_prompt)
-    if not args.force:
-        sampler.check_negation(views)
     sampler.solver(args.scheduler, args.reduction, args.blend, args.time_travel)
     chooser = choose_by(args) if args.keep else None
     out = Path(args.out)
@@ -70,7 +69,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         "vae_hash": vae_hash(sampler.vae),
         "unet_hash": weights_hash(sampler.networks.unet),
         "prompts": args.prompts,
-        "views": [view.name for view in views],
+        **kind.settings,
         **{name: getattr(args, name) for name in OPTIONS},
         "scheduler": args.scheduler or type(sampler.networks.scheduler).__name__,
         "device": str(sampler.device),
@@ -84,9 +83,9 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     with Progress(transient=True) as progress:
         task = progress.add_task("sampling", total=len(batches) * Options(**options).num_calls)
         for batch in batches:
-            made = sampler(args.prompts, views, batch, lambda: progress.advance(task), **options)
+            made = kind.sample(batch, lambda: progress.advance(task), options)
             if chooser:
-                scores |= dict(zip(batch, chooser(made, views).tolist()))
+                scores |= dict(zip(batch, chooser([face(made) for face in kind.faces]).tolist()))
             pictures |= dict(zip(batch, made))
             batch_of |= dict.fromkeys(batch, batch)
             for seed in [] if chooser else batch:  # as they come; what is kept is known at the end
@@ -101,13 +100,88 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
             write_picture(out, pictures[seed], about)
     kept = torch.stack([pictures[seed] for seed in seeds])
     with _writing(out / "sheet.png") as path:
-        anagram_sheet(kept, seeds, args.prompts, views).save(path, "png")
-    animate_all(out, kept, seeds, views, args.prompts, args.animate)
+        kind.sheet(kept, seeds).save(path, "png")
+    with Progress(transient=True) as progress:
+        for seed, x in zip(seeds, progress.track(kept, description="animating") if args.animate else ()):
+            frames = list(kind.animate(x))
+            for ending in args.animate:
+                with _writing(out / f"{seed}.{ending}") as path:
+                    write_animation(frames, path, ending)
     shown = [Shown(x, _called(seed, scores), command(settings, batch_of[seed])) for seed, x in zip(seeds, kept)]
     with _writing(page := out / "index.html") as path:
-        write_gallery(path, shown, views, args.prompts)
+        kind.gallery(path, shown)
     print(f"{len(batch_of)} pictures, {seconds:.2f} s a picture" + (f", the best {len(seeds)} kept" if chooser else ""))
     return page
+
+
+class Anagram:
+    """Pictures that read as prompt i in view i."""
+
+    def __init__(self, args: argparse.Namespace, sampler: Sampler):
+        """Raises ValueError where views, prompts and model do not fit each other."""
+        if args.reference or args.hold:
+            raise ValueError("--reference and --hold mean something with --components alone")
+        self.prompts, self.sampler = args.prompts, sampler
+        self.faces = [parse_view(name, sampler.side(args.image_size)) for name in args.views]
+        sampler.check([styled(prompt, args.style) for prompt in self.prompts], self.faces, args.image_size)
+        if not args.force:
+            sampler.check_negation(self.faces)
+        self.settings = {"views": [view.name for view in self.faces]}
+
+    def sample(self, seeds: Sequence[int], on_step: Callable[[], None], options: dict) -> Tensor:
+        return self.sampler(self.prompts, self.faces, seeds, on_step, **options)
+
+    def sheet(self, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:
+        return anagram_sheet(pictures, seeds, self.prompts, self.faces)
+
+    def animate(self, x: Tensor) -> Iterator[Frame]:
+        return animate(x, self.faces, self.prompts)
+
+    def gallery(self, path: Path, shown: Sequence[Shown]) -> None:
+        write_gallery(path, shown, self.faces, self.prompts)
+
+
+class Parts:
+    """Pictures whose component i reads as prompt i; one of them perhaps that of a reference picture."""
+
+    def __init__(self, args: argparse.Namespace, sampler: Sampler):
+        """Raises ValueError where components, prompts and reference do not fit each other, FileNotFoundError."""
+        self.sampler, self.components, self.held = sampler, parse_components(args.components), {}
+        names = [component.name for component in self.components]
+        if bool(args.reference) != bool(args.hold):
+            raise ValueError("--reference FILE and --hold PART need each other")
+        if args.hold:
+            if args.hold not in names:
+                raise ValueError(f"--hold {args.hold}: wanted one of {', '.join(names)}")
+            size = sampler.side(args.image_size) * downsampling(sampler.vae)
+            with open(args.reference, "rb") as file:
+                picture = ImageOps.fit(read_picture(file.read()), (size, size))
+            self.held = {names.index(args.hold): picture_to_tensor(picture)[None]}
+        self.faces = [part for i, part in enumerate(self.components) if i not in self.held]
+        self.prompts = args.prompts
+        sampler.check_parts(
+            [styled(prompt, args.style) for prompt in self.prompts], self.components, self.held, Options(**sampling_options(args))
+        )
+        self.settings = {"views": [], "components": args.components, "reference": args.reference, "hold": args.hold}
+
+    def sample(self, seeds: Sequence[int], on_step: Callable[[], None], options: dict) -> Tensor:
+        return self.sampler.compose(self.prompts, self.components, seeds, self.held, on_step, **options)
+
+    def sheet(self, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:
+        rows = [[x, *(part(x).clamp(-1, 1) for part in self.components)] for x in pictures]
+        headings = ["whole", *(f"{part.name}: {text}" for part, text in zip(self.components, self._texts()))]
+        return picture_sheet(rows, [f"seed {seed}" for seed in seeds], headings, max(1, 128 // pictures.shape[-1]))
+
+    def animate(self, x: Tensor) -> Iterator[Frame]:
+        return animate_parts(x, self.components, self._texts())
+
+    def gallery(self, path: Path, shown: Sequence[Shown]) -> None:
+        write_gallery_of_parts(path, shown, self.components, self._texts())
+
+    def _texts(self) -> list[str]:
+        """What each component shows: its prompt, or the reference."""
+        prompts = iter(self.prompts)
+        return ["the reference" if i in self.held else next(prompts) for i in range(len(self.components))]
 
 
 def sampling_options(args: argparse.Namespace) -> dict:
@@ -118,7 +192,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
 
 
 class choose_by:
-    """Scores pictures [B, 3, H, W]: [B], by the view that shows its prompt worst.
+    """Scores pictures: [B], by the view, or part, that shows its prompt worst.
 
     Letters ("the letter A") by the probability that the judge gives them; other prompts by their CLIP similarity.
     Raises ValueError where there is no CLIP for prompts that are no letters, FileNotFoundError.
@@ -135,24 +209,13 @@ class choose_by:
         else:
             raise ValueError("--keep: the shipped judge reads letters alone; for other prompts give --clip FOLDER, a CLIP of transformers")
 
-    def __call__(self, pictures: Tensor, views: Sequence[View]) -> Tensor:
+    def __call__(self, faces: Sequence[Tensor]) -> Tensor:
+        """faces: for each prompt, the pictures as its view, or part, shows them."""
         if self.clip:
-            seen = torch.stack([self.clip.pictures(view(pictures)) for view in views], 1)
+            seen = torch.stack([self.clip.pictures(x.clamp(-1, 1)) for x in faces], 1)
             return alignment(seen @ self.clip.texts(list(self.prompts)).T)
         labels = [LETTERS.index(letter[1].upper()) for letter in self.letters]
-        return torch.stack([self.judge.probabilities(view(pictures))[:, label] for view, label in zip(views, labels)]).amin(0)
-
-
-def animate_all(
-    out: Path, pictures: Tensor, seeds: Sequence[int], views: Sequence[View], prompts: Sequence[str], kinds: Sequence[str]
-) -> None:
-    """Writes `SEED.mp4` and the like."""
-    with Progress(transient=True) as progress:
-        for seed, picture in zip(seeds, progress.track(pictures, description="animating") if kinds else ()):
-            frames = list(animate(picture, views, prompts))
-            for kind in kinds:
-                with _writing(out / f"{seed}.{kind}") as path:
-                    write_animation(frames, path, kind)
+        return torch.stack([self.judge.probabilities(x)[:, label] for x, label in zip(faces, labels)]).amin(0)
 
 
 def write_picture(out: Path, picture: Tensor, about: dict) -> None:
@@ -171,7 +234,9 @@ def command(settings: dict, batch: Sequence[int]) -> str:
     """The command that makes a batch of seeds again, byte for byte; a batch of another size rounds floats differently. Options that are
     as sample.py has them by default are left out."""
     words = [] if settings["model"] == str(PRETRAINED / DEFAULT) else ["--model", settings["model"]]
-    words += ["--prompts", *settings["prompts"], "--views", *settings["views"]]
+    words += ["--prompts", *settings["prompts"], *(["--views", *settings["views"]] if settings["views"] else [])]
+    for name in ("components", "reference", "hold"):
+        words += [f"--{name}", settings[name]] if settings.get(name) else []
     words += ["--seed", batch[0], "--num-samples", len(batch), "--batch-size", len(batch)]
     for name in OPTIONS:
         value = settings[name]

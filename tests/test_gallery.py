@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eqldm.anagram.gallery import Shown, write_gallery
+from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import IDENTITY, View, parse_view
+from eqldm.views.components import parse_components
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS = ["a fox", 'a <mountain> & "dusk"', "a lake"]
@@ -113,6 +114,19 @@ def test_a_picture_turns_under_the_pointer_and_back(opened, name):
     page.mouse.move(1, 1)
     at_rest(page, 1, 0)
     assert shows(page, 1, smooth(1))
+
+
+def test_a_picture_fades_to_its_parts(chromium, tmp_path):
+    parts = parse_components("hybrid:0.1")
+    write_gallery_of_parts(tmp_path / "parts.html", [Shown(smooth(k), f"seed {k}", "x") for k in range(2)], parts, PROMPTS[:2])
+    page = chromium.new_page()
+    page.goto((tmp_path / "parts.html").as_uri())
+    page.wait_for_selector("figure.ready")
+    for k, wanted in enumerate((*(part(smooth(0)).clamp(-1, 1) for part in parts), smooth(0))):
+        page.locator(".picture").first.press("Space")
+        at_rest(page, 0, (k + 1) % 3)
+        assert shows(page, 0, wanted)
+    page.close()
 
 
 def test_keys(opened):

@@ -192,6 +192,13 @@ def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     (["--time-travel", 2, "--scheduler", "unipc"], "use ddim or ddpm"),
     (["--views", "identity", "inner_circle:2"], "wanted at least 4 cells a side"),
     (["--views", "identity", "flip@negate"], "this autoencoder was not trained with negation (D(-z) is "),
+    (["--components", "hybrids:1"], "unknown components 'hybrids:1'"),
+    (["--components", "hybrid:0.08:0.03"], "one prompt for each component that is not held (low, middle, high): got 2"),
+    (["--components", "colour"], "latents know nothing of colours"),
+    (["--components", "hybrid:0.1", "--reference", "x.png"], "--reference FILE and --hold PART need each other"),
+    (["--components", "hybrid:0.1", "--reference", "x.png", "--hold", "lov"], "--hold lov: wanted one of low, high"),
+    (["--components", "hybrid:0.1", "--reference", "nowhere.png", "--hold", "low"], "No such file or directory: 'nowhere.png'"),
+    (["--hold", "low"], "--reference and --hold mean something with --components alone"),
     (["--views", "identity", "jigsaw"], "12 or more to interlock"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tiny_model_folder, tmp_path, more, message):
@@ -202,6 +209,21 @@ def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tin
 def test_negation_can_be_forced(run, tiny_model_folder, tmp_path):
     run(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 1, "--views", "identity", "negate", "--force")
     assert "--force" in json.loads((tmp_path / "0.json").read_text())["command"]
+
+
+def test_parts_in_place_of_views(run, tiny_model_folder, tmp_path):
+    reference = tmp_path / "a picture.png"
+    Image.effect_noise((90, 40), 80).convert("RGB").save(reference)
+    for name, more in (("two", ["--prompts", *PROMPTS]), ("held", ["--prompts", PROMPTS[0], "--reference", reference, "--hold", "high"])):
+        out = tmp_path / name
+        run(*options(tiny_model_folder, out), *more, "--components", "hybrid:0.1", "--num-samples", 2, "--animate", "gif")
+        assert {path.name for path in out.iterdir()} == {f"{k}.{e}" for k in (0, 1) for e in ("png", "json", "gif")} | {
+            "sheet.png",
+            "index.html",
+        }
+        words = shlex.split(json.loads((out / "1.json").read_text())["command"])
+        assert "--views" not in words and words[words.index("--components") + 1] == "hybrid:0.1"
+        assert ("the reference" in (out / "index.html").read_text()) == (name == "held") == ("--hold" in words)
 
 
 def test_animations(run, tiny_model_folder, tmp_path):

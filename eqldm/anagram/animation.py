@@ -16,6 +16,7 @@ from torch import Tensor
 from eqldm.anagram.render import caption_font
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import View
+from eqldm.views.components import Component
 from eqldm.views.motion import Motion, Piece, extent, motion
 
 FORMATS = ("mp4", "gif", "webp")
@@ -49,6 +50,20 @@ def animate(x: Tensor, views: Sequence[View], prompts: Sequence[str]) -> Iterato
             s, then = _eased(k / moving), prompts[(i + 1) % len(views)]
             prompt, strength = (prompts[i], 1 - 2 * s) if s < 0.5 else (then, 2 * s - 1)
             yield Frame(_with_prompt(draw(cut, way, s, picture.size, side), prompt, strength))
+
+
+def animate_parts(x: Tensor, components: Sequence[Component], prompts: Sequence[str]) -> Iterator[Frame]:
+    """The frames of a picture x [3, H, W] in [-1, 1] that fades to each of its parts, under its prompt, and back to the whole."""
+    faces = [_enlarged(tensor_to_picture(face.clamp(-1, 1))) for face in (x, *(part(x) for part in components))]
+    texts, still, moving = [" + ".join(prompts), *prompts], round(HOLD_SECONDS * FPS), round(MOVE_SECONDS * FPS / 2)
+    side = max(faces[0].size) + max(faces[0].size) % 2
+    for i, face in enumerate(faces):
+        then = (i + 1) % len(faces)
+        yield Frame(_with_prompt(_centred(face, side), texts[i], 1.0), still)
+        for k in range(1, moving):
+            s = _eased(k / moving)
+            text, strength = (texts[i], 1 - 2 * s) if s < 0.5 else (texts[then], 2 * s - 1)
+            yield Frame(_with_prompt(_centred(Image.blend(face, faces[then], s), side), text, strength))
 
 
 def _eased(s: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
+from eqldm.anagram.factorized import sum_of_parts
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, load_autoencoder, make_scheduler
+from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder, make_scheduler
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, View
+from eqldm.views.components import Component, check_components
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -260,25 +262,81 @@ class Sampler:
         prompts = [styled(prompt, o.style) for prompt in prompts]
         side = self.check(prompts, views, o.image_size)
         o.check(len(views))
+
+        def denoiser(guided: Guidance, solver: SchedulerMixin) -> Denoiser:
+            if o.blend == "pixels":
+                return blended_in_pixels(guided, views, self.vae, Objective.of(solver))
+            if o.reduction == "alternate":
+                return alternating_views(guided, views, solver.timesteps)
+            if o.reduction == "rectified":
+                return rectified_mean(guided, views, Objective.of(self.networks.scheduler), o.weights)
+            return mean_of_views(guided, views, o.weights)
+
+        def start(noise: Tensor) -> Tensor:
+            return torch.cat([view(noise) for view in views]) if o.blend == "pixels" else noise
+
+        return self._run(prompts, seeds, side, o, denoiser, start, on_step)
+
+    @torch.no_grad()
+    def compose(
+        self, prompts: Sequence[Prompt], components: Sequence[Component], seeds: Sequence[int], held: Mapping[int, Tensor] | None = None,
+        on_step: Callable[[], None] | None = None, **options,
+    ) -> Tensor:  # fmt: skip
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, whose component i reads as its prompt.
+
+        prompts: of the components that are not held, in order.  held: by number, pictures [1, 3, H, W] in [-1, 1] whose part is kept.
+        options: of `Options`; with blend="pixels" pictures are taken apart in place of latents. Raises ValueError as `latents`.
+        """
+        o, held = Options(**options), dict(held or {})
+        prompts = [styled(prompt, o.style) for prompt in prompts]
+        side = self.check_parts(prompts, components, held, o)
+        references = {i: x.to(self.device) for i, x in held.items()}
+        if o.blend == "latents":
+            references = {i: encode(self.vae, x) for i, x in references.items()}
+
+        def denoiser(guided: Guidance, solver: SchedulerMixin) -> Denoiser:
+            return sum_of_parts(guided, components, Objective.of(solver), references, self.vae if o.blend == "pixels" else None)
+
+        return self.decode(self._run(prompts, seeds, side, o, denoiser, lambda noise: noise, on_step), o.symmetrise)
+
+    def check_parts(self, prompts: Sequence[Prompt], components: Sequence[Component], held: Mapping[int, Tensor], o: Options) -> int:
+        """The latent side that `compose` samples at. Raises ValueError where these do not fit each other or the model."""
+        pixels = isinstance(self.vae, Pixels)
+        free = len(components) - len(held)
+        if len(prompts) != free or not free:
+            names = ", ".join(component.name for i, component in enumerate(components) if i not in held)
+            raise ValueError(f"one prompt for each component that is not held ({names}): got {len(prompts)}")
+        check_components(components, in_latents=not pixels and o.blend == "latents")
+        if o.reduction != "mean" or o.upscale != 1:
+            raise ValueError("components are summed: reduction and upscale mean nothing with them")
+        o.check(free)
+        side = self.side(o.image_size)
+        self.check_length(_flatten(prompts))
+        size = side * downsampling(self.vae)
+        for x in held.values():
+            if tuple(x.shape) != (1, 3, size, size):
+                raise ValueError(f"a reference of shape {tuple(x.shape)}: wanted (1, 3, {size}, {size})")
+        solver = self.solver(o.scheduler, "mean", o.blend, o.time_travel)
+        if held and type(solver).__name__ not in (*BLENDING, "DDPMScheduler"):
+            raise ValueError(f"a part cannot be held with {type(solver).__name__}: use ddim, ddpm, dpm++ or unipc")
+        return side
+
+    def _run(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], side: int, o: Options,
+        denoiser: Callable[[Guidance, SchedulerMixin], Denoiser], start: Callable[[Tensor], Tensor], on_step: Callable[[], None] | None,
+    ) -> Tensor:  # fmt: skip
+        """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  start: of the noise."""
         negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
         self.check_length(negative)
         solver = self.solver(o.scheduler, o.reduction, o.blend, o.time_travel)
         with self.computing():
             embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
-            negatives = torch.cat([self._embed(text, 1) for text in negative])
-            guided = Guidance(self.networks.unet, embeds, negatives.expand(len(views), -1, -1), o.guidance_scale, o.guidance_rescale)
+            negatives = torch.cat([self._embed(text, 1) for text in negative]).expand(len(prompts), -1, -1)
+            guided = Guidance(self.networks.unet, embeds, negatives, o.guidance_scale, o.guidance_rescale)
             solver.set_timesteps(o.num_inference_steps, device=self.device)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            z = draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device)
-            if o.blend == "pixels":
-                denoise = blended_in_pixels(guided, views, self.vae, Objective.of(solver))
-                z = torch.cat([view(z) for view in views])
-            elif o.reduction == "alternate":
-                denoise = alternating_views(guided, views, solver.timesteps)
-            elif o.reduction == "rectified":
-                denoise = rectified_mean(guided, views, Objective.of(self.networks.scheduler), o.weights)
-            else:
-                denoise = mean_of_views(guided, views, o.weights)
+            z = start(draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device))
+            denoise = denoiser(guided, solver)
             denoise = denoise if on_step is None else _counting(denoise, on_step)
             z = sample(denoise, solver, z, generators, again=o.times)
             return z if o.upscale == 1 else self._refined(denoise, solver, z, generators, o)

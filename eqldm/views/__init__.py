@@ -3,6 +3,7 @@
 grid         View, and the symmetries of the square
 zoo          the named views, and parse_view
 transforms   what training draws: views at random, and rescaling
+components   parts that add up to a picture, in place of views
 motion       how a picture moves from view to view, in rigid pieces
 """
 
