@@ -249,12 +249,13 @@ class Sampler:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None, **options
-    ) -> Tensor:
+        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None,
+        watch: Callable[[Tensor], None] | None = None, **options,
+    ) -> Tensor:  # fmt: skip
         """Latents [B, C, h, w] of the pictures; with blend="pixels" those of all views, [N B, C, h, w], view by view.
 
         prompts: one for each view; a list in place of a prompt gives each seed its own.  on_step: called after each call of the UNet.
-        options: of `Options`.
+        watch: called with each step's estimate of the latents.  options: of `Options`.
         Each seed has its own generator, so its picture does not depend on the batch. Raises ValueError (see `check`), also for options
         that do not fit each other or the model.
         """
@@ -275,7 +276,7 @@ class Sampler:
         def start(noise: Tensor) -> Tensor:
             return torch.cat([view(noise) for view in views]) if o.blend == "pixels" else noise
 
-        return self._run(prompts, seeds, side, o, denoiser, start, on_step)
+        return self._run(prompts, seeds, side, o, denoiser, start, on_step, watch)
 
     @torch.no_grad()
     def compose(
@@ -324,6 +325,7 @@ class Sampler:
     def _run(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], side: int, o: Options,
         denoiser: Callable[[Guidance, SchedulerMixin], Denoiser], start: Callable[[Tensor], Tensor], on_step: Callable[[], None] | None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  start: of the noise."""
         negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
@@ -338,6 +340,7 @@ class Sampler:
             z = start(draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device))
             denoise = denoiser(guided, solver)
             denoise = denoise if on_step is None else _counting(denoise, on_step)
+            denoise = denoise if watch is None else _watched(denoise, watch, Objective.of(self.networks.scheduler))
             z = sample(denoise, solver, z, generators, again=o.times)
             return z if o.upscale == 1 else self._refined(denoise, solver, z, generators, o)
 
@@ -407,6 +410,15 @@ def _counting(denoise: Denoiser, on_step: Callable[[], None]) -> Denoiser:
         return output
 
     return counted
+
+
+def _watched(denoise: Denoiser, watch: Callable[[Tensor], None], objective: Objective) -> Denoiser:
+    def watched(z: Tensor, t: Tensor) -> Tensor:
+        output = denoise(z, t)
+        watch(objective.clean(output.float(), z.float(), t.expand(len(z))))
+        return output
+
+    return watched
 
 
 def styled(prompt: Prompt, style: str) -> Prompt:
