@@ -158,3 +158,34 @@ def test_the_letter_matrix_shows_each_pair():
     assert red in [colour for _, colour in picture.getcolors(1 << 20)]
     unframed = letter_matrix(rates, "a", ["identity", "flip"])
     assert red not in [colour for _, colour in unframed.getcolors(1 << 20)]
+
+
+# sampling.py, components.py
+
+
+def test_sampling_is_timed_side_by_side(tiny_model_folder, tmp_path, monkeypatch, capsys):
+    import sampling
+
+    out = tmp_path / "deep" / "out.json"
+    words = ["--model", tiny_model_folder, "--num-pictures", 2, "--rounds", 3, "--num-inference-steps", 1, "--device", "cpu", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["sampling.py", *map(str, words)])
+    sampling.main()
+    found = json.loads(out.read_text())
+    assert {len(each) for each in found["seconds"].values()} == {3} and len(found["seconds"]) == 3
+    assert all(0 < ratio["least"] <= ratio["median"] <= ratio["most"] for ratio in found["ratios"].values())
+    assert "a loop of one / one batch" in capsys.readouterr().out
+    assert sampling.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == {"median": 2.0, "least": 2.0, "most": 3.0}
+
+
+def test_parts_are_read(tmp_path, monkeypatch, capsys):
+    import components
+    import glyphs
+
+    glyphs.make_split(tmp_path, "test", 26, size=64, shard_size=26)
+    words = ["--data", tmp_path / "test", "--components", "colour", "--num-pairs", 2, "--device", "cpu", "--out", tmp_path / "sheets"]
+    monkeypatch.setattr(sys, "argv", ["components.py", *map(str, words)])
+    components.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| colour")]
+    assert len(rows) == 2 and "glyphs-base, pixels" in rows[1]  # colours are no part of latents
+    assert float(rows[0].split("|")[3]) > 0.8  # real letters read from their grey alone
+    assert (tmp_path / "sheets" / "colour_glyphs-base-pixels.png").exists()
