@@ -98,10 +98,14 @@ def line_blur(x: Tensor, length: float, degrees: float) -> Tensor:
             for j, share_j in ((column, column + 1 - b), (column + 1, b - column)):
                 kernel[reach + i, reach + j] += share_i * share_j
     flat = x.reshape(-1, 1, *x.shape[-2:])
-    padded = F.pad(flat.double(), [min(reach, x.shape[-1] - 1)] * 2 + [min(reach, x.shape[-2] - 1)] * 2, mode="reflect")
-    lacking = [reach - min(reach, x.shape[-1] - 1)] * 2 + [reach - min(reach, x.shape[-2] - 1)] * 2
-    padded = F.pad(padded, lacking, mode="replicate")
-    return F.conv2d(padded, (kernel / kernel.sum()).to(padded)[None, None]).to(x).reshape(x.shape)
+    mirrored = [min(reach, side - 1) for side in x.shape[-2:]]
+    padded = F.pad(flat, [mirrored[1]] * 2 + [mirrored[0]] * 2, mode="reflect")
+    padded = F.pad(padded, [reach - mirrored[1]] * 2 + [reach - mirrored[0]] * 2, mode="replicate")
+    height, width = x.shape[-2:]
+    total = torch.zeros_like(flat)
+    for i, j in kernel.nonzero().tolist():  # a line has few points: cheaper than a convolution with the square about it
+        total += float(kernel[i, j] / kernel.sum()) * padded[..., i : i + height, j : j + width]
+    return total.reshape(x.shape)
 
 
 FORMS = {"hybrid": "hybrid:SIGMA[:SIGMA]", "colour": "colour", "motion": "motion:LENGTH[:DEGREES]"}
