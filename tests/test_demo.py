@@ -77,7 +77,7 @@ def test_demo_scratch_from_glyphs_to_a_report_and_the_demo_from_its_model(runs, 
     prompts = ["--prompts", "the letter A", "the letter V", "--views", "identity", "rotate_180"]
     sampling = ["--num-samples", 2, "--num-inference-steps", 2, "--out", runs / "anagrams"]
     run_script(monkeypatch, "sample.py", "--model", model, *prompts, *sampling)
-    assert {path.name for path in (runs / "anagrams").iterdir()} == {"0.png", "0.json", "1.png", "1.json", "sheet.png"}
+    assert {path.name for path in (runs / "anagrams").iterdir()} == {"0.png", "0.json", "1.png", "1.json", "sheet.png", "index.html"}
 
     vae = train_autoencoder(demo_config("demo_vae", demo / "vae", glyphs, model=model, **{"fold.align_to": model}))
     swap(model, vae, demo / "swap" / "model")

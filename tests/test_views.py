@@ -146,9 +146,9 @@ def test_aliases_parameters_and_seeds():
     ("", "unknown view ''"),
     ("flip@fli", "unknown view 'fli': did you mean flip"),
     ("flip:2", "view 'flip' takes no parameters, got 'flip:2'"),
-    ("patch_permute", r"wanted patch_permute:N\[:SEED\], such as patch_permute:4"),
-    ("patch_permute:-4", "wanted patch_permute:N"),
-    ("patch_permute:2:3:4", "wanted patch_permute:N"),
+    ("patch_permute:x", r"wanted patch_permute\[:N\[:SEED\]\], such as patch_permute:4"),
+    ("patch_permute:-4", r"wanted patch_permute\[:N"),
+    ("patch_permute:2:3:4", r"wanted patch_permute\[:N"),
     ("patch_permute:1", "at least 2 cells"),
     ("rescale:0.5", "not invertible and changes the noise's statistics"),
 ])  # fmt: skip

@@ -108,10 +108,10 @@ def test_a_view_is_found_again_by_its_name(text):
 
 
 def test_views_as_fine_as_the_latents():
-    names = {name: parse_view(name, 64).name for name in FORMS if name != "patch_permute"}
+    names = {name: parse_view(name, 64).name for name in FORMS}
     assert names == {
-        "pixel_permute": "pixel_permute:64", "jigsaw": "jigsaw:4:0:64", "inner_circle": "inner_circle:64", "square_hinge": "square_hinge:4",
-        "skew": "skew:1.5:64",
+        "patch_permute": "patch_permute:4", "pixel_permute": "pixel_permute:64", "jigsaw": "jigsaw:4:0:64",
+        "inner_circle": "inner_circle:64", "square_hinge": "square_hinge:4", "skew": "skew:1.5:64",
     }  # fmt: skip
     assert parse_view("jigsaw:2:5", 8) == jigsaw(2, 5, 8) and parse_view("square_hinge") == square_hinge(4)
     for view in map(lambda name: parse_view(name, 64), names):

@@ -22,5 +22,5 @@ stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/swap/model" "$RUN/adapted/mod
   --num-images 256 --num-pairs 96 --without lpips --out "$RUN/evaluation"
 
 print_times
-printf '\nLook at the anagrams: %s, and at the models side by side: %s\n' "$RUN/anagrams/sheet.png" \
+printf '\nLook at the anagrams: %s, and at the models side by side: %s\n' "$RUN/anagrams/index.html" \
   "$RUN/evaluation/report.html"

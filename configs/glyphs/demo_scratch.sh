@@ -23,5 +23,5 @@ stage "7 evaluation" "$PY" -m eqldm.evaluate "$RUN/vae-plain/model" "$RUN/ldm-eq
   --num-images 128 --num-pairs 96 --without lpips --out "$RUN/evaluation"
 
 print_times
-printf '\nLook at the anagrams: %s and %s\n' "$RUN/anagrams/sheet.png" \
+printf '\nLook at the anagrams: %s and %s\n' "$RUN/anagrams/index.html" \
   "$RUN/evaluation/ldm-eq/anagrams_rotate_180.png"

@@ -20,7 +20,7 @@ from eqldm.views.grid import D4, NEGATE, View, turned_place
 ALIASES = {"rotate_ccw": "rotate_90", "rotate_cw": "rotate_270"}
 
 
-def patch_permute(cells: int, seed: int = 0) -> View:
+def patch_permute(cells: int = 4, seed: int = 0) -> View:
     """A seeded permutation of `cells` x `cells` patches, none of them turned."""
     if cells < 2:
         raise ValueError(f"view 'patch_permute:{cells}': wanted at least 2 cells a side")
@@ -149,7 +149,7 @@ def _cell(piece: int, place: tuple[int, int], pieces: int, cells: int) -> int:
     return row * cells + column
 
 
-SIDE, REQUIRED = object(), object()  # defaults: the side of the latents; none
+SIDE = object()  # a default: the side of the latents
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,12 @@ class Form:
     parameters: Sequence[tuple[str, type, Any]]
 
     def text(self, name: str) -> str:
-        """`patch_permute:N[:SEED]`."""
-        required = [f":{each}" for each, _, default in self.parameters if default is REQUIRED]
-        optional = [f"[:{each}" for each, _, default in self.parameters if default is not REQUIRED]
-        return name + "".join(required + optional) + "]" * len(optional)
+        """`patch_permute[:N[:SEED]]`."""
+        return name + "".join(f"[:{each}" for each, _, _ in self.parameters) + "]" * len(self.parameters)
 
 
 FORMS = {
-    "patch_permute": Form(patch_permute, [("N", int, REQUIRED), ("SEED", int, 0)]),
+    "patch_permute": Form(patch_permute, [("N", int, 4), ("SEED", int, 0)]),
     "pixel_permute": Form(pixel_permute, [("N", int, SIDE), ("SEED", int, 0)]),
     "jigsaw": Form(lambda pieces, seed, cells: jigsaw(pieces, seed, cells), [("PIECES", int, 4), ("SEED", int, 0), ("N", int, SIDE)]),
     "inner_circle": Form(inner_circle, [("N", int, SIDE)]),
@@ -229,8 +227,6 @@ def _parameters(text: str, name: str, given: Sequence[str], side: int | None) ->
                 raise error from None
             if kind is int and not word.isdecimal():
                 raise error
-        elif default is REQUIRED:
-            raise error
         elif default is SIDE and side is None:
             raise ValueError(f"view '{text}' is as fine as the latents that it acts on, which are not known here: give its {parameter}, "
                              f"{form.text(name)}")  # fmt: skip
