@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
     add("--prompts", nargs="+", help="one for each view; default, of the shipped model: the letter A, the letter V")
-    add("--views", nargs="+", default=["identity", "rotate_180"], help="such as rotate_90, flip, jigsaw, inner_circle, patch_permute:4")
+    add("--views", nargs="+", help="default: identity rotate_180; such as rotate_90, flip, jigsaw, inner_circle, patch_permute:4")
     add("--components", metavar="NAME", help="parts in place of views: hybrid:0.05 (low, high), hybrid:0.08:0.03, colour, motion:0.3")
     add("--reference", metavar="FILE", help="a picture, one part of which is kept")
     add("--hold", metavar="PART", help="which: low, high, grey, colour, moving, still, ...")
@@ -50,8 +50,11 @@ def parse_args() -> argparse.Namespace:
     add("--offload", action="store_true", help="networks on the GPU only while they compute")
     add("--out", help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
     args = parser.parse_args()
+    if args.views is not None and args.components:
+        parser.error("--views and --components: give one of them")
+    args.views = args.views or ([] if args.components else ["identity", "rotate_180"])
     if args.prompts is None:
-        if args.model is not None or len(args.views) != 2 or args.components:
+        if args.model is not None or len(args.views) != 2:
             parser.error("--prompts: give one for each view")
         args.prompts = ["the letter A", "the letter V"]
     if args.keep is not None and args.keep < 1:

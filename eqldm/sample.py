@@ -49,6 +49,8 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     """
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
+    if not 0 <= args.seed <= 2**63 - 1 - args.num_samples:
+        raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63, less the number of samples")
     model = args.model or PRETRAINED / DEFAULT
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
@@ -76,6 +78,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         "precision": sampler.precision,
         "versions": {"eqldm": eqldm.__version__, "torch": torch.__version__},
     }
+    check_folder(out, settings)
     start = time.perf_counter()
     pictures, batch_of, scores = {}, {}, {}
     seeds = list(range(args.seed, args.seed + args.num_samples))
@@ -84,20 +87,23 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         task = progress.add_task("sampling", total=len(batches) * Options(**options).num_calls)
         for batch in batches:
             made = kind.sample(batch, lambda: progress.advance(task), options)
-            if chooser:
-                scores |= dict(zip(batch, chooser([face(made) for face in kind.faces]).tolist()))
             pictures |= dict(zip(batch, made))
             batch_of |= dict.fromkeys(batch, batch)
-            for seed in [] if chooser else batch:  # as they come; what is kept is known at the end
-                write_picture(out, pictures[seed], {**settings, "seed": seed, "command": command(settings, batch)})
+            if chooser:  # the best so far are on the disk at any time
+                scores |= dict(zip(batch, chooser([face(made) for face in kind.faces]).tolist()))
+                best = sorted(scores, key=scores.get, reverse=True)[: args.keep]
+                for seed in pictures.keys() - set(best):
+                    del pictures[seed]
+                    for ending in ("png", "json"):
+                        (out / f"{seed}.{ending}").unlink(missing_ok=True)
+                with _writing(out / "scores.json") as path:
+                    path.write_text(json.dumps(scores, indent=2) + "\n")
+            for seed in pictures.keys() & set(batch):
+                score = {"score": scores[seed]} if chooser else {}
+                write_picture(out, pictures[seed], {**settings, "seed": seed, **score, "command": command(settings, batch)})
     seconds = (time.perf_counter() - start) / len(seeds)
     if chooser:
-        with _writing(out / "scores.json") as path:
-            path.write_text(json.dumps(scores, indent=2) + "\n")
-        seeds = sorted(scores, key=scores.get, reverse=True)[: args.keep]
-        for seed in seeds:
-            about = {**settings, "seed": seed, "score": scores[seed], "command": command(settings, batch_of[seed])}
-            write_picture(out, pictures[seed], about)
+        seeds = sorted(pictures, key=scores.get, reverse=True)
     kept = torch.stack([pictures[seed] for seed in seeds])
     with _writing(out / "sheet.png") as path:
         kind.sheet(kept, seeds).save(path, "png")
@@ -124,7 +130,7 @@ class Anagram:
         self.prompts, self.sampler = args.prompts, sampler
         self.faces = [parse_view(name, sampler.side(args.image_size)) for name in args.views]
         sampler.check([styled(prompt, args.style) for prompt in self.prompts], self.faces, args.image_size)
-        if not args.force:
+        if not args.force and args.blend == "latents":
             sampler.check_negation(self.faces)
         self.settings = {"views": [view.name for view in self.faces]}
 
@@ -199,7 +205,10 @@ class choose_by:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.prompts, self.letters = args.prompts, [re.search(r"\bletter ([a-zA-Z])\b", prompt) for prompt in args.prompts]
+        self.prompts, self.letters = (
+            [styled(prompt, args.style) for prompt in args.prompts],
+            [re.fullmatch(r"(?:(?:the|a) )?letter ([a-z])", prompt, re.IGNORECASE) for prompt in args.prompts],
+        )
         if args.keep > args.num_samples:
             raise ValueError(f"--keep {args.keep}: only {args.num_samples} are sampled (--num-samples)")
         if args.clip:
@@ -216,6 +225,16 @@ class choose_by:
             return alignment(seen @ self.clip.texts(list(self.prompts)).T)
         labels = [LETTERS.index(letter[1].upper()) for letter in self.letters]
         return torch.stack([self.judge.probabilities(x)[:, label] for x, label in zip(faces, labels)]).amin(0)
+
+
+def check_folder(out: Path, settings: dict) -> None:
+    """Raises ValueError where the folder holds pictures made otherwise, which would lie beside the new ones as if they were of one run."""
+    wanted = json.loads(json.dumps(settings))
+    for path in out.glob("*.json"):
+        found = json.loads(path.read_text())
+        if "prompts" in found and any(found.get(name) != value for name, value in wanted.items()):
+            changed = ", ".join(name for name, value in wanted.items() if found.get(name) != value)
+            raise ValueError(f"'{out}' holds pictures made with another {changed}: give another --out")
 
 
 def write_picture(out: Path, picture: Tensor, about: dict) -> None:

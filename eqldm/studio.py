@@ -7,6 +7,7 @@ and a gallery. Needs the extra `studio` (Gradio): pip install -e .[studio]. Only
 from __future__ import annotations
 
 import argparse
+import json
 import queue
 import shutil
 import sys
@@ -120,10 +121,10 @@ def columns_of(views: Sequence[View]) -> int:
 
 
 def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
-    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each set of prompts and views; returns one archive of all."""
+    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each set of settings; returns one archive of all."""
     groups: dict[str, list[Made]] = {}
     for made in kept:
-        groups.setdefault(f"{made.prompts}{made.settings['views']}{made.settings['model']}", []).append(made)
+        groups.setdefault(json.dumps(made.settings), []).append(made)
     for number, group in enumerate(groups.values(), 1):
         out = folder / f"anagrams-{number}"
         out.mkdir(parents=True)
@@ -147,7 +148,7 @@ def build(model: str):
         seeds = list(range(int(seed), int(seed) + int(count)))
         try:
             for pictures in make(model, lines(prompts), lines(views), seeds, **options):
-                yield gr.Gallery(as_shown(pictures), columns=columns_of(pictures[0].views)), pictures, ""
+                yield gr.Gallery(as_shown(pictures), columns=columns_of(pictures[0].views)), [], ""  # none can be kept before it is whole
             yield gr.skip(), pictures, f"{len(seeds)} pictures. Click those that are to be kept."
         except (ValueError, OSError) as error:
             yield gr.skip(), [], f"**{error}**"

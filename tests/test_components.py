@@ -71,6 +71,7 @@ def test_bands_part_the_frequencies():
     ("hybrid", "wanted hybrid:SIGMA[:SIGMA]"),
     ("hybrid:a", "wanted hybrid:SIGMA"),
     ("hybrid:0.02:0.08", "wanted falling standard deviations"),
+    ("hybrid:0.05:0.05", "wanted falling standard deviations"),
     ("hybrid:0.7", "between 0 and .5 of the picture's side"),
     ("colour:2", "components 'colour:2': wanted colour"),
     ("motion:2", "got length 2, wanted above 0, below 1"),
@@ -143,6 +144,13 @@ def test_options_that_do_not_fit(sampler, changes, message):
     options = {"prompts": ["a", "v"], "components": parse_components("hybrid:0.1"), "seeds": [0], **FAST, **changes}
     with pytest.raises(ValueError, match=re.escape(message)):
         sampler.compose(**options)
+
+
+def test_a_flow_model(make_model_folder, tmp_path):
+    flow = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    sampler = Sampler.open(make_model_folder(tmp_path / "flow", **flow), "cpu")
+    found = sampler.compose(["the letter a", "the letter v"], parse_components("hybrid:0.1"), [0], scheduler="flow_euler", **FAST)
+    assert bool(torch.isfinite(found).all())
 
 
 def test_one_call_of_the_unet_a_step():

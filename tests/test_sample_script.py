@@ -173,6 +173,38 @@ def test_the_best_are_kept(run, make_model_folder, tmp_path, monkeypatch):
     assert min(probabilities) == pytest.approx(scores[best[0]], abs=0.02)  # 8 bits
 
 
+def test_the_best_so_far_are_kept_when_it_is_stopped(run, make_model_folder, tmp_path, monkeypatch):
+    letters = [f"the letter {letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    model, out, calls, whole = make_model_folder(tmp_path / "model", captions=letters), tmp_path / "out", [], job.Anagram.sample
+
+    def stops(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(job.Anagram, "sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(*options(model, out), "--prompts", *PROMPTS, "--num-samples", 9, "--batch-size", 3, "--keep", 2)
+    scores = json.loads((out / "scores.json").read_text())
+    best = sorted(scores, key=scores.get, reverse=True)[:2]
+    assert len(scores) == 6 and {path.stem for path in out.glob("?.png")} == {path.stem for path in out.glob("?.json")} == set(best)
+
+
+def test_pictures_made_otherwise_do_not_mix(run, failed, tiny_model_folder, tmp_path):
+    some = [*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 1]
+    run(*some)
+    run(*some, "--seed", 1)  # more seeds of the same
+    error = failed(*some, "--guidance-scale", 2)
+    assert "holds pictures made with another guidance_scale: give another --out" in error
+    assert len(list(tmp_path.glob("?.png"))) == 2
+
+
+def test_negation_by_way_of_pixels_is_not_refused(run, tiny_model_folder, tmp_path):
+    more = ["--views", "identity", "negate", "--blend", "pixels", "--num-samples", 1]
+    run(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, *more)
+
+
 def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     out = tmp_path / "out"
     clip = make_clip(tmp_path / "clip")
@@ -192,6 +224,9 @@ def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     (["--time-travel", 2, "--scheduler", "unipc"], "use ddim or ddpm"),
     (["--views", "identity", "inner_circle:2"], "wanted at least 4 cells a side"),
     (["--views", "identity", "flip@negate"], "this autoencoder was not trained with negation (D(-z) is "),
+    (["--keep", 1, "--prompts", "a letter a v", "the letter v"], "the shipped judge reads letters alone"),
+    (["--device", "nonsense"], "device 'nonsense': "),
+    (["--seed", 2**70], "wanted 0 to 2^63"),
     (["--components", "hybrids:1"], "unknown components 'hybrids:1'"),
     (["--components", "hybrid:0.08:0.03"], "one prompt for each component that is not held (low, middle, high): got 2"),
     (["--components", "colour"], "latents know nothing of colours"),

@@ -143,6 +143,10 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
         ({"guidance_rescale": 1.5}, "guidance_rescale: got 1.5, wanted 0 to 1"),
         ({"negative_prompt": ["a"]}, "negative_prompt: got 1 for 2 views"),
         ({"upscale": 0}, "upscale: got 0"),
+        ({"upscale": 2, "num_inference_steps": 1}, "upscale needs two steps or more"),
+        ({"reduction": "alternate", "num_inference_steps": 1}, "1 steps show only so many of 2 views"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan, wanted finite numbers"),
+        ({"reduction": "weighted", "weights": [float("inf"), 1]}, "wanted one for each, finite"),
         ({"upscale_strength": 1.0}, "upscale_strength: got 1.0, wanted above 0, below 1"),
         ({"style": "a " * 9}, "is longer than the model's 8 tokens"),
         ({"prompts": ["the letter a", "a " * 9]}, "is longer than the model's 8 tokens"),
@@ -260,7 +264,7 @@ def test_time_travel_does_its_band_again(sampler):
     calls = []
     options = Options(num_inference_steps=10, time_travel=2, travel_band=(0.3, 0.6), upscale=2)
     z = sampler.latents(PROMPTS, VIEWS, [0], on_step=lambda: calls.append(1), **vars(options))
-    assert len(calls) == options.num_calls == 13 + 5 and bool(torch.isfinite(z).all())
+    assert len(calls) == options.num_calls == 13 + 6 and bool(torch.isfinite(z).all())
     travelled, plain = (sampler.latents(PROMPTS, VIEWS, [3], time_travel=n, **FAST) for n in (2, 1))
     assert float((travelled - plain).abs().mean()) > 1e-2
 
@@ -271,6 +275,8 @@ def test_a_larger_second_pass(sampler, scheduler):
     together, alone = (sampler.latents(PROMPTS, VIEWS, seeds, **options) for seeds in ([0, 1], [1]))
     assert together.shape == (2, 4, 16, 16) and bool(torch.isfinite(together).all())
     torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=1e-3)
+    most = sampler.latents(PROMPTS, VIEWS, [1], **{**options, "upscale_strength": 0.99})
+    assert float(most.std()) < 3 * float(alone.std())  # never from pure noise: that would be scaled twice
     first = sampler.latents(PROMPTS, VIEWS, [1], num_inference_steps=6, scheduler=scheduler)
     small = torch.nn.functional.avg_pool2d(alone, 2)
     assert float(torch.corrcoef(torch.stack([small.flatten(), first.flatten()]))[0, 1]) > 0.5  # it refines what was there
@@ -313,6 +319,21 @@ def test_bfloat16_is_near(tiny_model_folder, sampler):
     half = Sampler.open(tiny_model_folder, "cpu", "bf16-mixed")
     a, b = (each(PROMPTS, VIEWS, [0], **FAST) for each in (sampler, half))
     assert b.dtype == torch.float32 and 0 < float((a - b).abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("reduction", ["mean", "rectified"])
+def test_equal_views_in_bfloat16_are_one(tiny_model_folder, reduction):
+    """Shares of a third are no bfloat16: they are added up in float32."""
+    half = Sampler.open(tiny_model_folder, "cpu", "bf16-mixed")
+    one = half.latents(PROMPTS[:1], [IDENTITY], [0], **FAST)
+    three = half.latents(PROMPTS[:1] * 3, [IDENTITY] * 3, [0], reduction=reduction, **FAST)
+    torch.testing.assert_close(three, one, atol=2e-2, rtol=2e-2)
+
+
+def test_devices_that_are_not_there(tiny_model_folder):
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{name}': "):
+            Sampler.open(tiny_model_folder, name)
 
 
 def test_memory_switches(tiny_model_folder, sampler):

@@ -74,6 +74,9 @@ def test_what_is_taken_away(model, tmp_path):
     }
     saved = np.asarray(Image.open(tmp_path / "out" / "anagrams-1" / "5.png"))
     assert np.array_equal(saved, np.asarray(tensor_to_picture(first[1].x)))
+    other = [*studio.make(model, PROMPTS, VIEWS, [4, 5], **{**OPTIONS, "guidance_scale": 9.0})][-1]
+    with zipfile.ZipFile(studio.export([first[1], other[1]], tmp_path / "both", films=False)) as file:
+        assert {"anagrams-1/5.png", "anagrams-2/5.png"} <= set(file.namelist())  # the same seed, made otherwise
     about = json.loads((tmp_path / "out" / "anagrams-1" / "5.json").read_text())
     assert "--seed 4 --num-samples 2 --batch-size 2" in about["command"] and "inner_circle:8" in about["command"]
     assert "--scheduler euler" in second[0].command and f"--model {model}" in second[0].command

@@ -69,13 +69,13 @@ class Guidance:
 
 def of_all_views(guided: Guidance, views: Sequence[View], z: Tensor, t: Tensor) -> Tensor:
     """[N, B, C, h, w], view_i^-1(guided(view_i(z), t) under prompt i) for all views i, in one call."""
-    outputs = guided(torch.stack([view(z) for view in views]), t, range(len(views)))
+    outputs = guided(torch.stack([view(z) for view in views]), t, range(len(views))).float()  # shares in bfloat16 do not add up to 1
     return torch.stack([view.inverse(output) for view, output in zip(views, outputs)])
 
 
 def mean_of_views(guided: Guidance, views: Sequence[View], weights: Sequence[float] | None = None) -> Denoiser:
     """The mean over the views, with weights [N] (None: alike). Source: arXiv 2311.17919, eq. 2."""
-    shares = _shares(weights, len(views))
+    shares = shares_of(weights, len(views))
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         outputs = of_all_views(guided, views, z, t)
@@ -91,7 +91,7 @@ def rectified_mean(guided: Guidance, views: Sequence[View], objective: Objective
     The mean of noise estimates eps_i, of shares a_i, divided by sqrt(sum_i a_i^2 + 2 sum_{i<j} rho_ij a_i a_j), rho_ij their correlation
     in each sample. In pure noise there is nothing to rectify. Source: arXiv 2412.02693, section 4.3.
     """
-    shares = _shares(weights, len(views))
+    shares = shares_of(weights, len(views))
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         outputs = of_all_views(guided, views, z, t)
@@ -102,18 +102,18 @@ def rectified_mean(guided: Guidance, views: Sequence[View], objective: Objective
         mean = (a.view(-1, 1, 1, 1, 1) * eps).sum(0)
         centred = eps.flatten(2) - eps.flatten(2).mean(2, keepdim=True)
         unit = centred / centred.norm(dim=2, keepdim=True)
-        correlations = torch.einsum("ibk,jbk->bij", unit, unit)
-        left = torch.einsum("i,bij,j->b", a, correlations, a).clamp_min(1e-4).sqrt().view(-1, 1, 1, 1)
+        correlations = (unit[:, None] * unit[None]).sum(-1)  # [N, N, B]; no matrix product, which autocast would round
+        left = (a[:, None, None] * a[None, :, None] * correlations).sum((0, 1)).clamp_min(1e-4).sqrt().view(-1, 1, 1, 1)
         return objective.output_of_noise(mean / left, z, times)
 
     return denoise
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> Tensor:
+def shares_of(weights: Sequence[float] | None, count: int) -> Tensor:
     """Weights [N] that add up to 1."""
     given = torch.ones(count) if weights is None else torch.tensor([float(weight) for weight in weights])
-    if len(given) != count or not bool((given >= 0).all()) or float(given.sum()) == 0:
-        raise ValueError(f"weights: got {given.tolist()} for {count} views, wanted one for each, none below 0, not all 0")
+    if len(given) != count or not bool((given >= 0).all() and given.isfinite().all()) or float(given.sum()) == 0:
+        raise ValueError(f"weights: got {given.tolist()} for {count} views, wanted one for each, finite, none below 0, not all 0")
     return given / given.sum()
 
 

@@ -78,8 +78,8 @@ def _write(path: Path, pictures: Sequence[Shown], data: dict, faces: Sequence[st
         "figures": "\n".join(_figure(shown, faces, prompts) for shown in pictures),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], TEMPLATE.read_text())
-    path.write_text(page)
+    page = re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], TEMPLATE.read_text(encoding="utf-8"))
+    path.write_text(page, encoding="utf-8")
 
 
 def _rounded(place: tuple[float, float]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerM
 from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
-from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
+from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean, shares_of
 from eqldm.anagram.factorized import sum_of_parts
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
@@ -80,9 +81,18 @@ class Options:
     @property
     def num_calls(self) -> int:
         """How often the UNet is called."""
-        second = max(1, round(self.upscale_strength * self.num_inference_steps)) if self.upscale > 1 else 0
-        last = self.num_inference_steps - 1
-        return sum(self.times(k) if k < last else 1 for k in range(self.num_inference_steps)) + second
+        calls = [self.times(k) for k in range(self.num_inference_steps - 1)] + [1]
+        return sum(calls) + (sum(calls[self.second_begins :]) if self.upscale > 1 else 0)
+
+    @property
+    def second_begins(self) -> int:
+        """The step that the larger pass begins with: never the first, which takes pure noise."""
+        return max(1, self.num_inference_steps - max(1, round(self.upscale_strength * self.num_inference_steps)))
+
+    @property
+    def guidance_scales(self) -> Sequence[float]:
+        """Of all prompts, as a list."""
+        return [self.guidance_scale] if isinstance(self.guidance_scale, int | float) else self.guidance_scale
 
     def times(self, k: int) -> int:
         """How often step k is done."""
@@ -100,12 +110,17 @@ class Options:
             "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
             "upscale": (self.upscale >= 1, "at least 1"),
             "upscale_strength": (0 < self.upscale_strength < 1, "above 0, below 1"),
+            "guidance_scale": (all(map(math.isfinite, self.guidance_scales)), "finite numbers"),
         }
         for name, (fits, what) in wanted.items():
             if not fits:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {what}")
         if self.weights is not None and self.reduction not in ("weighted", "rectified"):
             raise ValueError(f"weights mean nothing with reduction={self.reduction}: use weighted or rectified")
+        if self.upscale > 1 and self.num_inference_steps < 2:
+            raise ValueError("upscale needs two steps or more: the second pass does not begin with the first")
+        if self.reduction == "alternate" and self.num_inference_steps < num_views:
+            raise ValueError(f"reduction=alternate: {self.num_inference_steps} steps show only so many of {num_views} views")
         if self.reduction == "weighted" and self.weights is None:
             raise ValueError("reduction=weighted needs weights, one for each view")
         for name in ("guidance_scale", "negative_prompt", "weights"):
@@ -113,6 +128,8 @@ class Options:
             if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != num_views:
                 both = "" if name == "weights" else " for all, or one"
                 raise ValueError(f"{name}: got {len(value)} for {num_views} views, wanted one{both} for each")
+        if self.weights is not None:
+            shares_of(self.weights, num_views)
         if self.blend == "pixels":
             for name, default in (("reduction", "mean"), ("time_travel", 1), ("upscale", 1)):
                 if getattr(self, name) != default:
@@ -168,9 +185,14 @@ class Sampler:
     def open(cls, folder: str | Path, device: str | torch.device | None = None, precision: str = "32-true") -> Sampler:
         """precision: as the field, or `auto`: bfloat16 where the device computes it natively.
 
-        Raises FileNotFoundError where the folder is no whole model folder."""
+        Raises FileNotFoundError where the folder is no whole model folder, ValueError for a device that is not there."""
         check_model_folder(folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(name)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device '{name}': {str(error).splitlines()[0]}") from error
         precision = native_precision(device.type) if precision == "auto" else precision
         networks = Networks.open(folder)
         networks.unet.to(device)
@@ -296,7 +318,9 @@ class Sampler:
             references = {i: encode(self.vae, x) for i, x in references.items()}
 
         def denoiser(guided: Guidance, solver: SchedulerMixin) -> Denoiser:
-            return sum_of_parts(guided, components, Objective.of(solver), references, self.vae if o.blend == "pixels" else None)
+            return sum_of_parts(
+                guided, components, Objective.of(self.networks.scheduler), references, self.vae if o.blend == "pixels" else None
+            )
 
         return self.decode(self._run(prompts, seeds, side, o, denoiser, lambda noise: noise, on_step), o.symmetrise)
 
@@ -328,6 +352,8 @@ class Sampler:
         watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  start: of the noise."""
+        if o.symmetrise and isinstance(self.vae, Pixels):
+            raise ValueError("symmetrise: this is a pixel model, which decodes nothing")
         negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
         self.check_length(negative)
         solver = self.solver(o.scheduler, o.reduction, o.blend, o.time_travel)
@@ -348,8 +374,7 @@ class Sampler:
         """Latents [B, C, u h, u w] of a second, larger pass from those of the first."""
         z = torch.nn.functional.interpolate(z.float(), scale_factor=o.upscale, mode="bicubic")
         solver.set_timesteps(o.num_inference_steps, device=self.device)
-        first = o.num_inference_steps - max(1, round(o.upscale_strength * o.num_inference_steps))
-        steps = solver.timesteps
+        first, steps = o.second_begins, solver.timesteps
         if hasattr(solver, "set_begin_index"):
             solver.set_begin_index(first)
         noise = draw_noise(z.shape[1:], generators).to(z)
@@ -357,7 +382,7 @@ class Sampler:
             z = solver.add_noise(z, noise, steps[first].expand(len(z)))
         else:
             z = solver.scale_noise(z, steps[first].expand(len(z)), noise)
-        return sample(denoise, solver, z, generators, first)
+        return sample(denoise, solver, z, generators, first, o.times)
 
     @torch.no_grad()
     def decode(self, z: Tensor, symmetrise: bool = False) -> Tensor:

@@ -35,7 +35,7 @@ class Component:
 def hybrid(*sigmas: float) -> list[Component]:
     """Bands from the low to the high frequencies, parted by Gaussian blurs of falling standard deviations, in picture sides: a hybrid image
     (seen from afar, from near), with two sigmas a triple one."""
-    if not sigmas or list(sigmas) != sorted(sigmas, reverse=True) or not all(0 < sigma < 0.5 for sigma in sigmas):
+    if not sigmas or list(sigmas) != sorted(set(sigmas), reverse=True) or not all(0 < sigma < 0.5 for sigma in sigmas):
         raise ValueError(f"components 'hybrid': got {sigmas}, wanted falling standard deviations between 0 and .5 of the picture's side")
     names = ["low", "high"] if len(sigmas) == 1 else ["low", *(f"middle_{k}" for k in range(1, len(sigmas))), "high"]
     names = ["low", "middle", "high"] if len(sigmas) == 2 else names

@@ -40,7 +40,8 @@ def skew(slope: float, cells: int) -> View:
         raise ValueError(f"view 'skew:{slope:g}:{cells}': wanted a finite slope and at least 2 cells a side")
     rolls = [math.floor(slope * column + 0.5) for column in range(cells)]
     source = [(row - rolls[column]) % cells * cells + column for row in range(cells) for column in range(cells)]
-    return View(f"skew:{slope:g}:{cells}", cells, tuple(source), (0,) * cells**2)
+    written = f"{slope:g}" if float(f"{slope:g}") == slope else repr(slope)  # the name must give the same view again
+    return View(f"skew:{written}:{cells}", cells, tuple(source), (0,) * cells**2)
 
 
 def inner_circle(cells: int) -> View:
@@ -67,13 +68,15 @@ def square_hinge(cells: int = 4) -> View:
 
 def jigsaw(pieces: int, seed: int, cells: int) -> View:
     """A jigsaw of `pieces` x `pieces` interlocking pieces on `cells` x `cells` cells, put together in another, seeded order: each piece in
-    the place of another of its shape, turned as it must be to fit.
+    the place of another of its shape, turned as it must be to fit. No turn of the whole explains more than half of it.
 
     Every second piece has knobs to the left and right and holes above and below, the others the reverse: so all corners are of one shape,
     and all inner pieces.
     """
     name = f"jigsaw:{pieces}:{seed}:{cells}"
-    if pieces < 2 or cells % pieces or cells < 3 * pieces:
+    if pieces < 2 or pieces % 2:
+        raise ValueError(f"view '{name}': wanted an even number of pieces a side, so that each has others of its shape: jigsaw:2, jigsaw:4")
+    if cells % pieces or cells < 3 * pieces:
         wanted = [pieces * k for k in (3, 4, 8)]
         raise ValueError(
             f"view '{name}': {pieces} x {pieces} pieces need a multiple of {pieces} cells a side, {wanted[0]} or more to interlock "
@@ -82,7 +85,8 @@ def jigsaw(pieces: int, seed: int, cells: int) -> View:
     shapes, generator = _jigsaw_shapes(pieces, cells // pieces), torch.Generator().manual_seed(seed)
     while True:
         source, turns = _shuffled(shapes, pieces, cells, generator)
-        if len(set(turns)) > 1:  # else the whole is turned, not put together anew
+        turned = [rotation.refine(cells).source for rotation in D4[:4]]
+        if all(sum(a == b for a, b in zip(source, other)) <= cells**2 / 2 for other in turned):
             return View(name, cells, tuple(source), tuple(turns))
 
 
