@@ -20,8 +20,9 @@ from torch import Tensor
 import eqldm
 from eqldm.anagram.animation import Frame, animate, animate_parts, write_animation
 from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
+from eqldm.anagram.options import Options
 from eqldm.anagram.render import anagram_sheet, picture_sheet
-from eqldm.anagram.sampling import Options, Sampler, styled
+from eqldm.anagram.sampling import Sampler, styled
 from eqldm.data.samples import picture_to_tensor, tensor_to_picture
 from eqldm.data.sources import read_picture
 from eqldm.evaluation.clip import Clip, alignment

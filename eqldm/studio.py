@@ -24,7 +24,8 @@ from torch import Tensor
 
 from eqldm.anagram.animation import animate, write_animation
 from eqldm.anagram.gallery import Shown, write_gallery
-from eqldm.anagram.sampling import REDUCTIONS, SCHEDULERS, Options, Sampler
+from eqldm.anagram.options import REDUCTIONS, Options
+from eqldm.anagram.sampling import SCHEDULERS, Sampler
 from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED
 from eqldm.sample import DEFAULT, DEFAULTS, command, write_picture

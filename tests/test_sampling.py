@@ -10,7 +10,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views
-from eqldm.anagram.sampling import SCHEDULERS, Options, Sampler, sample
+from eqldm.anagram.options import Options
+from eqldm.anagram.sampling import SCHEDULERS, Sampler, sample
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.model_folder import PRETRAINED, load_autoencoder, load_scheduler, load_unet, make_scheduler
 from eqldm.views import D4, IDENTITY, NEGATE, parse_view

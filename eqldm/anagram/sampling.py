@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerM
 from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
-from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean, shares_of
+from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
 from eqldm.anagram.factorized import sum_of_parts
+from eqldm.anagram.options import Options
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
@@ -34,106 +34,10 @@ SCHEDULERS = {
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
 }
 FLOWS = ("dpm++", "unipc", "flow_euler")  # those that sample flow models; the last samples no other
-REDUCTIONS = ("mean", "weighted", "rectified", "alternate")
-BLENDS = ("latents", "pixels")
 TRAVELLING = ("DDIMScheduler", "DDPMScheduler")  # whose steps remember nothing
 BLENDING = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # deterministic, at the levels of training
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How pictures are sampled."""
-
-    num_inference_steps: int = 30
-    guidance_scale: float | Sequence[float] = 5.0
-    """Of all prompts, or one for each; 1 is unguided."""
-    guidance_rescale: float = 0.0
-    """0 to 1, against too much contrast; see `Guidance`."""
-    negative_prompt: str | Sequence[str] = ""
-    """Of all prompts, or one for each."""
-    style: str = ""
-    """Goes before each prompt, such as "an oil painting of"."""
-    reduction: str = "mean"
-    """How the views become one estimate: mean; weighted, by `weights`; rectified, which keeps the noise's variance; alternate, a view a
-    step in turn."""
-    weights: Sequence[float] | None = None
-    """Of the views, for the weighted and the rectified mean; None: alike."""
-    blend: str = "latents"
-    """Where the views meet, in the latents or (for latents that do not turn) in decoded pictures; see `blending`."""
-    scheduler: str | None = None
-    """A name of `SCHEDULERS`; None is the model folder's own."""
-    time_travel: int = 1
-    """How often each step of `travel_band` is done; before each again, the noise that it took is given back. Source: RePaint, arXiv
-    2201.09865, section 4.2; for anagrams LookingGlass, arXiv 2504.08902."""
-    travel_band: tuple[float, float] = (0.2, 0.8)
-    """From which to which share of the steps."""
-    image_size: int | None = None
-    """Pixels a side; None: what the UNet was trained at."""
-    upscale: int = 1
-    """How much larger a second pass makes the picture: its latents enlarged, noised and denoised again under all views."""
-    upscale_strength: float = 0.5
-    """The share of the steps that the second pass takes."""
-    symmetrise: bool = False
-    """Decode as the mean over the square's eight symmetries: exactly equivariant, eight times the cost."""
-
-    @property
-    def num_calls(self) -> int:
-        """How often the UNet is called."""
-        calls = [self.times(k) for k in range(self.num_inference_steps - 1)] + [1]
-        return sum(calls) + (sum(calls[self.second_begins :]) if self.upscale > 1 else 0)
-
-    @property
-    def second_begins(self) -> int:
-        """The step that the larger pass begins with: never the first, which takes pure noise."""
-        return max(1, self.num_inference_steps - max(1, round(self.upscale_strength * self.num_inference_steps)))
-
-    @property
-    def guidance_scales(self) -> Sequence[float]:
-        """Of all prompts, as a list."""
-        return [self.guidance_scale] if isinstance(self.guidance_scale, int | float) else self.guidance_scale
-
-    def times(self, k: int) -> int:
-        """How often step k is done."""
-        share = k / self.num_inference_steps
-        return self.time_travel if self.travel_band[0] <= share < self.travel_band[1] else 1
-
-    def check(self, num_views: int) -> None:
-        """Raises ValueError for values that cannot be."""
-        wanted = {
-            "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
-            "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 to 1"),
-            "reduction": (self.reduction in REDUCTIONS, f"one of {', '.join(REDUCTIONS)}"),
-            "blend": (self.blend in BLENDS, f"one of {', '.join(BLENDS)}"),
-            "time_travel": (self.time_travel >= 1, "at least 1"),
-            "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
-            "upscale": (self.upscale >= 1, "at least 1"),
-            "upscale_strength": (0 < self.upscale_strength < 1, "above 0, below 1"),
-            "guidance_scale": (all(map(math.isfinite, self.guidance_scales)), "finite numbers"),
-        }
-        for name, (fits, what) in wanted.items():
-            if not fits:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {what}")
-        if self.weights is not None and self.reduction not in ("weighted", "rectified"):
-            raise ValueError(f"weights mean nothing with reduction={self.reduction}: use weighted or rectified")
-        if self.upscale > 1 and self.num_inference_steps < 2:
-            raise ValueError("upscale needs two steps or more: the second pass does not begin with the first")
-        if self.reduction == "alternate" and self.num_inference_steps < num_views:
-            raise ValueError(f"reduction=alternate: {self.num_inference_steps} steps show only so many of {num_views} views")
-        if self.reduction == "weighted" and self.weights is None:
-            raise ValueError("reduction=weighted needs weights, one for each view")
-        for name in ("guidance_scale", "negative_prompt", "weights"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != num_views:
-                both = "" if name == "weights" else " for all, or one"
-                raise ValueError(f"{name}: got {len(value)} for {num_views} views, wanted one{both} for each")
-        if self.weights is not None:
-            shares_of(self.weights, num_views)
-        if self.blend == "pixels":
-            for name, default in (("reduction", "mean"), ("time_travel", 1), ("upscale", 1)):
-                if getattr(self, name) != default:
-                    raise ValueError(f"blend=pixels averages the views of each step, got {name}={getattr(self, name)}: use {default}")
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `sampling.Options`."""
+    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `Options`."""
 
     name: str
     folder: Path
