@@ -87,6 +87,14 @@ class Options:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {what}")
         if self.weights is not None and self.reduction not in ("weighted", "rectified"):
             raise ValueError(f"weights mean nothing with reduction={self.reduction}: use weighted or rectified")
+        for name, default, without in (
+            ("upscale_strength", 0.5, self.upscale == 1 and "upscale"),
+            ("travel_band", (0.2, 0.8), self.time_travel == 1 and "time_travel"),
+            ("negative_prompt", "", set(self.guidance_scales) == {1.0} and "guidance (guidance_scale is 1)"),
+            ("guidance_rescale", 0.0, set(self.guidance_scales) == {1.0} and "guidance (guidance_scale is 1)"),
+        ):
+            if without and getattr(self, name) != default:
+                raise ValueError(f"{name} means nothing without {without}: leave it out")
         if self.upscale > 1 and self.num_inference_steps < 2:
             raise ValueError("upscale needs two steps or more: the second pass does not begin with the first")
         if self.reduction == "alternate" and self.num_inference_steps < num_views:
