@@ -96,9 +96,7 @@ def shows(page, number: int, x: torch.Tensor) -> bool:
     return float(np.abs(np.asarray(inside).astype(int) - np.asarray(tensor_to_picture(x)).astype(int)).mean()) < 6
 
 
-@pytest.mark.parametrize(
-    "name", ["rotate_90", "anti_transpose", "negate", "jigsaw:2:0:8", "inner_circle:8", "skew:1.5:8", "square_hinge:4"]
-)
+@pytest.mark.parametrize("name", ["rotate_90", "anti_transpose", "negate", "jigsaw:2:0:8", "square_hinge:4"])
 def test_a_picture_turns_under_the_pointer_and_back(opened, name):
     view = parse_view(name)
     page = opened([IDENTITY, view])
