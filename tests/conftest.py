@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -204,3 +205,22 @@ def write_tiny_unet_options(path: Path, pictures: Path, model: Path, **run) -> P
 def _write_tiny_unet_options() -> Callable[..., Path]:
     """The function above: `write_tiny_unet_options(path, pictures, model, **run)`."""
     return write_tiny_unet_options
+
+
+def smooth_picture(seed: int = 0, side: int = 64) -> torch.Tensor:
+    """A picture [3, side, side] in [-1, 1] of soft colours, without symmetry."""
+    patches = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(patches, (side, side), mode="bicubic").clamp(-1, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("needs a Chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

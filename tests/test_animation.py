@@ -5,25 +5,19 @@ from __future__ import annotations
 import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageSequence
 
+from conftest import smooth_picture
 from eqldm.anagram.animation import FPS, Frame, animate, cut_out, draw, write_animation
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import IDENTITY, parse_view
 from eqldm.views.motion import motion
 
 
-def smooth(side: int = 64, seed: int = 0) -> torch.Tensor:
-    """A picture [3, side, side] in [-1, 1] without symmetry."""
-    patches = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return torch.nn.functional.interpolate(patches, (side, side), mode="bicubic").clamp(-1, 1)[0]
-
-
 @pytest.mark.parametrize("name", ["rotate_90", "flip", "anti_transpose", "negate", "inner_circle:8", "square_hinge:4", "jigsaw:4:0:16",
                                   "skew:1.5:8", "pixel_permute:16", "flip@jigsaw:2:0:8"])  # fmt: skip
 def test_it_begins_as_the_picture_and_ends_as_the_view(name):
-    x, view = smooth(), parse_view(name)
+    x, view = smooth_picture(), parse_view(name)
     picture, way = tensor_to_picture(x), motion(view)
     cut = cut_out(picture, way)
     for s, wanted in ((0, x), (1, view(x))):
@@ -34,7 +28,7 @@ def test_it_begins_as_the_picture_and_ends_as_the_view(name):
 
 
 def test_frames_go_through_all_views_and_back():
-    x, views = smooth(), [IDENTITY, parse_view("rotate_180"), parse_view("jigsaw:2:0:8")]
+    x, views = smooth_picture(), [IDENTITY, parse_view("rotate_180"), parse_view("jigsaw:2:0:8")]
     frames = list(animate(x, views, ["a fox", "a mountain", "a lake"]))
     assert len({frame.picture.size for frame in frames}) == 1
     still = [frame for frame in frames if frame.count > 1]
@@ -50,7 +44,7 @@ def test_frames_go_through_all_views_and_back():
 
 
 def test_a_prompt_that_is_too_long_is_cut():
-    (frame,) = animate(smooth(), [IDENTITY], ["an oil painting of " + "a very " * 40 + "old fisherman"])
+    (frame,) = animate(smooth_picture(), [IDENTITY], ["an oil painting of " + "a very " * 40 + "old fisherman"])
     bottom = np.asarray(frame.picture)[frame.picture.width :]
     assert bottom.min() < 60 and bottom[:, :4].min() > 240 and bottom[:, -4:].min() > 240
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import smooth_picture
 from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import IDENTITY, View, parse_view
 from eqldm.views.components import parse_components
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS = ["a fox", 'a <mountain> & "dusk"', "a lake"]
 COMMAND = "python sample.py --prompts 'a fox' --seed {}"
 
 
-def smooth(seed: int, side: int = 64) -> torch.Tensor:
-    """A picture [3, side, side] in [-1, 1] without symmetry."""
-    patches = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return torch.nn.functional.interpolate(patches, (side, side), mode="bicubic").clamp(-1, 1)[0]
-
-
 def make_gallery(path: Path, views: list[View], count: int = 5) -> Path:
-    write_gallery(path, [Shown(smooth(k), f"seed {k}", COMMAND.format(k)) for k in range(count)], views, PROMPTS[: len(views)])
+    write_gallery(path, [Shown(smooth_picture(k), f"seed {k}", COMMAND.format(k)) for k in range(count)], views, PROMPTS[: len(views)])
     return path
 
 
@@ -41,18 +34,7 @@ def test_a_page_is_complete_in_itself(tmp_path):
     assert "<mountain>" not in page and page.count("<figure>") == 5
     source = re.findall(r'<img alt="seed 2: a fox" src="data:image/png;base64,([^"]+)"', page)[0]
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
-    assert np.array_equal(shown, np.asarray(tensor_to_picture(smooth(2))))
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium (apt-get install chromium)")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    assert np.array_equal(shown, np.asarray(tensor_to_picture(smooth_picture(2))))
 
 
 @pytest.fixture
@@ -101,26 +83,26 @@ def test_a_picture_turns_under_the_pointer_and_back(opened, name):
     view = parse_view(name)
     page = opened([IDENTITY, view])
     figure, button = page.locator("figure").nth(1), page.locator(".picture").nth(1)
-    assert shows(page, 1, smooth(1))
+    assert shows(page, 1, smooth_picture(1))
     button.hover()
     page.wait_for_function("cards[1].moving && cards[1].moving.s > 0.4")
-    assert not shows(page, 1, smooth(1)) and not shows(page, 1, view(smooth(1)))  # on the way
+    assert not shows(page, 1, smooth_picture(1)) and not shows(page, 1, view(smooth_picture(1)))  # on the way
     at_rest(page, 1, 1)
-    assert shows(page, 1, view(smooth(1))) and shows(page, 0, smooth(0))
+    assert shows(page, 1, view(smooth_picture(1))) and shows(page, 0, smooth_picture(0))
     page.wait_for_timeout(300)
     assert figure.locator(".prompt").inner_text() == PROMPTS[1] and PROMPTS[1] in button.get_attribute("aria-label")
     page.mouse.move(1, 1)
     at_rest(page, 1, 0)
-    assert shows(page, 1, smooth(1))
+    assert shows(page, 1, smooth_picture(1))
 
 
 def test_a_picture_fades_to_its_parts(chromium, tmp_path):
     parts = parse_components("hybrid:0.1")
-    write_gallery_of_parts(tmp_path / "parts.html", [Shown(smooth(k), f"seed {k}", "x") for k in range(2)], parts, PROMPTS[:2])
+    write_gallery_of_parts(tmp_path / "parts.html", [Shown(smooth_picture(k), f"seed {k}", "x") for k in range(2)], parts, PROMPTS[:2])
     page = chromium.new_page()
     page.goto((tmp_path / "parts.html").as_uri())
     page.wait_for_selector("figure.ready")
-    for k, wanted in enumerate((*(part(smooth(0)).clamp(-1, 1) for part in parts), smooth(0))):
+    for k, wanted in enumerate((*(part(smooth_picture(0)).clamp(-1, 1) for part in parts), smooth_picture(0))):
         page.locator(".picture").first.press("Space")
         at_rest(page, 0, (k + 1) % 3)
         assert shows(page, 0, wanted)
@@ -139,7 +121,7 @@ def test_keys(opened):
     for k in (1, 2, 0):
         page.keyboard.press("Space")
         at_rest(page, 0, k)
-        assert shows(page, 0, views[k](smooth(0)))
+        assert shows(page, 0, views[k](smooth_picture(0)))
         assert page.locator("figure").first.locator(".dots i").nth(k).get_attribute("class") == "on"
 
 
@@ -160,7 +142,7 @@ def test_a_finger_on_a_phone(opened):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.locator(".picture").nth(2).tap()
     at_rest(page, 2, 1)
-    assert shows(page, 2, smooth(2).flip((1, 2)))
+    assert shows(page, 2, smooth_picture(2).flip((1, 2)))
     page.locator(".picture").nth(2).tap()
     at_rest(page, 2, 0)
 
@@ -182,4 +164,4 @@ def test_settings_are_copied_and_pictures_downloaded(opened):
     with page.expect_download() as waiting:
         page.locator("a[download]").nth(3).click()
     assert waiting.value.suggested_filename == "seed-3.png"
-    assert np.array_equal(np.asarray(Image.open(waiting.value.path())), np.asarray(tensor_to_picture(smooth(3))))
+    assert np.array_equal(np.asarray(Image.open(waiting.value.path())), np.asarray(tensor_to_picture(smooth_picture(3))))

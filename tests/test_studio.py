@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import zipfile
 
@@ -17,7 +16,6 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import IDENTITY, parse_view
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS, VIEWS = ["the letter a", "the letter v"], ["identity", "inner_circle"]
 OPTIONS = {
     "num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "", "style": "", "scheduler": None, "reduction": "mean",
@@ -89,38 +87,33 @@ def test_without_gradio_it_says_what_is_missing(monkeypatch):
         studio.main()
 
 
-def test_in_a_browser(model, monkeypatch):
+def test_in_a_browser(model, monkeypatch, chromium):
     pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium (apt-get install chromium)")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     page_of_studio, complaints = studio.build(model), []
     _, address, _ = page_of_studio.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
     try:
-        with playwright.sync_playwright() as running:
-            browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 390, "height": 800})
-            page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
-            page.goto(address)
-            page.get_by_label("Prompts, one a line").fill("the letter a\nthe letter v\na third")
-            page.get_by_role("button", name="Sample").click()
-            page.get_by_text("one prompt for each view: got 3 prompts and 2 views").wait_for()
-            page.get_by_label("Prompts, one a line").fill("the letter a\nthe letter v")
-            page.get_by_role("button", name="Sample").click()
-            page.get_by_text("4 pictures. Click those that are to be kept.").wait_for()
-            for number, kept in ((2, 1), (7, 2), (3, 1)):  # pictures 1 and 3; 1 again, which is then not kept
-                page.locator("#forming button img").nth(number).click()
-                page.get_by_text(f"{kept} kept").wait_for()
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            page.get_by_role("button", name="Take them away").click()
-            with page.expect_download() as waiting:
-                page.locator("a[download]").last.click(timeout=60_000)
-            with zipfile.ZipFile(waiting.value.path()) as file:
-                assert "anagrams-1/3.mp4" in file.namelist() and "anagrams-1/1.png" not in file.namelist()
-            browser.close()
+        page = chromium.new_page(viewport={"width": 390, "height": 800})
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+        page.goto(address)
+        page.get_by_label("Prompts, one a line").fill("the letter a\nthe letter v\na third")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("one prompt for each view: got 3 prompts and 2 views").wait_for()
+        page.get_by_label("Prompts, one a line").fill("the letter a\nthe letter v")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("4 pictures. Click those that are to be kept.").wait_for()
+        for number, kept in ((2, 1), (7, 2), (3, 1)):  # pictures 1 and 3; 1 again, which is then not kept
+            page.locator("#forming button img").nth(number).click()
+            page.get_by_text(f"{kept} kept").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_role("button", name="Take them away").click()
+        with page.expect_download() as waiting:
+            page.locator("a[download]").last.click(timeout=60_000)
+        with zipfile.ZipFile(waiting.value.path()) as file:
+            assert "anagrams-1/3.mp4" in file.namelist() and "anagrams-1/1.png" not in file.namelist()
+        page.close()
     finally:
         page_of_studio.close()
     assert not complaints
