@@ -68,7 +68,7 @@ def open_method(method: Entry, views: list[View], args: argparse.Namespace) -> S
         raise ValueError(f"'{method.folder}' holds no UNet: wanted a whole model folder")
     options = sampling_options(method, args)
     sampler.check([""] * len(views), views)
-    networks, solver = sampler.networks, sampler.solver(*(options[key] for key in ("scheduler", "reduction", "blend")))
+    networks, solver = sampler.networks, sampler.solver(options["scheduler"], options["blend"])
     config = {key: value for key, value in solver.config.items() if not key.startswith("_")}
     about = {
         "unet_hash": weights_hash(networks.unet),
@@ -133,7 +133,7 @@ class Measured:
         probabilities = torch.stack([judge.probabilities(x) for x in seen])
         self.reading = Reading(pictures, wanted.T, probabilities.argmax(2))
         self.forced = Reading(pictures, wanted.T, probabilities[..., : len(LETTERS)].argmax(2))
-        self.chosen = torch.stack([chooser.probabilities(x).gather(1, k[:, None])[:, 0] for x, k in zip(seen, wanted.T)]).amin(0)
+        self.chosen = chooser.worst_view(seen, wanted.T)
         self.features = torch.stack([judge.features(x) for x in seen])
         self.energy = torch.stack([high_frequency_energy(x) for x in seen])
         self.round_trip = None if isinstance(vae, Pixels) else round_trip_psnr(vae, pictures)

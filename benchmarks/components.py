@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> str:
             )
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
-                sheet = [[x, *(part(x).clamp(-1, 1) for part in components)] for x in found[:8]]
+                sheet = [[x, *(part(x) for part in components)] for x in found[:8]]
                 texts = [" / ".join(LETTERS[label] for label in labels) for labels in wanted.T[:8].tolist()]
                 path = args.out / f"{name}_{way}.png".replace(":", "-").replace(", ", "-")
                 picture_sheet(sheet, texts, ["whole", *(part.name for part in components)], 2).save(path)

@@ -31,8 +31,7 @@ def run(out: Path, num_samples: int, columns: int = 3) -> None:
     for name, pair in track(PAIRS.items(), "views", transient=True):
         views, labels = [IDENTITY, parse_view(name, sampler.side())], [LETTERS.index(letter) for letter in pair]
         pictures = sampler([f"the letter {letter}" for letter in pair], views, range(num_samples))
-        chances = torch.stack([judge.probabilities(view(pictures))[:, label] for view, label in zip(views, labels)]).amin(0)
-        best = pictures[int(chances.argmax())]
+        best = pictures[int(judge.worst_view([view(pictures) for view in views], labels).argmax())]
         cells.append((name, pair, [view(best) for view in views]))
     lines = -(-len(cells) // columns)
     blank = torch.ones_like(cells[0][2][0])

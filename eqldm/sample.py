@@ -56,11 +56,12 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
     options = sampling_options(args)
-    Options(**options).check(len(args.prompts))
-    kind = (Parts if args.components else Anagram)(args, sampler)
+    chosen = Options(**options)
+    chosen.check(len(args.prompts))
+    kind = Parts(args, sampler, chosen) if args.components else Anagram(args, sampler)
     sampler.check_length(args.negative_prompt)
-    sampler.solver(args.scheduler, args.reduction, args.blend, args.time_travel)
-    chooser = choose_by(args) if args.keep else None
+    sampler.solver(args.scheduler, args.blend, args.time_travel)
+    chooser = Chooser(args) if args.keep else None
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     seeds = list(range(args.seed, args.seed + args.num_samples))
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
     with Progress(transient=True) as progress:
-        task = progress.add_task("sampling", total=len(batches) * Options(**options).num_calls)
+        task = progress.add_task("sampling", total=len(batches) * chosen.num_calls)
         for batch in batches:
             made = kind.sample(batch, lambda: progress.advance(task), options)
             pictures |= dict(zip(batch, made))
@@ -151,7 +152,7 @@ class Anagram:
 class Parts:
     """Pictures whose component i reads as prompt i; one of them perhaps that of a reference picture."""
 
-    def __init__(self, args: argparse.Namespace, sampler: Sampler):
+    def __init__(self, args: argparse.Namespace, sampler: Sampler, options: Options):
         """Raises ValueError where components, prompts and reference do not fit each other, FileNotFoundError."""
         self.sampler, self.components, self.held = sampler, parse_components(args.components), {}
         names = [component.name for component in self.components]
@@ -166,16 +167,14 @@ class Parts:
             self.held = {names.index(args.hold): picture_to_tensor(picture)[None]}
         self.faces = [part for i, part in enumerate(self.components) if i not in self.held]
         self.prompts = args.prompts
-        sampler.check_parts(
-            [styled(prompt, args.style) for prompt in self.prompts], self.components, self.held, Options(**sampling_options(args))
-        )
+        sampler.check_parts([styled(prompt, args.style) for prompt in self.prompts], self.components, self.held, options)
         self.settings = {"views": [], "components": args.components, "reference": args.reference, "hold": args.hold}
 
     def sample(self, seeds: Sequence[int], on_step: Callable[[], None], options: dict) -> Tensor:
         return self.sampler.compose(self.prompts, self.components, seeds, self.held, on_step, **options)
 
     def sheet(self, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:
-        rows = [[x, *(part(x).clamp(-1, 1) for part in self.components)] for x in pictures]
+        rows = [[x, *(part(x) for part in self.components)] for x in pictures]
         headings = ["whole", *(f"{part.name}: {text}" for part, text in zip(self.components, self._texts()))]
         return picture_sheet(rows, [f"seed {seed}" for seed in seeds], headings, max(1, 128 // pictures.shape[-1]))
 
@@ -198,7 +197,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
     return {**options, **single, "travel_band": tuple(options["travel_band"])}
 
 
-class choose_by:
+class Chooser:
     """Scores pictures: [B], by the view, or part, that shows its prompt worst.
 
     Letters ("the letter A") by the probability that the judge gives them; other prompts by their CLIP similarity.
@@ -206,10 +205,8 @@ class choose_by:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.prompts, self.letters = (
-            [styled(prompt, args.style) for prompt in args.prompts],
-            [re.fullmatch(r"(?:(?:the|a) )?letter ([a-z])", prompt, re.IGNORECASE) for prompt in args.prompts],
-        )
+        self.prompts = [styled(prompt, args.style) for prompt in args.prompts]
+        self.letters = [re.fullmatch(r"(?:(?:the|a) )?letter ([a-z])", prompt, re.IGNORECASE) for prompt in args.prompts]
         if args.keep > args.num_samples:
             raise ValueError(f"--keep {args.keep}: only {args.num_samples} are sampled (--num-samples)")
         if args.clip:
@@ -222,10 +219,10 @@ class choose_by:
     def __call__(self, faces: Sequence[Tensor]) -> Tensor:
         """faces: for each prompt, the pictures as its view, or part, shows them."""
         if self.clip:
-            seen = torch.stack([self.clip.pictures(x.clamp(-1, 1)) for x in faces], 1)
-            return alignment(seen @ self.clip.texts(list(self.prompts)).T)
+            seen = torch.stack([self.clip.pictures(x) for x in faces], 1)
+            return alignment(seen @ self.clip.texts(self.prompts).T)
         labels = [LETTERS.index(letter[1].upper()) for letter in self.letters]
-        return torch.stack([self.judge.probabilities(x)[:, label] for x, label in zip(faces, labels)]).amin(0)
+        return self.judge.worst_view(faces, labels)
 
 
 def check_folder(out: Path, settings: dict) -> None:

@@ -71,10 +71,11 @@ def make(model: str, prompts: list[str], names: list[str], seeds: list[int], **o
     """The pictures of seeds as they form, then as they are. Raises ValueError, FileNotFoundError for what does not fit."""
     sampler = sampler_of(model)
     views = [parse_view(name, sampler.side()) for name in names]
-    Options(**options).check(len(views))
+    chosen = Options(**options)
+    chosen.check(len(views))
     sampler.check(prompts, views)
     sampler.check_negation(views)
-    sampler.solver(options["scheduler"], options["reduction"], "latents", options["time_travel"])
+    sampler.solver(chosen.scheduler, chosen.blend, chosen.time_travel)
     settings = {
         **DEFAULTS, **options, "guidance_scale": [options["guidance_scale"]], "negative_prompt": [options["negative_prompt"]],
         "model": model, "prompts": prompts, "views": [view.name for view in views], "device": str(sampler.device),
@@ -94,7 +95,7 @@ def make(model: str, prompts: list[str], names: list[str], seeds: list[int], **o
         estimates.put(None)
 
     threading.Thread(target=work, daemon=True).start()
-    every, last = max(1, Options(**options).num_calls // PREVIEWS), None
+    every, last = max(1, chosen.num_calls // PREVIEWS), None
     for number, found in enumerate(iter(estimates.get, None)):
         if isinstance(found, BaseException):
             raise found

@@ -48,13 +48,12 @@ def animate(x: Tensor, views: Sequence[View], prompts: Sequence[str]) -> Iterato
         cut = cut_out(picture, way)
         for k in range(1, moving):
             s, then = _eased(k / moving), prompts[(i + 1) % len(views)]
-            prompt, strength = (prompts[i], 1 - 2 * s) if s < 0.5 else (then, 2 * s - 1)
-            yield Frame(_with_prompt(draw(cut, way, s, picture.size, side), prompt, strength))
+            yield Frame(_with_prompt(draw(cut, way, s, picture.size, side), *_faded(prompts[i], then, s)))
 
 
 def animate_parts(x: Tensor, components: Sequence[Component], prompts: Sequence[str]) -> Iterator[Frame]:
     """The frames of a picture x [3, H, W] in [-1, 1] that fades to each of its parts, under its prompt, and back to the whole."""
-    faces = [_enlarged(tensor_to_picture(face.clamp(-1, 1))) for face in (x, *(part(x) for part in components))]
+    faces = [_enlarged(tensor_to_picture(face)) for face in (x, *(part(x) for part in components))]
     texts, still, moving = [" + ".join(prompts), *prompts], round(HOLD_SECONDS * FPS), round(MOVE_SECONDS * FPS / 2)
     side = max(faces[0].size) + max(faces[0].size) % 2
     for i, face in enumerate(faces):
@@ -62,8 +61,12 @@ def animate_parts(x: Tensor, components: Sequence[Component], prompts: Sequence[
         yield Frame(_with_prompt(_centred(face, side), texts[i], 1.0), still)
         for k in range(1, moving):
             s = _eased(k / moving)
-            text, strength = (texts[i], 1 - 2 * s) if s < 0.5 else (texts[then], 2 * s - 1)
-            yield Frame(_with_prompt(_centred(Image.blend(face, faces[then], s), side), text, strength))
+            yield Frame(_with_prompt(_centred(Image.blend(face, faces[then], s), side), *_faded(texts[i], texts[then], s)))
+
+
+def _faded(before: str, after: str, s: float) -> tuple[str, float]:
+    """(the prompt that shows at time s, how strongly): one goes, then the other comes."""
+    return (before, 1 - 2 * s) if s < 0.5 else (after, 2 * s - 1)
 
 
 def _eased(s: float) -> float:

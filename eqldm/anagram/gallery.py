@@ -89,7 +89,7 @@ def _rounded(place: tuple[float, float]) -> list[float]:
 def _source(x: Tensor) -> str:
     """A picture [3, H, W] in [-1, 1] as an address that holds it."""
     buffer = io.BytesIO()
-    tensor_to_picture(x.clamp(-1, 1)).save(buffer, "PNG")
+    tensor_to_picture(x).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -245,7 +245,7 @@ class Sampler:
         for x in held.values():
             if tuple(x.shape) != (1, 3, size, size):
                 raise ValueError(f"a reference of shape {tuple(x.shape)}: wanted (1, 3, {size}, {size})")
-        solver = self.solver(o.scheduler, "mean", o.blend, o.time_travel)
+        solver = self.solver(o.scheduler, o.blend, o.time_travel)
         if held and type(solver).__name__ not in (*BLENDING, "DDPMScheduler"):
             raise ValueError(f"a part cannot be held with {type(solver).__name__}: use ddim, ddpm, dpm++ or unipc")
         return side
@@ -260,7 +260,7 @@ class Sampler:
             raise ValueError("symmetrise: this is a pixel model, which decodes nothing")
         negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
         self.check_length(negative)
-        solver = self.solver(o.scheduler, o.reduction, o.blend, o.time_travel)
+        solver = self.solver(o.scheduler, o.blend, o.time_travel)
         with self.computing():
             embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
             negatives = torch.cat([self._embed(text, 1) for text in negative]).expand(len(prompts), -1, -1)
@@ -296,10 +296,9 @@ class Sampler:
                 return decode(self.vae, z).float().clamp(-1, 1).cpu()
             return sum(view.inverse(decode(self.vae, view(z)).float()) for view in D4).div(len(D4)).clamp(-1, 1).cpu()
 
-    def solver(self, scheduler: str | None = None, reduction: str = "mean", blend: str = "latents", time_travel: int = 1) -> SchedulerMixin:
+    def solver(self, scheduler: str | None = None, blend: str = "latents", time_travel: int = 1) -> SchedulerMixin:
         """The scheduler to sample with; its timesteps are not set. Raises ValueError where these options do not fit each other or the
         model."""
-        Options(scheduler=scheduler, reduction=reduction, blend=blend, weights=[1] if reduction == "weighted" else None).check(1)
         own = self.networks.scheduler
         if scheduler is not None and scheduler not in SCHEDULERS:
             raise ValueError(f"unknown scheduler '{scheduler}': wanted one of {', '.join(SCHEDULERS)}")

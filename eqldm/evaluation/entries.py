@@ -15,15 +15,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.model_folder import Pixels, downsampling, load_autoencoder
 
-SOLVER = (
-    ("scheduler", None),
-    ("reduction", "mean"),
-    ("blend", "latents"),
-    ("time_travel", 1),
-)  # the options that choose the solver, and their defaults
 RESERVED = ("report.html", "report.md", "data.safetensors", "equivariance.png", "models.png")  # what lies beside the models' folders
 OPTIONS = {
     "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
@@ -63,7 +58,9 @@ class Entry:
                     f"'{self.text}': the UNet takes {own[0]} channels at f = {own[1]}, this VAE gives {given[0]} at f = {given[1]}"
                 )
             sampler.vae = vae
-        sampler.solver(*(self.options.get(name, default) for name, default in SOLVER))
+        options = Options(**self.options)
+        options.check(2)
+        sampler.solver(options.scheduler, options.blend, options.time_travel)
         return sampler.vae, sampler
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -67,6 +68,13 @@ class Judge:
     def probabilities(self, x: Tensor, batch_size: int = 256) -> Tensor:
         """[B, 27] of pictures [B, 3, H, W] in [-1, 1]; the last is that of no letter."""
         return torch.cat([self.network(part).float().softmax(1) for part in self._sized(x).split(batch_size)])
+
+    def worst_view(self, faces: Sequence[Tensor], labels: Sequence[Tensor | int]) -> Tensor:
+        """[B] probability of the wanted letter in the view that shows it worst. faces: for each view pictures [B, 3, H, W] as it shows
+        them.  labels: for each view that of all, or [B]."""
+        found = [self.probabilities(x) for x in faces]
+        wanted = [torch.as_tensor(label).expand(len(each)) for each, label in zip(found, labels)]
+        return torch.stack([each.gather(1, label[:, None])[:, 0] for each, label in zip(found, wanted)]).amin(0)
 
     @torch.no_grad()
     def features(self, x: Tensor, batch_size: int = 256) -> Tensor:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import from_bytes, to_bytes
 from eqldm.evaluation.clip import Clip
-from eqldm.evaluation.entries import SOLVER
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
@@ -40,7 +40,8 @@ class Sampled:
         self.on_step, self.options = on_step, options
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self.shown = order[:NUM_SHOWN].sort().values
-        solver = sampler.solver(*(options.get(key, default) for key, default in SOLVER))
+        chosen = Options(**options)
+        solver = sampler.solver(chosen.scheduler, chosen.blend, chosen.time_travel)
         self.key = {
             **identity(sampler.vae, sampler.networks),
             "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",

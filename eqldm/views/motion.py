@@ -16,6 +16,18 @@ Place = tuple[float, float]
 Matrix = tuple[Place, Place]
 
 
+def turning(element: int, s: float) -> Matrix:
+    """An element of D4 on its way, at time s in [0, 1]: a turn by the shorter way, or for a reflection a turn about its axis, seen from
+    above, as a sheet of paper is turned over."""
+    quarter = element % 4
+    if element < 4:
+        angle = s * math.radians((0, 90, 180, -90)[quarter])
+        return (math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))
+    down, right, narrow = math.cos(quarter * math.pi / 4), math.sin(quarter * math.pi / 4), math.cos(s * math.pi)
+    mixed = (1 - narrow) * down * right
+    return (down**2 + narrow * right**2, mixed), (mixed, right**2 + narrow * down**2)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Cells that move as one.
@@ -35,15 +47,8 @@ class Piece:
         return self.element != 0 or math.dist(self.start, self.end) > 1e-9
 
     def matrix(self, s: float) -> Matrix:
-        """What multiplies places relative to its middle at time s in [0, 1]: a turn about its middle by the shorter way, or for a
-        reflection a turn about its axis, seen from above, as a sheet of paper is turned over."""
-        quarter = self.element % 4
-        if self.element < 4:
-            angle = s * math.radians((0, 90, 180, -90)[quarter])
-            return (math.cos(angle), -math.sin(angle)), (math.sin(angle), math.cos(angle))
-        down, right, narrow = math.cos(quarter * math.pi / 4), math.sin(quarter * math.pi / 4), math.cos(s * math.pi)
-        mixed = (1 - narrow) * down * right
-        return (down**2 + narrow * right**2, mixed), (mixed, right**2 + narrow * down**2)
+        """What multiplies places relative to its middle at time s in [0, 1]; see `turning`."""
+        return turning(self.element, s)
 
     def middle(self, s: float, spreads: bool) -> Place:
         """Where its middle is at time s; spreads: see `Motion`."""
@@ -67,11 +72,11 @@ class Motion:
 
 def motion(view: View) -> Motion:
     """From the picture x to view(x)."""
-    n = view.cells
+    n, turned = view.cells, {element: turning(element, 1) for element in set(view.turns)}
     found: dict[tuple, dict[tuple[int, int], tuple[int, int]]] = {}
     for k, (source, element) in enumerate(zip(view.source, view.turns)):
         (row, column), (to_row, to_column) = divmod(source, n), divmod(k, n)
-        (a, b), (c, d) = Piece((), element, (0, 0), (0, 0)).matrix(1)
+        (a, b), (c, d) = turned[element]
         shift = (round(to_row + 0.5 - a * (row + 0.5) - b * (column + 0.5)), round(to_column + 0.5 - c * (row + 0.5) - d * (column + 0.5)))
         found.setdefault((element, shift), {})[row, column] = (to_row, to_column)
     pieces = []

@@ -83,9 +83,9 @@ def jigsaw(pieces: int, seed: int, cells: int) -> View:
             f"({wanted[0]}, {wanted[1]}, {wanted[2]}...), got {cells}. Use a larger picture, or fewer pieces: jigsaw:2"
         )
     shapes, generator = _jigsaw_shapes(pieces, cells // pieces), torch.Generator().manual_seed(seed)
+    turned = [rotation.refine(cells).source for rotation in D4[:4]]
     while True:
         source, turns = _shuffled(shapes, pieces, cells, generator)
-        turned = [rotation.refine(cells).source for rotation in D4[:4]]
         if all(sum(a == b for a, b in zip(source, other)) <= cells**2 / 2 for other in turned):
             return View(name, cells, tuple(source), tuple(turns))
 
@@ -171,7 +171,7 @@ class Form:
 FORMS = {
     "patch_permute": Form(patch_permute, [("N", int, 4), ("SEED", int, 0)]),
     "pixel_permute": Form(pixel_permute, [("N", int, SIDE), ("SEED", int, 0)]),
-    "jigsaw": Form(lambda pieces, seed, cells: jigsaw(pieces, seed, cells), [("PIECES", int, 4), ("SEED", int, 0), ("N", int, SIDE)]),
+    "jigsaw": Form(jigsaw, [("PIECES", int, 4), ("SEED", int, 0), ("N", int, SIDE)]),
     "inner_circle": Form(inner_circle, [("N", int, SIDE)]),
     "square_hinge": Form(square_hinge, [("N", int, 4)]),
     "skew": Form(skew, [("SLOPE", float, 1.5), ("N", int, SIDE)]),
