@@ -113,6 +113,8 @@ class EquivarianceConfig:
     """Probability of a patch permutation on top of the symmetry."""
     permute_cells: list[int] = field(default_factory=lambda: [2, 4])
     """Cells per side of the patch permutations drawn."""
+    patch_turn_prob: float = 0.0
+    """Probability that a permutation's patches are also turned, each by a symmetry of the group drawn for itself."""
     negate_prob: float = 0.0
     """Probability of negation, x -> -x and z -> -z, which makes the view `negate` valid for sampling."""
 
@@ -190,11 +192,13 @@ class AutoencoderConfig:
         if eq.preset == "eqvae_paper" and eq != defaults:
             changed = [name for name in vars(defaults) if getattr(eq, name) != getattr(defaults, name)]
             raise ValueError(f"equivariance.preset=eqvae_paper fixes the scheme, got also {', '.join(changed)}: use preset=custom")
-        for name in ("prob", "rescale_prob", "permute_prob", "negate_prob"):
+        for name in ("prob", "rescale_prob", "permute_prob", "patch_turn_prob", "negate_prob"):
             if not 0 <= getattr(eq, name) <= 1:
                 raise ValueError(f"equivariance.{name} is a probability: got {getattr(eq, name)}, wanted 0 to 1")
         if eq.permute_prob and not (eq.permute_cells and min(eq.permute_cells) >= 2):
             raise ValueError(f"equivariance.permute_cells: got {eq.permute_cells}, wanted cells per side of at least 2, or permute_prob=0")
+        if eq.patch_turn_prob and not eq.permute_prob:
+            raise ValueError("equivariance.patch_turn_prob turns the patches of a permutation, of which there is none: set permute_prob too")
         if not 0 < eq.rescale_smallest < 1:
             raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
         if eq.num_groups < 1:

@@ -62,6 +62,10 @@ def test_options_are_respected():
     assert {(t.view.sign, t.view.turns) for t in negated} == {(NEGATE.sign, (0,))}
     permuted = all_transforms(EquivarianceConfig(permute_prob=1.0, permute_cells=[2, 4]))
     assert {t.view.cells for t in permuted} == {2, 4}
+    assert {len(set(t.view.turns)) for t in permuted} == {1}  # all as the whole
+    turned = EquivarianceConfig(group="rotations", permute_prob=1.0, permute_cells=[4], patch_turn_prob=0.5)
+    turns = [len(set(t.view.turns)) for t in all_transforms(turned, steps=60)]
+    assert 0.4 < sum(number > 1 for number in turns) / len(turns) < 0.6 and max(turns) == 4
     some = [t.view.cells > 1 for t in all_transforms(EquivarianceConfig(permute_prob=0.25), steps=60)]
     assert 0.2 < sum(some) / len(some) < 0.3
 

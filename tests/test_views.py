@@ -213,6 +213,13 @@ def test_transforms_are_drawn_by_the_generator_from_all_of_the_group(group):
     assert {t.view.cells for t in draw(1, **everything)} == {1, 2, 3}
     assert {t.view.sign for t in draw(1, **everything)} == {1, -1}
     assert {t.view.turns[0] for t in draw(1)} == set(GROUPS[group])
+    patches, turned = (
+        [draw_transform(torch.Generator().manual_seed(seed), group, **everything, **more).view for seed in range(60)]
+        for more in ({}, {"patch_turn_prob": 1.0})
+    )
+    assert [v.source for v in patches] == [v.source for v in turned]  # one draw more, after the others
+    assert {element for v in turned for element in v.turns} == set(GROUPS[group])
+    assert all(len(set(v.turns)) == 1 for v in patches)
 
 
 def test_transform_each_equals_the_loop():

@@ -62,6 +62,7 @@ def draw_groups(
             config.permute_prob if cells else 0.0,
             cells,
             config.negate_prob,
+            config.patch_turn_prob,
         )
         group = groups.setdefault(rescale, TransformGroup([], []))
         group.rows.append(row)
