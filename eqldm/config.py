@@ -198,7 +198,7 @@ class AutoencoderConfig:
         if eq.permute_prob and not (eq.permute_cells and min(eq.permute_cells) >= 2):
             raise ValueError(f"equivariance.permute_cells: got {eq.permute_cells}, wanted cells per side of at least 2, or permute_prob=0")
         if eq.patch_turn_prob and not eq.permute_prob:
-            raise ValueError("equivariance.patch_turn_prob turns the patches of a permutation, of which there is none: set permute_prob too")
+            raise ValueError("equivariance.patch_turn_prob turns the patches of a permutation, but there is none: set permute_prob")
         if not 0 < eq.rescale_smallest < 1:
             raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
         if eq.num_groups < 1:
