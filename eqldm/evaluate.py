@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
         metavar="MODEL",
         help="a further model, the first of the tables: all others are held against it (default: the first MODEL)",
     )
-    add("--metrics", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="what to ask (default: all)")
+    add("--metrics", nargs="+", choices=QUESTIONS, help="what to ask (default: all; components where --components names some)")
     add(
         "--views",
         nargs="+",
@@ -80,6 +80,7 @@ def parse_args() -> argparse.Namespace:
         help="anagrams to sample, by their views beside the upright one: rotate_180, or rotate_90,rotate_180 for three at once; their "
         "equivariance too",
     )
+    add("--components", nargs="+", default=[], metavar="NAME", help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3")
     add("--judge", metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
     add("--features", nargs="+", default=[], metavar="NAME=WEIGHTS", help="timm backbones for FID, KID, precision and recall")
     add("--inception", metavar="FILE", help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)")
@@ -89,6 +90,9 @@ def parse_args() -> argparse.Namespace:
     add("--num-images", type=int, help="pictures for reconstruction, equivariance, fit and distances (default: 512)")
     add("--num-letters", type=int, help="pictures sampled plainly: letters, or the data's captions (default: 256)")
     add("--num-pairs", help="anagrams sampled for each view, or all: every ordered pair of letters, with their matrix (default: 128)")
+    add("--num-seeds", type=int, default=1, help="pictures of each pair (default: 1)")
+    add("--chooser", metavar="FOLDER", help="another judge: the best of each pair's --num-seeds by it is counted too")
+    add("--num-shown", type=int, help="sampled pictures of each question on its sheet (default: 24; 12 above 128 px)")
     add("--seed", type=int, default=0, help="of the first picture sampled; picture k has seed + k")
     add("--batch-size", type=int, help="pictures computed together (default: 64 of up to 128 px, 4 of 512 px)")
     add("--num-inference-steps", type=int, help="default: 20")
@@ -100,6 +104,8 @@ def parse_args() -> argparse.Namespace:
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.metrics is None:
+        args.metrics = [name for name in QUESTIONS if name != "components" or args.components]
     return args
 
 
@@ -114,12 +120,15 @@ def check(args: argparse.Namespace) -> None:
         "num_letters",
         "num_pairs",
         "num_inference_steps",
-        *(["batch_size"] if args.batch_size is not None else []),
+        "num_seeds",
+        *(name for name in ("batch_size", "num_shown") if getattr(args, name) is not None),
     ):
         least = 2 if option in ("num_images", "num_letters", "num_pairs") else 1  # a distribution takes two
         value = str(getattr(args, option))
         if not (option == "num_pairs" and value == "all") and (not value.lstrip("-").isdecimal() or int(value) < least):
             raise ValueError(f"--{option.replace('_', '-')}: got {value}, wanted at least {least}")
+    if ("components" in args.metrics) != bool(args.components):
+        raise ValueError("--metrics components and --components NAME (hybrid:0.06, colour, motion:0.3) need each other")
 
 
 def main() -> None:

@@ -38,12 +38,21 @@ SIZES = ["--num-images", 6, "--num-letters", 4, "--num-pairs", 4, "--num-inferen
 FULL = ["--without", "lpips", "--views", "rotate_180", "flip@patch_permute:2"]
 
 
+def make_judge(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
+    save_judge(folder, timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tiny_judge(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
-    save_judge(tmp_path_factory.mktemp("judge") / "model", timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
-    return tmp_path_factory.getbasetemp() / "judge0" / "model"
+    return make_judge(tmp_path_factory.mktemp("judge") / "model", 0)
+
+
+@pytest.fixture(scope="module")
+def tiny_chooser(tmp_path_factory) -> Path:
+    return make_judge(tmp_path_factory.mktemp("chooser") / "model", 1)
 
 
 @pytest.fixture
@@ -135,11 +144,13 @@ def test_models_in_one_report(run, tiny_model_folder, vae_alone, capsys):
     assert resampled.keys() <= whole.keys() and all(len(values) == 1000 for values in resampled.values())
 
 
-def test_every_metric_is_documented(run, tiny_model_folder, vae_alone, tmp_path):
+def test_every_metric_is_documented(run, tiny_model_folder, vae_alone, tmp_path, tiny_chooser):
     clip = make_clip(tmp_path / "clip")
-    out = run(f"swap={tiny_model_folder}@vae={vae_alone}", more=[*FULL, "--clip", clip])
+    every = [*FULL, "--clip", clip, *COMPONENTS[:2], "--num-seeds", 2, "--chooser", tiny_chooser]
+    out = run(f"swap={tiny_model_folder}@vae={vae_alone}", more=every)
     names = {re.sub(r"(judge|bin_\d)", lambda m: "NAME" if m[1] == "judge" else "bin_K", name) for name in metrics_of(out, "swap")}
-    names = {re.sub(r"^(anagram|equivariance)/(?!mean/|eqvae)[^/]+", r"\1/T", name) for name in names}
+    names = {re.sub(r"^(anagram|equivariance|components)/(?!mean/|eqvae)[^/]+", r"\1/T", name) for name in names}
+    names = {re.sub(r"(?<=read_right_)(low|high)", "PART", name).replace("best_of_2", "best_of_N") for name in names}
     documented = set(re.findall(r"`([\w/]+)`", (ROOT / "docs" / "metrics.md").read_text()))
     assert not names - documented
 
@@ -311,6 +322,38 @@ def test_anagrams_of_three_views(run, tiny_model_folder):
     )
 
 
+COMPONENTS = ["--components", "hybrid:0.06", "colour"]
+
+
+def test_components(run, tiny_model_folder, capsys):
+    """Each part read, of the model's pictures and of the data's; what latents do not know is left out, and said to be."""
+    models = [tiny_model_folder, f"blend={tiny_model_folder}@blend=pixels"]
+    out = run(*models, more=["--without", "lpips", "--metrics", "components", *COMPONENTS])
+    latents, pixels = (metrics_of(out, name) for name in ("tiny", "blend"))
+    names = {f"components/hybrid:0.06/{name}" for name in ("forced_ambigramability", "read_right_low", "forced_read_right_high_data")}
+    assert names <= latents.keys() and names <= pixels.keys()
+    assert "components/colour/read_right_grey" in pixels and not any("colour" in name for name in latents)
+    report = (out / "report.html").read_text()
+    assert "Not computed for tiny: components colour (latents know nothing of colours: add @blend=pixels)." in report
+    assert "<td>components/hybrid:0.06/forced_read_right_low_data</td>" in report and "each part read as its own?" in report
+    assert Image.open(out / "blend" / "components_colour.png").width > 3 * 32 and "tiny: components hybrid-0.06" in report
+    assert "components/colour/read_right_grey" in (out / "report.md").read_text()
+
+
+def test_the_best_of_several_seeds(run, tiny_model_folder, tmp_path, tiny_chooser):
+    """Pictures come in rounds: with two seeds the first half are those of one; another judge chooses among each pair's."""
+    more = ["--without", "lpips", "--metrics", "anagram", "components", "--components", "hybrid:0.06", "--batch-size", 4]
+    seeds = ["--num-seeds", 3, "--chooser", tiny_chooser, "--num-shown", 7]
+    once, out = run(tiny_model_folder, more=more, out=tmp_path / "once"), run(tiny_model_folder, more=[*more, *seeds])
+    found = metrics_of(out, "tiny")
+    for prefix in ("anagram/rotate_180", "components/hybrid:0.06"):
+        assert 0 <= found[f"{prefix}/best_of_3"] <= found[f"{prefix}/forced_best_of_3"] <= 1
+        assert json.loads((out / "tiny" / "about.json").read_text())["samples"][prefix]["count"] == 3 * 4
+    values, first = (load_file(folder / "tiny" / "anagram_rotate_180.safetensors") for folder in (out, once))
+    assert torch.equal(values["energy"][:4], first["energy"]) and not torch.equal(values["energy"][4:8], first["energy"])
+    assert len(values["shown"]) == 7 and len(values["chosen"]) == 12 and "chosen" not in first
+
+
 def test_quick_is_smaller(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "a", "--data", "b", "--out", "c", "--quick"])
     args = command.parse_args()
@@ -376,6 +419,13 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--num-pairs", "all", "--views", "flip,mirror"], "--num-pairs all: for anagrams of two views, got 3"),
         (["--num-pairs", "some"], "--num-pairs: got some, wanted at least 2"),
         (["--device", "foo"], "--device foo: "),
+        (["--components", "hybrid:0.06"], "--metrics components and --components NAME (hybrid:0.06, colour, motion:0.3) need each other"),
+        (["components", "--components", "hybrid:2"], "components 'hybrid': got (2.0,)"),
+        (["--num-seeds", "0"], "--num-seeds: got 0, wanted at least 1"),
+        (["--num-shown", "0"], "--num-shown: got 0, wanted at least 1"),
+        (["--chooser", "nowhere"], "--chooser: nothing to choose from with --num-seeds 1, wanted 2 or more"),
+        (["--num-seeds", "2", "--chooser", "nowhere"], "'nowhere' holds no judge"),
+        (["--num-seeds", "2", "--chooser", "THE JUDGE"], "--chooser is the judge itself, which must not choose what it reads"),
         (["--without", "judge", "lpips", "inception", "clip", "--judge", "x"], "--judge and --without judge: give one of them"),
         (["--prompt-pairs", "nowhere"], "--prompt-pairs means nothing where a judge reads letters"),
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
@@ -383,12 +433,13 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--prompt-pairs", "nowhere", "--without", "judge", "lpips", "inception", "clip"], "no prompt pairs at 'nowhere'"),
     ],
 )
-def test_errors_are_one_line(run, tiny_model_folder, more, message, monkeypatch):
+def test_errors_are_one_line(run, tiny_model_folder, tiny_judge, more, message, monkeypatch):
     monkeypatch.setattr(Reconstruction, "measure", lambda *a: pytest.fail("the error should have come first"))
     monkeypatch.setattr(Sampled, "measure", lambda *a: pytest.fail("the error should have come first"))
     with pytest.raises(SystemExit) as info:
         judge = {"judge": None} if "judge" in more else {}
-        run(tiny_model_folder, more=["--metrics", "reconstruction", "anagram", *more], **judge)
+        words = [tiny_judge if word == "THE JUDGE" else word for word in more]
+        run(tiny_model_folder, more=["--metrics", "reconstruction", "anagram", *words], **judge)
     assert str(info.value.code).startswith("error: ") and message in info.value.code
 
 

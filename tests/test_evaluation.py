@@ -19,7 +19,7 @@ from eqldm.config import load_config
 from eqldm.data.samples import PictureSamples
 from eqldm.diffusion.module import train_diffusion
 from eqldm.diffusion.objective import Objective
-from eqldm.evaluation.anagram import anagram_metrics, every_pair, letter_rates, letter_tuples, unordered
+from eqldm.evaluation.anagram import anagram_metrics, best_of, every_pair, letter_rates, letter_tuples, unordered
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.equivariance import SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
 from eqldm.evaluation.features import judge_features
@@ -27,12 +27,14 @@ from eqldm.evaluation.fit import Fit, bins, fit_metrics, spectral_loss, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.judge import Judge
 from eqldm.evaluation.monitor import LetterMonitor
+from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.sampled import Sampled
 from eqldm.evaluation.work import identity, measure_all
 from eqldm.model_folder import PRETRAINED, Networks, config_hash, decode, encode, load_vae, make_scheduler
 from eqldm.views import IDENTITY, NEGATE, Rescale, parse_view
+from eqldm.views.components import parse_components
 
 
 @pytest.fixture
@@ -369,7 +371,8 @@ def test_anagrams_of_three_views():
     views = [IDENTITY, parse_view("rotate_90"), parse_view("patch_permute:2")]
     found = anagram_metrics(views, values, RealPictures({}, None, 1.0), wanted).metrics
     assert {name.removeprefix("anagram/rotate_90,patch_permute:2/"): value for name, value in found.items()} == {
-        "ambigramability": 0.5, "forced_ambigramability": 1, "read_right_upright": 1, "read_right_turned_1": 1, "read_right_turned_2": 0.5,
+        "ambigramability": 0.5, "read_right_upright": 1, "read_right_turned_1": 1, "read_right_turned_2": 0.5,
+        "forced_ambigramability": 1, "forced_read_right_upright": 1, "forced_read_right_turned_1": 1, "forced_read_right_turned_2": 1,
         "texture_upright": 1, "texture_turned_1": 2, "texture_turned_2": 3,
     }  # fmt: skip
 
@@ -427,10 +430,54 @@ def test_what_is_sampled_is_seen_in_each_view(tiny_model_folder):
     assert int((measure_all(question, 2)["shown"].int() - values["shown"].int()).abs().max()) <= 1
 
 
+def test_the_best_of_a_pairs_pictures_is_the_choosers():
+    """Two pairs, three rounds of seeds: the chooser takes the second picture of the first pair, the third of the second."""
+    scores = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.5, 0.8])
+    assert best_of(scores, 3).tolist() == [0, 0, 1, 0, 0, 1]
+    wanted = torch.tensor([[0, 1], [2, 3]]).repeat(1, 3)
+    read = wanted.T.clone()
+    read[[0, 1, 5], 1] = 26  # right in both views: numbers 2, 3, 4
+    values = {"read": read, "forced": wanted.T, "chosen": scores, "energy": torch.ones(6, 2)}
+    found = anagram_metrics([IDENTITY, parse_view("flip")], values, RealPictures({}, None, 1.0), wanted, num_seeds=3)
+    assert found.metrics["anagram/flip/ambigramability"] == 0.5 and found.metrics["anagram/flip/best_of_3"] == 0.5
+    assert found.metrics["anagram/flip/forced_best_of_3"] == 1
+    resampled = found.resampled["anagram/flip/best_of_3"]  # pairs are drawn, each with all its pictures: both, the first or the second
+    assert set(resampled.tolist()) == {0, 0.5, 1}
+
+
+def test_parts_are_read_each_for_itself(tiny_model_folder):
+    """The judge sees each part, within the range of pictures, of what `compose` gives."""
+    sampler, seen = Sampler.open(tiny_model_folder, "cpu"), []
+
+    class Letters:
+        hash = "letters"
+
+        def probabilities(self, x):
+            seen.append(x)
+            return nn.functional.one_hot(torch.full((len(x),), 4), 27).float()
+
+    parts, wanted = parse_components("hybrid:0.06"), torch.tensor([[4, 1], [4, 4]])
+    question = Sampled(
+        "components_hybrid", sampler, parts, letter_prompts(wanted), judge=Letters(), wanted=wanted, num_inference_steps=2, blend="pixels"
+    )
+    values = measure_all(question)
+    made = sampler.compose(letter_prompts(wanted), parts, [0, 1], num_inference_steps=2, blend="pixels")
+    for part, shown in zip(parts, seen):
+        torch.testing.assert_close(shown, part(made).clamp(-1, 1), atol=2e-2, rtol=0)  # 8 bits
+    assert not {name for name in values if name.startswith(("energy", "features"))}
+    real = RealPictures({}, None, 1.0, None, {"hybrid:0.06": [0.4, 0.9]})
+    found = part_metrics("hybrid:0.06", parts, values, real, question.clusters, wanted).metrics
+    shares = {name.removeprefix("components/hybrid:0.06/"): value for name, value in found.items() if "round_trip" not in name}
+    assert shares == {
+        "ambigramability": 0.5, "read_right_low": 0.5, "read_right_high": 1, "forced_read_right_low_data": 0.4,
+        "forced_ambigramability": 0.5, "forced_read_right_low": 0.5, "forced_read_right_high": 1, "forced_read_right_high_data": 0.9,
+    }  # fmt: skip
+
+
 def test_the_pictures_that_are_shown_are_drawn_from_all(tiny_model_folder):
     question = Sampled("anagram", Sampler.open(tiny_model_folder, "cpu"), [IDENTITY], [["the letter a"] * 60], num_inference_steps=1)
     shown = question.shown.tolist()
-    assert len(shown) == 32 and shown == sorted(set(shown)) and shown[-1] > 50
+    assert len(shown) == 24 and shown == sorted(set(shown)) and shown[-1] > 50
     last = question.measure(range(50, 60))
     alone = question.sampler(["the letter a"], [IDENTITY], [shown[-1]], num_inference_steps=1)
     assert len(last["shown"]) == sum(number >= 50 for number in shown)

@@ -91,36 +91,56 @@ def sides(count: int) -> list[str]:
     return ["upright", "turned"] if count == 2 else ["upright", *(f"turned_{i}" for i in range(1, count))]
 
 
-def anagram_metrics(
-    views: Sequence[View], values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
-    temperature: float | None = None,
-) -> Findings:  # fmt: skip
-    """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
-    (see `sides`):
+def add_readings(
+    findings: Findings, prefix: str, faces: Sequence[str], values: dict[str, Tensor], wanted: Tensor | None, temperature: float | None,
+    num_seeds: int = 1,
+) -> None:  # fmt: skip
+    """Adds what is read of pictures under views, or of their parts, called `faces`, each name after `prefix`:
 
-    `ambigramability`   the share that the judge reads right in every view;  `read_right_*` in each;  wanted: [views, N]
-    `forced_ambigramability`   the same where it must name one of the 26 letters, as the literature's must
-    `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
-    `round_trip_psnr`   dB of D(E(x)) against x, upright
+    `ambigramability`   the share that the judge reads right in every one;  `read_right_FACE` in each;  wanted: [faces, N]
+    `forced_ambigramability`, `forced_read_right_FACE`   the same where it must name one of the 26 letters, as the literature's must
+    `best_of_K`, `forced_best_of_K`   the same of the picture that the chooser (if any) likes best of a tuple's K = num_seeds
     `alignment`, `concealment`   means of `clip.alignment` and `clip.concealment` (at CLIP's temperature), and their `_q90`, `_q95`
 
-    clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same letters.
+    Pictures are in rounds: each tuple of prompts once, then each once more, of the next seeds.
     """
-    count = len(values["energy"])
-    if clusters is None:
-        clusters = torch.arange(count) if wanted is None else unordered(wanted.T)
-    findings, prefix, names = Findings(clusters), f"anagram/{title(views)}/", sides(len(views))
     if wanted is not None:
         for name, read in (("", values["read"]), ("forced_", values["forced"])):
             right = (read == wanted.T).double()
             findings.mean(f"{prefix}{name}ambigramability", right.prod(1))
-            for side, each in zip(names, right.T) if not name else ():
-                findings.mean(f"{prefix}read_right_{side}", each)
+            if "chosen" in values and num_seeds > 1:
+                findings.ratio(f"{prefix}{name}best_of_{num_seeds}", right.prod(1) * (best := best_of(values["chosen"], num_seeds)), best)
+            for face, each in zip(faces, right.T):
+                findings.mean(f"{prefix}{name}read_right_{face}", each)
     if "similarity" in values:
         scores = {"alignment": alignment(values["similarity"]), "concealment": concealment(values["similarity"], temperature)}
         for name, score in scores.items():
             findings.mean(f"{prefix}{name}", score)
             findings.metrics |= {f"{prefix}{name}_q{q * 100:.0f}": float(score.double().quantile(q)) for q in QUANTILES}
+
+
+def best_of(scores: Tensor, num_seeds: int) -> Tensor:
+    """[N] float64: 1 for the picture of the highest score of each tuple, 0 for its others. scores: [N], in rounds."""
+    rounds = scores.view(num_seeds, -1)
+    return torch.zeros_like(rounds, dtype=torch.float64).scatter_(0, rounds.argmax(0, keepdim=True), 1.0).flatten()
+
+
+def anagram_metrics(
+    views: Sequence[View], values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
+    temperature: float | None = None, num_seeds: int = 1,
+) -> Findings:  # fmt: skip
+    """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
+    (see `sides`): the readings of `add_readings`, and
+
+    `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
+    `round_trip_psnr`   dB of D(E(x)) against x, upright
+
+    clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same letters.
+    """
+    if clusters is None:
+        clusters = torch.arange(len(values["energy"])) if wanted is None else unordered(wanted.T)
+    findings, prefix, names = Findings(clusters), f"anagram/{title(views)}/", sides(len(views))
+    add_readings(findings, prefix, names, values, wanted, temperature, num_seeds)
     for i, side in enumerate(names):
         distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
         findings.mean(f"{prefix}texture_{side}", values["energy"][:, i] / real.energy)

@@ -17,13 +17,13 @@ from eqldm.evaluation.judge import Judge
 WEIGHTS = {  # what `--without` may name, and the questions that need it
     "lpips": {"reconstruction", "equivariance"},
     "inception": {"reconstruction", "generation", "anagram"},
-    "clip": {"generation", "anagram"},
-    "judge": {"reconstruction", "generation", "anagram"},
+    "clip": {"generation", "anagram", "components"},
+    "judge": {"reconstruction", "generation", "anagram", "components"},
 }
 
 
 class Instruments:
-    """judge, features, lpips, clip: those that the questions `asked` need and that are at hand, else None.
+    """judge, chooser, features, lpips, clip: those that the questions `asked` need and that are at hand, else None.
 
     missing: what cannot be computed for want of weights, with the way to get them.  notes: what is left out.
     """
@@ -41,6 +41,7 @@ class Instruments:
         self.judge = self._needing("judge", "what the judge reads", partial(Judge.open, args.judge)) if args.judge or letters else None
         if self.judge and args.prompt_pairs:
             raise ValueError("--prompt-pairs means nothing where a judge reads letters: leave it out, or add --without judge")
+        self.chooser = self._chooser() if args.chooser else None
         self.features = self._features()
         self.lpips = self._needing("lpips", "LPIPS", lambda: load_lpips().to(device))
         self.clip = None if self.judge and not args.clip else self._needing("clip", "CLIP score, alignment, concealment", self._clip)
@@ -59,6 +60,17 @@ class Instruments:
                 raise
             self.missing.append(f"{what}: {error}")
             return None
+
+    def _chooser(self) -> Judge:
+        """Chooses the best of a pair's pictures, which the judge then reads."""
+        if not self.judge:
+            raise ValueError("--chooser chooses among letters that the judge reads, but none reads here: leave it out")
+        if self.args.num_seeds < 2:
+            raise ValueError(f"--chooser: nothing to choose from with --num-seeds {self.args.num_seeds}, wanted 2 or more")
+        chooser = Judge.open(self.args.chooser)
+        if chooser.hash == self.judge.hash:
+            raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
+        return chooser
 
     def _features(self) -> list[Features]:
         found = [judge_features(self.judge)] if self.judge else []

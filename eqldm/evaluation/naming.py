@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-UP = set("psnr ssim read_right ambigramability precision recall clip_score alignment concealment aligned_share".split())
+UP = set("psnr ssim read_right ambigramability best_of precision recall clip_score alignment concealment aligned_share".split())
 DOWN = set("lpips rfid fid kid error loss ratio".split())
-NEITHER = {"fit/spectral_loss", "generation/read_right_data"}
+NEITHER = {"fit/spectral_loss"}
 TO_ONE = {"texture", "latent_std"}
 QUESTION_TITLES = {
     "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
@@ -12,12 +12,13 @@ QUESTION_TITLES = {
     "fit": "Fit: does the UNet know these latents?",
     "generation": "Generation: does it draw what it is asked for, as well as real pictures?",
     "anagram": "Anagrams: does it read as both?",
+    "components": "Components: does each part read as its own?",
 }
 
 
 def direction(name: str) -> str:
-    """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better."""
-    parts = [] if name in NEITHER else name.split("/")
+    """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better (`_data`: what can be reached)."""
+    parts = [] if name in NEITHER or name.endswith("_data") else name.split("/")
     for part in reversed(parts):
         part = "_".join(word for word in part.split("_") if word not in ("upright", "turned"))
         if any(f"_{word}_" in f"_{part}_" for word in TO_ONE):
@@ -30,8 +31,8 @@ def direction(name: str) -> str:
 
 
 def question_of(name: str) -> str:
-    """The question that a metric answers, as results name it: `fit`, `anagram/rotate_180`."""
-    return name.rsplit("/", 1)[0] if name.startswith("anagram/") else name.split("/", 1)[0]
+    """The question that a metric answers, as results name it: `fit`, `anagram/rotate_180`, `components/hybrid:0.06`."""
+    return name.rsplit("/", 1)[0] if name.startswith(("anagram/", "components/")) else name.split("/", 1)[0]
 
 
 def number(value: float | None) -> str:

@@ -7,7 +7,7 @@ A reading judge forgives a rough texture, as CLIP scores do; these do not. Dista
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,8 +19,9 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
-from eqldm.evaluation.judge import Judge
+from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.model_folder import decode, encode
+from eqldm.views.components import parse_components
 
 NEIGHBOURS = 3  # of precision and recall
 
@@ -28,19 +29,24 @@ NEIGHBOURS = 3  # of precision and recall
 @dataclass(frozen=True)
 class RealPictures:
     """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), their mean
-    high-frequency energy, and the share of them that the judge reads right (None where none reads)."""
+    high-frequency energy, and the share of them that the judge reads right (None where none reads), and by components (`hybrid:0.06`) of
+    each of their parts, where it must name a letter."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
     energy: float
     read_right: float | None = None
+    read_parts: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> RealPictures:
         """Of what `RealData` measured."""
         labels = values["label"]
         read_right = float((values["read"] == labels).double().mean()) if "read" in values else None
-        return cls(features_of(values), None if bool((labels < 0).any()) else labels, float(values["energy"].mean()), read_right)
+        parts = {name.removeprefix("parts/"): read for name, read in values.items() if name.startswith("parts/")}
+        read_parts = {name: (read == labels[:, None]).double().mean(0).tolist() for name, read in parts.items()}
+        known = None if bool((labels < 0).any()) else labels
+        return cls(features_of(values), known, float(values["energy"].mean()), read_right, read_parts)
 
 
 class RealData:
@@ -48,19 +54,30 @@ class RealData:
 
     name = "data"
 
-    def __init__(self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None):
+    def __init__(
+        self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None,
+        components: Sequence[str] = (),
+    ):  # fmt: skip
+        """components: such as `hybrid:0.06`, whose parts the judge reads too."""
         self.samples, self.count, self.features, self.judge = samples, count, features, judge
-        self.key = {"data": samples.digest, "features": {f.name: f.hash for f in features}, "judge": judge and judge.hash}
+        self.components = {name: parse_components(name) for name in components}
+        hashes = {f.name: f.hash for f in features}
+        self.key = {"data": samples.digest, "features": hashes, "judge": judge and judge.hash, "components": list(components)}
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
-        `read` [B], what the judge reads."""
+        `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter."""
         batch = collate([self.samples[i] for i in numbers])
         x = batch["x"]
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
         values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
         values |= {f"features/{f.name}": f.extract(x) for f in self.features}
-        return values | ({"read": self.judge(x)} if self.judge is not None else {})
+        if self.judge is not None:
+            values["read"] = self.judge(x)
+            for name, parts in self.components.items():
+                seen = [self.judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
+                values[f"parts/{name}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
+        return values
 
 
 def features_of(values: dict[str, Tensor]) -> dict[str, Tensor]:

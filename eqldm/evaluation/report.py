@@ -85,7 +85,7 @@ def console_table(models: Sequence[Measured], title: str) -> Table:
     table = Table(Column("metric", no_wrap=True), "", *(model.name for model in models), title=title)
     names = dict.fromkeys(name for model in models for name in model.metrics)
     for name in sorted(names, key=lambda name: list(QUESTION_TITLES).index(name.split("/", 1)[0])):
-        if name.startswith(("reconstruction/", "generation/", "anagram/", "equivariance/mean/", "equivariance/eqvae")) or (
+        if name.startswith(("reconstruction/", "generation/", "anagram/", "components/", "equivariance/mean/", "equivariance/eqvae")) or (
             name.startswith("fit/") and "/bin_" not in name
         ):
             table.add_row(name, direction(name), *(number(model.metrics.get(name)) for model in models))
@@ -181,6 +181,7 @@ def _belongs(title: str, question: str) -> bool:
         "equivariance": ("equivariance", "latents"),
         "generation": ("letters", "generation", "models"),
         "anagram": ("anagrams", "letter_matrix"),
+        "components": ("components",),
     }
     return title.startswith(owners.get(question, ("-",)))
 

@@ -21,6 +21,7 @@ from eqldm.evaluation.report import Model, Report, console_table, write_report
 from eqldm.evaluation.sheets import equivariance_sheet, models_sheet
 from eqldm.training.run_folder import git_commit, versions
 from eqldm.views import View
+from eqldm.views.components import Component
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Result:
     hashes: dict[str, str] = field(default_factory=dict)
     sheets: dict[str, Path] = field(default_factory=dict)
     decodings: dict[str, Tensor] = field(default_factory=dict)
-    readings: list[tuple[list[View], Reading]] = field(default_factory=list)
+    readings: dict[str, tuple[Sequence[View] | Sequence[Component], Reading]] = field(default_factory=dict)
     verdict: Verdict | None = None
 
     def add(self, findings: Findings, question: str, samples: dict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.atomic import write_whole
 from eqldm.data.samples import from_bytes
@@ -27,6 +28,7 @@ from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.pictures import open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
@@ -36,9 +38,10 @@ from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View, parse_view
+from eqldm.views.components import parse_components
 
 OF_VAES = ("reconstruction", "equivariance")
-QUESTIONS = (*OF_VAES, "fit", "generation", "anagram")
+QUESTIONS = (*OF_VAES, "fit", "generation", "anagram", "components")
 
 console = Console(stderr=True)
 
@@ -59,6 +62,7 @@ class Evaluation:
         self.device = torch.device(args.device)
         self.anagrams: list[list[View]] = []  # each by its views; see `prepare`
         self.views: list[View] = []
+        self.components = {name: parse_components(name) for name in args.components if "components" in self.asked}
         self.samples = open_pictures(args.data, args.image_size, args.num_images)
         self.count = min(args.num_images, len(self.samples))
         height, width = self.samples.image_size
@@ -94,7 +98,7 @@ class Evaluation:
 
     def look_at_data(self) -> None:
         """Measures the real pictures, once for all models."""
-        question = RealData(self.samples, self.count, self.tools.features, self.judge)
+        question = RealData(self.samples, self.count, self.tools.features, self.judge, list(self.components))
         self.values = self.ask(question, self.out, "data")
         if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
@@ -127,14 +131,20 @@ class Evaluation:
                 Objective.of(sampler.networks.scheduler)
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
-            for names in self.args.views if "anagram" in self.asked else ():
-                prompts, _ = self._anagram_prompts(names.count(",") + 2)
+            counts = [names.count(",") + 2 for names in self.args.views] if "anagram" in self.asked else []
+            for count in [*counts, *map(len, self.components.values())]:
+                prompts, _ = self._anagram_prompts(count)
                 try:
                     for texts in prompts:
                         sampler.check_length(texts)
                 except ValueError as error:
                     how = "give others with --prompt-pairs, or leave anagram out of --metrics"
                     raise ValueError(f"the prompt pairs do not fit '{entry.folder}' ({error}): {how}") from error
+            for name in self._components_of(entry, sampler):
+                try:
+                    sampler.check_parts([""] * len(self.components[name]), self.components[name], {}, Options(**entry.options))
+                except ValueError as error:
+                    raise ValueError(f"'{entry.text}', components {name}: {error}") from error
         return vae, sampler
 
     def answer(self, entry: Entry) -> Result | None:
@@ -187,7 +197,7 @@ class Evaluation:
             yield "fit", Fit(sampler, self.samples, self.count, own), lambda *found: self._fit(sampler, *found)
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, **entry.options}
         options |= {"features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
-        options["seed"] = args.seed
+        options |= {"seed": args.seed, "num_shown": args.num_shown or (24 if max(self.samples.image_size) <= 128 else 12)}
         if "generation" in asked:
             wanted = plain_letters(args.num_letters) if self.judge else None
             prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]
@@ -195,8 +205,22 @@ class Evaluation:
             yield "generation", question, lambda *found, q=question: self._generation(q, *found)
         for views in self.anagrams if "anagram" in asked else ():
             prompts, wanted = self._anagram_prompts(len(views))
-            question = Sampled(f"anagram_{file_name(views)}", sampler, views, prompts, wanted=wanted, **options)
+            name = f"anagram_{file_name(title(views))}"
+            question = Sampled(name, sampler, views, prompts, wanted=wanted, chooser=self.tools.chooser, **options)
             yield f"anagram/{title(views)}", question, lambda *found, q=question: self._anagram(q, *found)
+        for text in (names := self._components_of(entry, sampler)):
+            prompts, wanted = self._anagram_prompts(len(self.components[text]))
+            name = f"components_{file_name(text)}"
+            chooser = self.tools.chooser
+            question = Sampled(name, sampler, self.components[text], prompts, wanted=wanted, chooser=chooser, **options)
+            yield f"components/{text}", question, lambda *found, q=question, text=text: self._parts(text, q, *found)
+        if left := [text for text in self.components if text not in names]:
+            self._note(f"Not computed for {entry.name}: components {', '.join(left)} (latents know nothing of colours: add @blend=pixels).")
+
+    def _components_of(self, entry: Entry, sampler: Sampler) -> list[str]:
+        """Those of the components asked for that mean something where this entry takes pictures apart."""
+        in_latents = not isinstance(sampler.vae, Pixels) and entry.options.get("blend", "latents") == "latents"
+        return [text for text, parts in self.components.items() if not in_latents or all(part.in_latents for part in parts)]
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -224,16 +248,17 @@ class Evaluation:
         return [found[k % len(found)] for k in range(count)]
 
     def _anagram_prompts(self, num_views: int) -> tuple[list[list[str]], Tensor | None]:
-        """(for each view, each picture's prompt; label numbers [views, N] where a judge reads). Raises ValueError, FileNotFoundError."""
+        """(for each view, each picture's prompt; label numbers [views, N] where a judge reads), in rounds: each tuple once, then once more
+        for each further seed. Raises ValueError, FileNotFoundError."""
         every, count = self.args.num_pairs == "all", self.args.num_pairs
         if self.judge:
             if every and num_views > 2:
                 raise ValueError(f"--num-pairs all: for anagrams of two views, got {num_views} with upright: give a number of them")
-            wanted = every_pair().T if every else letter_tuples(int(count), num_views)
+            wanted = (every_pair().T if every else letter_tuples(int(count), num_views)).repeat(1, self.args.num_seeds)
             return letter_prompts(wanted), wanted
         found = read_prompts(Path(self.args.prompt_pairs or PROMPT_PAIRS), num_views)
         chosen = found if every else [found[k % len(found)] for k in range(int(count))]
-        return [list(texts) for texts in zip(*chosen)], None
+        return [list(texts) * self.args.num_seeds for texts in zip(*chosen)], None
 
     def _reconstruction(self, vae, values, real, result: Result, folder: Path) -> Findings:
         worst = worst_reconstructions(vae, self.samples, values)
@@ -261,25 +286,31 @@ class Evaluation:
         return generation_metrics(values, real, question.wanted, None if self.judge else question.clusters)
 
     def _anagram(self, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
-        views = question.views
-        self._sampled(question, values, result, folder / f"anagrams_{file_name(views)}.png")
+        views = question.faces
+        self._sampled(question, values, result, folder / f"anagrams_{file_name(title(views))}.png")
         if question.wanted is not None and self.args.num_pairs == "all":
             heading = f"{result.entry.name}: read right in both views"
             matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views])
-            self._save(result, folder / f"letter_matrix_{file_name(views)}.png", matrix)
+            self._save(result, folder / f"letter_matrix_{file_name(title(views))}.png", matrix)
         clusters = None if self.judge else question.clusters
-        return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.clip and self.tools.clip.temperature)
+        temperature = self.tools.clip and self.tools.clip.temperature
+        return anagram_metrics(views, values, real, question.wanted, clusters, temperature, self.args.num_seeds)
+
+    def _parts(self, text: str, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
+        self._sampled(question, values, result, folder / f"components_{file_name(text)}.png")
+        temperature = self.tools.clip and self.tools.clip.temperature
+        return part_metrics(text, question.faces, values, real, question.clusters, question.wanted, temperature, self.args.num_seeds)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
         """Keeps the pictures that are shown."""
         pictures, shown = from_bytes(values["shown"]), question.shown
         if question.wanted is None:
             prompts = [[texts[number] for number in shown.tolist()] for texts in question.prompts]
-            self._save(result, path, sheets.prompt_sheet(pictures, question.views, prompts))
+            self._save(result, path, sheets.prompt_sheet(pictures, question.faces, prompts))
             return
         reading = Reading(pictures, question.wanted[:, shown], values["read"][shown].T)
-        result.readings.append((question.views, reading))
-        self._save(result, path, sheets.reading_sheet(reading, question.views))
+        result.readings[question.name] = question.faces, reading
+        self._save(result, path, sheets.reading_sheet(reading, question.faces))
 
     def _save(self, result: Result, path: Path, sheet: Image.Image) -> None:
         write_whole(path, lambda partial: sheet.save(partial, "PNG"))
@@ -303,10 +334,10 @@ def _fits(view: View, height: int, width: int) -> bool:
 def headline(findings: Findings, most: int = 4) -> list[tuple[str, float]]:
     """The first metrics that are not of a single view, bin or quantile."""
     short = [(name, value) for name, value in findings.metrics.items() if "bin_" not in name and name.count("/") == 1]
-    means = [(name, value) for name, value in findings.metrics.items() if "/mean/" in name or name.startswith("anagram/")]
+    means = [(name, value) for name, value in findings.metrics.items() if "/mean/" in name or name.startswith(("anagram/", "components/"))]
     return (means or short)[:most]
 
 
-def file_name(views: Sequence[View]) -> str:
-    """Of an anagram's views, in file names."""
-    return title(views).replace(":", "-").replace("@", "+").replace(",", "_")
+def file_name(title: str) -> str:
+    """Of an anagram's views, or of components, in file names."""
+    return title.replace(":", "-").replace("@", "+").replace(",", "_")

@@ -1,4 +1,4 @@
-"""Pictures sampled from seeds, and looked at in each view: what the questions of generation and of anagrams share."""
+"""Pictures sampled from seeds, and looked at in each view, or part: what the questions of generation, anagrams and components share."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
 from eqldm.evaluation.work import identity
 from eqldm.model_folder import Pixels, config_hash
 from eqldm.views import View
-
-NUM_SHOWN = 32  # pictures that are kept, drawn from all: of every pair of letters the first are alike
+from eqldm.views.components import Component
 
 
 class Sampled:
-    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view.
+    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view, or part.
 
-    prompts: for each view, each picture's.  wanted: [views, N] label numbers, where a judge reads.
-    options: of `sampling.Options`.
+    faces: views, or components.  prompts: for each face, each picture's.  wanted: [faces, N] label numbers, where a judge reads.
+    num_shown: pictures that are kept, drawn from all (of every pair of letters the first are alike).  options: of `sampling.Options`.
     """
 
     def __init__(
-        self, name: str, sampler: Sampler, views: Sequence[View], prompts: Sequence[Sequence[str]], *, wanted: Tensor | None = None,
-        judge: Judge | None = None, features: Sequence[Features] = (), clip: Clip | None = None, seed: int = 0,
-        on_step: Callable[[], None] | None = None, **options,
+        self, name: str, sampler: Sampler, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]], *,
+        wanted: Tensor | None = None, judge: Judge | None = None, chooser: Judge | None = None, features: Sequence[Features] = (),
+        clip: Clip | None = None, seed: int = 0, num_shown: int = 24, on_step: Callable[[], None] | None = None, **options,
     ):  # fmt: skip
-        self.name, self.sampler, self.views, self.prompts, self.count = name, sampler, list(views), prompts, len(prompts[0])
-        self.wanted, self.judge, self.features, self.clip, self.seed = wanted, judge, features, clip, seed
-        self.on_step, self.options = on_step, options
+        self.name, self.sampler, self.faces, self.prompts, self.count = name, sampler, list(faces), prompts, len(prompts[0])
+        self.wanted, self.judge, self.chooser, self.features, self.clip = wanted, judge, chooser, features, clip
+        self.seed, self.on_step, self.options = seed, on_step, options
+        self.of_parts = isinstance(self.faces[0], Component)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
-        self.shown = order[:NUM_SHOWN].sort().values
+        self.shown = order[:num_shown].sort().values
         chosen = Options(**options)
         solver = sampler.solver(chosen.scheduler, chosen.blend, chosen.time_travel)
         self.key = {
             **identity(sampler.vae, sampler.networks),
             "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",
-            "views": [view.name for view in views],
+            "name": name,
+            "views": [face.name for face in faces],
             "prompts": hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16],
             "judge": judge and judge.hash,
+            "chooser": chooser and chooser.hash,
             "features": {f.name: f.hash for f in features},
             "clip": clip and clip.hash,
             "seed": seed,
+            "num_shown": num_shown,
             "precision": sampler.precision,
             "options": options,
         }
@@ -63,26 +66,31 @@ class Sampled:
 
     @torch.no_grad()
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """Of pictures, rounded to 8 bits as they would be saved, of each view V of them:
+        """Of pictures, rounded to 8 bits as they would be saved, of each view, or part, V of them:
 
-        `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;  `energy` [B, V];
-        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `features/NAME` [B, V, D];
+        `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;
+        `energy` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
+        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `chosen` [B] what the chooser gives the worst;
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
         """
         prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
         seeds = [self.seed + number for number in numbers]
-        pictures = self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
-        saved = to_bytes(pictures)
+        draw = self.sampler.compose if self.of_parts else self.sampler
+        saved = to_bytes(draw(prompts, self.faces, seeds, on_step=self.on_step, **self.options))
         x = from_bytes(saved)
-        seen = [view(x) for view in self.views]
+        seen = [face(x).clamp(-1, 1) for face in self.faces]  # a part may leave the range
         shown = [number - numbers.start for number in self.shown.tolist() if number in numbers]
-        values = {"shown": saved[shown], "energy": torch.stack([high_frequency_energy(x) for x in seen], 1)}
+        values = {"shown": saved[shown]}
+        if not self.of_parts:
+            values["energy"] = torch.stack([high_frequency_energy(x) for x in seen], 1)
+            values |= {f"features/{f.name}": torch.stack([f.extract(x) for x in seen], 1) for f in self.features}
         if not isinstance(self.sampler.vae, Pixels):
             values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
         if self.judge is not None:
             probabilities = torch.stack([self.judge.probabilities(x) for x in seen], 1)
             values |= {"read": probabilities.argmax(-1), "forced": probabilities[..., : len(LETTERS)].argmax(-1)}
-        values |= {f"features/{f.name}": torch.stack([f.extract(x) for x in seen], 1) for f in self.features}
+        if self.chooser is not None:
+            values["chosen"] = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
         if self.clip is not None:
             texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
             values["similarity"] = torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT

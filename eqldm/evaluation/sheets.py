@@ -18,6 +18,7 @@ from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.judge import ANSWERS, LETTERS
 from eqldm.model_folder import decode, encode
 from eqldm.views import View
+from eqldm.views.components import Component
 
 
 @torch.no_grad()
@@ -36,34 +37,38 @@ def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
     return picture_sheet(rows, list(decodings) * count, list(first), scale=_scale(first["x"]))
 
 
-def reading_sheet(reading: Reading, views: Sequence[View], most: int = 24) -> Image.Image:
-    """Sampled letters in each view, a row each, labelled wanted -> read."""
-    count = min(most, len(reading.pictures))
-    rows = [[view(picture) for view in views] for picture in reading.pictures[:count]]
+def reading_sheet(reading: Reading, faces: Sequence[View] | Sequence[Component]) -> Image.Image:
+    """Sampled letters in each view (or whole, and each part), a row each, labelled wanted -> read."""
+    faces = _with_whole(faces)
+    rows = [[face(picture) for face in faces] for picture in reading.pictures]
     labels = [
         "  ".join(f"{ANSWERS[w]}→{ANSWERS[r]}" for w, r in zip(reading.wanted[:, k].tolist(), reading.read[:, k].tolist()))
-        for k in range(count)
+        for k in range(len(rows))
     ]
-    return _side_by_side(rows, labels, [view.name for view in views])
+    return _side_by_side(rows, labels, [face.name for face in faces])
 
 
-def models_sheet(readings: dict[str, list[tuple[Sequence[View], Reading]]], most: int = 6, columns: int | None = None) -> Image.Image:
-    """The same letters and seeds by each model: the first pictures of each kind, a row for each view of each.
+def _with_whole(faces: Sequence[View] | Sequence[Component]) -> Sequence[View] | Sequence[Component]:
+    """Parts after the whole that they are of; views as they are."""
+    return [Component("whole", lambda x: x), *faces] if isinstance(faces[0], Component) else faces
 
-    readings: by model, of each kind (plain letters, anagrams in these views), in one order.
-    columns: how many the list of rows is broken into; None gives each kind its own.
+
+def models_sheet(readings: dict[str, dict[str, tuple[Sequence[View] | Sequence[Component], Reading]]], most: int = 6) -> Image.Image:
+    """The same letters and seeds by each model: the first pictures of each kind that all have, a row for each view, or part, of each.
+
+    readings: by model, by kind (plain letters, anagrams in these views).
     """
-    sheets, rows, labels = [], [], []
-    for kind in zip(*readings.values()):
-        views, first = kind[0]
+    sheets = []
+    kinds = [kind for kind in next(iter(readings.values())) if all(kind in found for found in readings.values())]
+    for kind in kinds:
+        rows, labels = [], []
+        faces, first = next(iter(readings.values()))[kind]
         for k in range(min(most, len(first.pictures))):
-            for i, view in enumerate(views):
-                rows.append([view(reading.pictures[k]) for _, reading in kind])
-                labels.append(f"{ANSWERS[first.wanted[i, k]]}  {view.name}")
-        if columns is None:
-            sheets.append(_side_by_side(rows, labels, list(readings), 1))
-            rows, labels = [], []
-    return _joined(sheets) if columns is None else _side_by_side(rows, labels, list(readings), columns)
+            for i, face in enumerate(faces):
+                rows.append([face(found[kind][1].pictures[k]) for found in readings.values()])
+                labels.append(f"{ANSWERS[first.wanted[i, k]]}  {face.name}")
+        sheets.append(_side_by_side(rows, labels, list(readings), 1))
+    return _joined(sheets)
 
 
 def _side_by_side(rows: list[list[Tensor]], labels: list[str], headings: list[str], columns: int = 3) -> Image.Image:
@@ -83,11 +88,12 @@ def _joined(sheets: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def prompt_sheet(pictures: Tensor, views: Sequence[View], prompts: Sequence[Sequence[str]], most: int = 12) -> Image.Image:
-    """Sampled pictures [N, 3, H, W] in each view, a row each, labelled with their prompts."""
-    rows = [[view(picture) for view in views] for picture in pictures[:most]]
-    labels = [" / ".join(_shortened(text) for text in texts) for texts in zip(*prompts)][: len(rows)]
-    return _side_by_side(rows, labels, [view.name for view in views], 1 if pictures.shape[-1] > 128 else 3)
+def prompt_sheet(pictures: Tensor, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]]) -> Image.Image:
+    """Sampled pictures [N, 3, H, W] in each view (or whole, and each part), a row each, labelled with their prompts."""
+    faces = _with_whole(faces)
+    rows = [[face(picture) for face in faces] for picture in pictures]
+    labels = [" / ".join(_shortened(text) for text in texts) for texts in zip(*prompts)]
+    return _side_by_side(rows, labels, [face.name for face in faces], 1 if pictures.shape[-1] > 128 else 3)
 
 
 def _shortened(text: str, most: int = 40) -> str:
