@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 from PIL import Image
 
 from eqldm import sample as job
+from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import picture_to_tensor
 from eqldm.evaluation.judge import Judge
-from eqldm.model_folder import load_unet, weights_hash
+from eqldm.model_folder import PRETRAINED, load_unet, weights_hash
 from eqldm.sample import command
 from eqldm.views import D4
 from test_clip import make_clip
@@ -73,7 +75,7 @@ def test_files_and_the_command_that_makes_them_again(run, tiny_model_folder, tmp
     about = json.loads((out / "6.json").read_text())
     assert about["seed"] == 6 and about["views"] == ["identity", "flip@patch_permute:2:7"]
     assert about["unet_hash"] == weights_hash(load_unet(tiny_model_folder)) != about["vae_hash"]
-    assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == [2.5]
+    assert about["prompts"] == ["picture 0 '", "$a `v`"] and about["guidance_scale"] == 2.5
 
     words = shlex.split(about["command"])
     assert words[:2] == ["python", "sample.py"] and words[-2:] == ["--out", "DIR"]
@@ -135,10 +137,10 @@ def test_a_folder_that_cannot_be_made(failed, tiny_model_folder, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["1.png", "0.json", "sheet.png", "index.html", "0.gif"])
 def test_a_full_disk(failed, tiny_model_folder, tmp_path, name):
-    (tmp_path / f"{name}.partial").symlink_to("/dev/full")
+    (tmp_path / f".{name}-{platform.node()}-{os.getpid()}.partial").symlink_to("/dev/full")
     error = failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 2, "--animate", "gif")
     assert f"'{tmp_path / name}' cannot be written (No space left on device): make room" in error
-    assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial")), "half a file was left"
+    assert not (tmp_path / name).exists() and not list(tmp_path.glob(".*.partial")), "half a file was left"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,6 @@ def test_animations(run, tiny_model_folder, tmp_path):
 def test_what_the_command_leaves_out_is_what_the_script_has_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     args = script.parse_args()
-    assert {name: getattr(args, name) for name in job.DEFAULTS} == {
-        name: list(value) if isinstance(value, tuple) else value for name, value in job.DEFAULTS.items()
-    }
-    assert set(job.OPTIONS) <= vars(args).keys() and job.DEFAULTS.keys() <= set(job.OPTIONS)
+    options = vars(job.recipe_of(args, Sampler.open(PRETRAINED / job.DEFAULT, "cpu")).options)
+    known = {name: default for name, default in job.DEFAULTS.items() if name != "precision"}  # always written
+    assert {name: options.get(name, getattr(args, name)) for name in known} == known and options.keys() <= known.keys()

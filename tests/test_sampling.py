@@ -11,7 +11,8 @@ from diffusers.configuration_utils import FrozenDict
 
 from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views
 from eqldm.anagram.options import Options
-from eqldm.anagram.sampling import SCHEDULERS, Sampler, sample
+from eqldm.anagram.sampling import Sampler, sample
+from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.model_folder import PRETRAINED, load_autoencoder, load_scheduler, load_unet, make_scheduler
 from eqldm.views import D4, IDENTITY, NEGATE, parse_view
@@ -248,7 +249,7 @@ def test_time_travel_keeps_the_distribution(sampler, scheduler):
     """The exact denoiser of latents N(0, 1/4): going back and forth gives them the variance that they have without."""
     found = {}
     for times in (1, 3):
-        solver, calls = sampler.solver(scheduler, time_travel=times), []
+        solver, calls = sampler.solver(Options(scheduler=scheduler, time_travel=times)), []
         solver.set_timesteps(200)
 
         def denoise(z, t, alphas=solver.alphas_cumprod, calls=calls):

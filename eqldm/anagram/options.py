@@ -33,7 +33,7 @@ class Options:
     blend: str = "latents"
     """Where the views meet, in the latents or (for latents that do not turn) in decoded pictures; see `blending`."""
     scheduler: str | None = None
-    """A name of `SCHEDULERS`; None is the model folder's own."""
+    """A name of `solvers.SCHEDULERS`; None is the model folder's own."""
     time_travel: int = 1
     """How often each step of `travel_band` is done; before each again, the noise that it took is given back. Source: RePaint, arXiv
     2201.09865, section 4.2; for anagrams LookingGlass, arXiv 2504.08902."""

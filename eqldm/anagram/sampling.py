@@ -9,33 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
 from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
 from eqldm.anagram.factorized import sum_of_parts
 from eqldm.anagram.options import Options
+from eqldm.anagram.solvers import BLENDING, solver_for
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder, make_scheduler
+from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, View
 from eqldm.views.components import Component, check_components
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "flow_euler": "FlowMatchEulerDiscreteScheduler",
-}
-FLOWS = ("dpm++", "unipc", "flow_euler")  # those that sample flow models; the last samples no other
-TRAVELLING = ("DDIMScheduler", "DDPMScheduler")  # whose steps remember nothing
-BLENDING = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # deterministic, at the levels of training
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
 
@@ -164,13 +153,14 @@ class Sampler:
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
 
     def __call__(
-        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None, **options
-    ) -> Tensor:
+        self, prompts: Sequence[Prompt], views: Sequence[View], seeds: Sequence[int], on_step: Callable[[], None] | None = None,
+        watch: Callable[[Tensor], None] | None = None, **options,
+    ) -> Tensor:  # fmt: skip
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one for each seed, that read as prompt i in view i.
 
         options: of `Options`.  Otherwise as `latents`."""
         chosen = Options(**options)
-        pictures = self.decode(self.latents(prompts, views, seeds, on_step, **options), chosen.symmetrise)
+        pictures = self.decode(self.latents(prompts, views, seeds, on_step, watch, **options), chosen.symmetrise)
         return blend_pictures(pictures, views) if chosen.blend == "pixels" else pictures
 
     @torch.no_grad()
@@ -207,12 +197,12 @@ class Sampler:
     @torch.no_grad()
     def compose(
         self, prompts: Sequence[Prompt], components: Sequence[Component], seeds: Sequence[int], held: Mapping[int, Tensor] | None = None,
-        on_step: Callable[[], None] | None = None, **options,
+        on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None, **options,
     ) -> Tensor:  # fmt: skip
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU, whose component i reads as its prompt.
 
         prompts: of the components that are not held, in order.  held: by number, pictures [1, 3, H, W] in [-1, 1] whose part is kept.
-        options: of `Options`; with blend="pixels" pictures are taken apart in place of latents. Raises ValueError as `latents`.
+        options: of `Options`; with blend="pixels" pictures are taken apart in place of latents. Otherwise as `latents`.
         """
         o, held = Options(**options), dict(held or {})
         prompts = [styled(prompt, o.style) for prompt in prompts]
@@ -226,7 +216,7 @@ class Sampler:
                 guided, components, Objective.of(self.networks.scheduler), references, self.vae if o.blend == "pixels" else None
             )
 
-        return self.decode(self._run(prompts, seeds, side, o, denoiser, lambda noise: noise, on_step), o.symmetrise)
+        return self.decode(self._run(prompts, seeds, side, o, denoiser, lambda noise: noise, on_step, watch), o.symmetrise)
 
     def check_parts(self, prompts: Sequence[Prompt], components: Sequence[Component], held: Mapping[int, Tensor], o: Options) -> int:
         """The latent side that `compose` samples at. Raises ValueError where these do not fit each other or the model."""
@@ -245,7 +235,7 @@ class Sampler:
         for x in held.values():
             if tuple(x.shape) != (1, 3, size, size):
                 raise ValueError(f"a reference of shape {tuple(x.shape)}: wanted (1, 3, {size}, {size})")
-        solver = self.solver(o.scheduler, o.blend, o.time_travel)
+        solver = self.solver(o)
         if held and type(solver).__name__ not in (*BLENDING, "DDPMScheduler"):
             raise ValueError(f"a part cannot be held with {type(solver).__name__}: use ddim, ddpm, dpm++ or unipc")
         return side
@@ -256,14 +246,10 @@ class Sampler:
         watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
         """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  start: of the noise."""
-        if o.symmetrise and isinstance(self.vae, Pixels):
-            raise ValueError("symmetrise: this is a pixel model, which decodes nothing")
-        negative = [o.negative_prompt] if isinstance(o.negative_prompt, str) else list(o.negative_prompt)
-        self.check_length(negative)
-        solver = self.solver(o.scheduler, o.blend, o.time_travel)
+        solver = self.solver(o)
         with self.computing():
             embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
-            negatives = torch.cat([self._embed(text, 1) for text in negative]).expand(len(prompts), -1, -1)
+            negatives = torch.cat([self._embed(text, 1) for text in _listed(o.negative_prompt)]).expand(len(prompts), -1, -1)
             guided = Guidance(self.networks.unet, embeds, negatives, o.guidance_scale, o.guidance_rescale)
             solver.set_timesteps(o.num_inference_steps, device=self.device)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -296,35 +282,18 @@ class Sampler:
                 return decode(self.vae, z).float().clamp(-1, 1).cpu()
             return sum(view.inverse(decode(self.vae, view(z)).float()) for view in D4).div(len(D4)).clamp(-1, 1).cpu()
 
-    def solver(self, scheduler: str | None = None, blend: str = "latents", time_travel: int = 1) -> SchedulerMixin:
-        """The scheduler to sample with; its timesteps are not set. Raises ValueError where these options do not fit each other or the
+    def solver(self, o: Options) -> SchedulerMixin:
+        """The scheduler to sample with; its timesteps are not set. Raises ValueError where the options do not fit each other or the
         model."""
-        own = self.networks.scheduler
-        if scheduler is not None and scheduler not in SCHEDULERS:
-            raise ValueError(f"unknown scheduler '{scheduler}': wanted one of {', '.join(SCHEDULERS)}")
-        flow = bool(own.config.get("use_flow_sigmas"))
-        if flow and scheduler not in (None, *FLOWS):
-            raise ValueError(f"scheduler '{scheduler}' cannot sample a flow model: use {', '.join(FLOWS)}")
-        if scheduler == "flow_euler":
-            if not flow:
-                raise ValueError("scheduler 'flow_euler' samples flow models, which this is not: use euler")
-            solver = FlowMatchEulerDiscreteScheduler(shift=own.config.get("flow_shift") or 1.0)
-        else:
-            solver = make_scheduler(dict(own.config), type(own).__name__ if scheduler is None else SCHEDULERS[scheduler])
-        name = type(solver).__name__
-        if time_travel > 1 and name not in TRAVELLING:
-            raise ValueError(f"time travel does a step again, which {name} would remember: use ddim or ddpm")
-        if blend == "pixels":
-            if isinstance(self.vae, Pixels):
-                raise ValueError("blend=pixels decodes latents at each step, but this is a pixel model: leave blend=latents")
-            sigmas = [key for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if solver.config.get(key)]
-            if name not in BLENDING or sigmas or "sde" in str(solver.config.get("algorithm_type")):
-                raise ValueError(f"blend=pixels cannot use {name}{' with ' + sigmas[0] if sigmas else ''}: use ddim, dpm++ or unipc")
-        return solver
+        has_latents = not isinstance(self.vae, Pixels)
+        if o.symmetrise and not has_latents:
+            raise ValueError("symmetrise: this is a pixel model, which decodes nothing")
+        self.check_length(_listed(o.negative_prompt))
+        return solver_for(self.networks.scheduler, o, has_latents)
 
     def _embed(self, prompt: Prompt, count: int) -> Tensor:
         """[count, L, D] of one prompt, or of `count` prompts."""
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = _listed(prompt)
         if len(texts) not in (1, count):
             raise ValueError(f"a list of prompts needs one for each seed: got {len(texts)} prompts for {count} seeds")
         embeds = encode_prompts(self.networks.tokenizer, self.networks.text_encoder, texts)
@@ -354,5 +323,9 @@ def styled(prompt: Prompt, style: str) -> Prompt:
     return f"{style} {prompt}".strip() if isinstance(prompt, str) else [f"{style} {text}".strip() for text in prompt]
 
 
+def _listed(prompt: Prompt) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
 def _flatten(prompts: Sequence[Prompt]) -> list[str]:
-    return [text for prompt in prompts for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    return [text for prompt in prompts for text in _listed(prompt)]

@@ -60,7 +60,7 @@ class Entry:
             sampler.vae = vae
         options = Options(**self.options)
         options.check(2)
-        sampler.solver(options.scheduler, options.blend, options.time_travel)
+        sampler.solver(options)
         return sampler.vae, sampler
 
     @property

@@ -40,8 +40,7 @@ class Sampled:
         self.of_parts = isinstance(self.faces[0], Component)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self.shown = order[:num_shown].sort().values
-        chosen = Options(**options)
-        solver = sampler.solver(chosen.scheduler, chosen.blend, chosen.time_travel)
+        solver = sampler.solver(Options(**options))
         self.key = {
             **identity(sampler.vae, sampler.networks),
             "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",

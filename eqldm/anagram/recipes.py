@@ -1,0 +1,121 @@
+"""What pictures are made by, checked and ready to sample and to show: an anagram of views, or a composition of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from eqldm.anagram.animation import Frame, animate, animate_parts
+from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
+from eqldm.anagram.options import Options
+from eqldm.anagram.render import picture_sheet
+from eqldm.anagram.sampling import Sampler, styled
+from eqldm.data.samples import picture_to_tensor
+from eqldm.data.sources import read_picture
+from eqldm.model_folder import downsampling
+from eqldm.views import parse_view
+from eqldm.views.components import parse_components
+
+
+class Anagram:
+    """Pictures that read as prompt i in view i.
+
+    settings: what a record of it holds beside prompts and options, as the command has it.
+    """
+
+    def __init__(self, sampler: Sampler, prompts: Sequence[str], views: Sequence[str], options: Options, force: bool = False):
+        """views: by name.  force: `negate` for any model. Raises ValueError where these do not fit each other."""
+        self.sampler, self.prompts, self.options = sampler, list(prompts), options
+        options.check(len(prompts))
+        self.views = [parse_view(name, sampler.side(options.image_size)) for name in views]
+        sampler.check([styled(prompt, options.style) for prompt in prompts], self.views, options.image_size)
+        if not force and options.blend == "latents":
+            sampler.check_negation(self.views)
+        sampler.solver(options)
+        self.settings = {"views": [view.name for view in self.views]}
+
+    def sample(
+        self, seeds: Sequence[int], on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], one for each seed. on_step, watch: see `Sampler.latents`."""
+        return self.sampler(self.prompts, self.views, seeds, on_step, watch, **vars(self.options))
+
+    def faces(self, x: Tensor) -> list[Tensor]:
+        """Pictures x [..., 3, H, W] as they show each prompt."""
+        return [view(x) for view in self.views]
+
+    def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
+        """All sides of a picture x [3, H, W], each with its heading."""
+        return [(f"{view.name}: {prompt}", face) for view, prompt, face in zip(self.views, self.prompts, self.faces(x))]
+
+    def animate(self, x: Tensor) -> Iterator[Frame]:
+        """A picture [3, H, W] moving through its views."""
+        return animate(x, self.views, self.prompts)
+
+    def write_gallery(self, path: Path, shown: Sequence[Shown]) -> None:
+        """The page of its pictures. Raises OSError."""
+        write_gallery(path, shown, self.views, self.prompts)
+
+
+class Composition:
+    """Pictures whose component i reads as prompt i; one of the components perhaps that of a reference picture. Otherwise as `Anagram`."""
+
+    def __init__(
+        self, sampler: Sampler, prompts: Sequence[str], components: str, options: Options, reference: str | Path | None = None,
+        hold: str | None = None,
+    ):  # fmt: skip
+        """components: such as `hybrid:0.06`.  reference, hold: the picture file, cut to a square, whose part `hold` is kept.
+
+        Raises ValueError where these do not fit each other, FileNotFoundError."""
+        self.sampler, self.prompts, self.options = sampler, list(prompts), options
+        self.components, self.held = parse_components(components), {}
+        names = [component.name for component in self.components]
+        if bool(reference) != bool(hold):
+            raise ValueError("--reference FILE and --hold PART need each other")
+        if hold:
+            if hold not in names:
+                raise ValueError(f"--hold {hold}: wanted one of {', '.join(names)}")
+            size = sampler.side(options.image_size) * downsampling(sampler.vae)
+            with open(reference, "rb") as file:
+                picture = ImageOps.fit(read_picture(file.read()), (size, size))
+            self.held = {names.index(hold): picture_to_tensor(picture)[None]}
+        sampler.check_parts([styled(prompt, options.style) for prompt in prompts], self.components, self.held, options)
+        self.settings = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}
+
+    def sample(
+        self, seeds: Sequence[int], on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        return self.sampler.compose(self.prompts, self.components, seeds, self.held, on_step, watch, **vars(self.options))
+
+    def faces(self, x: Tensor) -> list[Tensor]:
+        return [part(x).clamp(-1, 1) for i, part in enumerate(self.components) if i not in self.held]
+
+    def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
+        parts = [(f"{part.name}: {text}", part(x).clamp(-1, 1)) for part, text in zip(self.components, self._texts())]
+        return [("whole", x), *parts]
+
+    def animate(self, x: Tensor) -> Iterator[Frame]:
+        return animate_parts(x, self.components, self._texts())
+
+    def write_gallery(self, path: Path, shown: Sequence[Shown]) -> None:
+        write_gallery_of_parts(path, shown, self.components, self._texts())
+
+    def _texts(self) -> list[str]:
+        """What each component shows: its prompt, or the reference."""
+        prompts = iter(self.prompts)
+        return ["the reference" if i in self.held else next(prompts) for i in range(len(self.components))]
+
+
+Recipe = Anagram | Composition
+
+
+def recipe_sheet(recipe: Recipe, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:
+    """Each picture of [B, 3, H, W] (a row) from all its sides (a column each, headed by its prompt)."""
+    rows = [recipe.columns(x) for x in pictures]
+    headings = [heading for heading, _ in rows[0]]
+    return picture_sheet(
+        [[face for _, face in row] for row in rows], [f"seed {seed}" for seed in seeds], headings, max(1, 128 // pictures.shape[-1])
+    )
