@@ -1,7 +1,7 @@
 """The studio, a page to make anagrams in: python -m eqldm.studio [--model FOLDER]
 
-Choose a model, prompts and views, see pictures form step by step in all their views, keep the good seeds, and take them away as PNG, MP4
-and a gallery. Needs the extra `studio` (Gradio): pip install -e .[studio]. Only this machine can open it, unless --host says otherwise.
+Choose a model, prompts, and views or parts, see pictures form step by step in all of them, keep the good seeds, and take them away as PNG,
+MP4 and a gallery. Needs the extra `studio` (Gradio): pip install -e .[studio]. Only this machine can open it, unless --host says otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +22,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eqldm.anagram.animation import animate, write_animation
-from eqldm.anagram.gallery import Shown, write_gallery
-from eqldm.anagram.options import REDUCTIONS, Options
-from eqldm.anagram.sampling import SCHEDULERS, Sampler
+from eqldm.anagram.animation import write_animation
+from eqldm.anagram.gallery import Shown
+from eqldm.anagram.options import BLENDS, REDUCTIONS, Options
+from eqldm.anagram.recipes import Anagram, Composition, Recipe
+from eqldm.anagram.sampling import Sampler
+from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED
-from eqldm.sample import DEFAULT, DEFAULTS, command, write_picture
-from eqldm.views import View, parse_view
+from eqldm.sample import DEFAULT, FLAGS, command, hashes, record, write_picture
+from eqldm.views import components
 from eqldm.views.zoo import FORMS, SIMPLE
 
 try:
@@ -39,6 +41,11 @@ except ImportError:  # the extra `studio` is not installed: `main` says so
 
 PREVIEWS = 10  # of a picture that forms
 OWN = "the model's own"
+VIEWS, PARTS = "these views", "these parts"
+
+
+class Stopped(Exception):
+    """The one who looks on has seen enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +54,7 @@ class Made:
 
     x: Tensor
     seed: int
-    prompts: list[str]
-    views: list[View]
+    recipe: Recipe
     settings: dict
     batch: list[int]
 
@@ -58,68 +64,73 @@ class Made:
 
 
 @lru_cache(maxsize=2)
-def sampler_of(model: str) -> Sampler:
-    """Opened once."""
-    return Sampler.open(model, precision="auto")
+def sampler_of(model: str) -> tuple[Sampler, Mapping[str, str]]:
+    """A model, and the hashes of its weights; opened once."""
+    sampler = Sampler.open(model, precision="auto")
+    return sampler, hashes(sampler)
 
 
 def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def make(model: str, prompts: list[str], names: list[str], seeds: list[int], **options) -> Iterator[list[Made]]:
-    """The pictures of seeds as they form, then as they are. Raises ValueError, FileNotFoundError for what does not fit."""
-    sampler = sampler_of(model)
-    views = [parse_view(name, sampler.side()) for name in names]
-    chosen = Options(**options)
-    chosen.check(len(views))
-    sampler.check(prompts, views)
-    sampler.check_negation(views)
-    sampler.solver(chosen.scheduler, chosen.blend, chosen.time_travel)
-    settings = {
-        **DEFAULTS, **options, "guidance_scale": [options["guidance_scale"]], "negative_prompt": [options["negative_prompt"]],
-        "model": model, "prompts": prompts, "views": [view.name for view in views], "device": str(sampler.device),
-        "precision": sampler.precision, "scheduler": options["scheduler"] or type(sampler.networks.scheduler).__name__,
-    }  # fmt: skip
+def make(
+    model: str, prompts: list[str], asked: Sequence[str] | str, seeds: list[int], options: Options, stop: threading.Event | None = None
+) -> Iterator[list[Made]]:
+    """The pictures of seeds as they form, then as they are. asked: views, or components by name.  stop: ends it, after the step at hand.
+
+    Raises ValueError, FileNotFoundError for what does not fit; `Stopped`.
+    """
+    sampler, known = sampler_of(model)
+    recipe = Composition(sampler, prompts, asked, options) if isinstance(asked, str) else Anagram(sampler, prompts, asked, options)
+    settings = record(model, recipe, known, {name: False for name in FLAGS if name != "symmetrise"})
+    stop = stop or threading.Event()
 
     def made(pictures: Tensor) -> list[Made]:
-        return [Made(x, seed, prompts, views, settings, seeds) for seed, x in zip(seeds, pictures)]
+        return [Made(x, seed, recipe, settings, seeds) for seed, x in zip(seeds, pictures)]
 
-    estimates: queue.Queue[Tensor | BaseException | None] = queue.Queue()
+    found: queue.Queue[tuple[bool, Tensor] | BaseException | None] = queue.Queue()  # whether it is the end; latents, or pictures
+
+    def watch(estimate: Tensor) -> None:
+        if stop.is_set():
+            raise Stopped
+        found.put((False, estimate[: len(seeds)]))  # blended in pixels: those of the first view
 
     def work() -> None:
         try:
-            estimates.put(sampler.decode(sampler.latents(prompts, views, seeds, watch=estimates.put, **options)))
+            found.put((True, recipe.sample(seeds, watch=watch)))
         except BaseException as error:  # is raised where the pictures are waited for
-            estimates.put(error)
-        estimates.put(None)
+            found.put(error)
+        found.put(None)
 
     threading.Thread(target=work, daemon=True).start()
-    every, last = max(1, chosen.num_calls // PREVIEWS), None
-    for number, found in enumerate(iter(estimates.get, None)):
-        if isinstance(found, BaseException):
-            raise found
-        last = found
-        if found.shape[1] != 3 and number % every == 0:
-            yield made(sampler.decode(found))
-    yield made(last)
+    every = max(1, options.num_calls // PREVIEWS)
+    try:
+        for number, each in enumerate(iter(found.get, None)):
+            if isinstance(each, BaseException):
+                raise each
+            done, x = each
+            if done or number % every == 0:
+                yield made(x if done else sampler.decode(x))
+    finally:  # nobody waits for the rest
+        stop.set()
 
 
 def as_shown(pictures: Sequence[Made]) -> list[tuple[Image.Image, str]]:
-    """Each picture in each of its views, enlarged where it is small, with what it should read as."""
+    """Each picture from all its sides, enlarged where it is small, with what it should read as."""
     shown = []
     for made in pictures:
-        for view, prompt in zip(made.views, made.prompts):
-            picture = tensor_to_picture(view(made.x))
+        for heading, face in made.recipe.columns(made.x):
+            picture = tensor_to_picture(face)
             factor = max(1, 256 // picture.width)
             picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
-            shown.append((picture, f"seed {made.seed}, {view.name}: {prompt}"))
+            shown.append((picture, f"seed {made.seed}, {heading}"))
     return shown
 
 
-def columns_of(views: Sequence[View]) -> int:
-    """As many as are a whole number of pictures in all their views, and fit beside each other."""
-    return len(views) * max(1, 4 // len(views))
+def sides_of(made: Made) -> int:
+    """In how many pictures it is shown."""
+    return len(made.recipe.columns(made.x))
 
 
 def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
@@ -133,30 +144,42 @@ def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
         for made in group:
             write_picture(out, made.x, {**made.settings, "seed": made.seed, "command": made.command})
             if films:
-                write_animation(list(animate(made.x, made.views, made.prompts)), out / f"{made.seed}.mp4", "mp4")
+                write_animation(list(made.recipe.animate(made.x)), out / f"{made.seed}.mp4", "mp4")
         shown = [Shown(made.x, f"seed {made.seed}", made.command) for made in group]
-        write_gallery(out / "index.html", shown, group[0].views, group[0].prompts)
+        group[0].recipe.write_gallery(out / "index.html", shown)
     return Path(shutil.make_archive(str(folder), "zip", folder))
 
 
 def build(model: str):
     """The page."""
+    running: dict[str, threading.Event] = {}  # what stops the sampling of each who has the page open
 
-    def sample(model, prompts, views, seed, count, steps, scale, negative, style, scheduler, reduction, travel):
-        options = {
-            "num_inference_steps": int(steps), "guidance_scale": float(scale), "negative_prompt": negative, "style": style,
-            "scheduler": None if scheduler == OWN else scheduler, "reduction": reduction, "time_travel": int(travel),
-        }  # fmt: skip
+    def sample(
+        model, prompts, kind, views, parts, seed, count, steps, scale, negative, style, scheduler, reduction, blend, travel, upscale,
+        request: gr.Request,
+    ):  # fmt: skip
         seeds = list(range(int(seed), int(seed) + int(count)))
+        stop = running[request.session_hash] = threading.Event()
         try:
-            for pictures in make(model, lines(prompts), lines(views), seeds, **options):
-                yield gr.Gallery(as_shown(pictures), columns=columns_of(pictures[0].views)), [], ""  # none can be kept before it is whole
+            options = Options(
+                num_inference_steps=int(steps), guidance_scale=float(scale), negative_prompt=negative, style=style, reduction=reduction,
+                scheduler=None if scheduler == OWN else scheduler, blend=blend, time_travel=int(travel), upscale=int(upscale),
+            )  # fmt: skip
+            for pictures in make(model, lines(prompts), lines(views) if kind == VIEWS else parts, seeds, options, stop):
+                columns = sides_of(pictures[0]) * max(1, 4 // sides_of(pictures[0]))  # whole pictures, in all that they are, beside another
+                yield gr.Gallery(as_shown(pictures), columns=columns), [], ""  # none can be kept before it is whole
             yield gr.skip(), pictures, f"{len(seeds)} pictures. Click those that are to be kept."
+        except Stopped:
+            yield gr.skip(), [], "Stopped: these pictures are half-formed, none can be kept."
         except (ValueError, OSError) as error:
             yield gr.skip(), [], f"**{error}**"
 
+    def halt(request: gr.Request):
+        if request.session_hash in running:
+            running[request.session_hash].set()
+
     def keep(pictures, kept, chosen: gr.SelectData):
-        made = pictures[chosen.index // len(pictures[0].views)] if pictures else None
+        made = pictures[chosen.index // sides_of(pictures[0])] if pictures else None
         if made is not None:
             others = [other for other in kept if (other.command, other.seed) != (made.command, made.seed)]
             kept = others if len(others) < len(kept) else [*kept, made]
@@ -173,11 +196,13 @@ def build(model: str):
     known = ", ".join([*SIMPLE, *(form.text(name) for name, form in FORMS.items())])
     with gr.Blocks(title="eqldm studio", analytics_enabled=False) as page:
         pictures, kept = gr.State([]), gr.State([])
-        gr.Markdown("# eqldm studio\nOne picture, several readings: one prompt for each view.")
+        gr.Markdown("# eqldm studio\nOne picture, several readings: one prompt for each view, or for each part.")
         with gr.Row():
             with gr.Column(scale=1):
                 prompts = gr.Textbox("the letter A\nthe letter V", label="Prompts, one a line", lines=3)
+                kind = gr.Radio([VIEWS, PARTS], value=VIEWS, label="One prompt for each of")
                 views = gr.Textbox("identity\nrotate_180", label="Views, one a line", lines=3, info=known)
+                parts = gr.Textbox("hybrid:0.06", label="Parts", info=", ".join(components.FORMS.values()), visible=False)
                 with gr.Row():
                     seed, count = gr.Number(0, label="First seed", precision=0), gr.Slider(1, 16, 4, step=1, label="Pictures")
                 with gr.Accordion("More", open=False):
@@ -186,8 +211,12 @@ def build(model: str):
                     negative, style = gr.Textbox("", label="Negative prompt"), gr.Textbox("", label="Style, before each prompt")
                     scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
                     reduction = gr.Dropdown([name for name in REDUCTIONS if name != "weighted"], value="mean", label="Reduction")
+                    blend = gr.Dropdown(list(BLENDS), value="latents", label="Blend in", info="pixels: slower; hybrids and colour want it")
                     travel = gr.Slider(1, 4, 1, step=1, label="Time travel")
-                button, note = gr.Button("Sample", variant="primary"), gr.Markdown("")
+                    upscale = gr.Slider(1, 4, 1, step=1, label="Upscale", info="a second pass, so many times larger")
+                with gr.Row():
+                    button, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
+                note = gr.Markdown("")
             with gr.Column(scale=2):
                 forming = gr.Gallery(
                     label="Pictures, each in its views", columns=4, height="auto", allow_preview=False, format="png", elem_id="forming"
@@ -197,8 +226,12 @@ def build(model: str):
                 with gr.Row():
                     films, away = gr.Checkbox(True, label="with MP4"), gr.Button("Take them away")
                 file = gr.File(label="PNG, JSON, MP4 and gallery")
-        inputs = [folder, prompts, views, seed, count, steps, scale, negative, style, scheduler, reduction, travel]
+        sampled_with = [steps, scale, negative, style, scheduler, reduction, blend, travel, upscale]
+        inputs = [folder, prompts, kind, views, parts, seed, count, *sampled_with]
         button.click(sample, inputs, [forming, pictures, note], concurrency_limit=1)
+        stop.click(halt)
+        page.unload(halt)
+        kind.change(lambda kind: (gr.update(visible=kind == VIEWS), gr.update(visible=kind == PARTS)), kind, [views, parts])
         forming.select(keep, [pictures, kept], [kept, shown, number])
         away.click(take, [kept, films], [file, number], concurrency_limit=1)
     return page

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -12,26 +14,29 @@ import torch
 from PIL import Image
 
 from eqldm import studio
+from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import IDENTITY, parse_view
+from eqldm.views.components import parse_components
 
 PROMPTS, VIEWS = ["the letter a", "the letter v"], ["identity", "inner_circle"]
-OPTIONS = {
-    "num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "", "style": "", "scheduler": None, "reduction": "mean",
-    "time_travel": 1,
-}  # fmt: skip
+OPTIONS = {"num_inference_steps": 6, "guidance_scale": 3.0}
 
 
 @pytest.fixture
 def model(tiny_model_folder, monkeypatch) -> str:
     """A tiny model, sampled in float32."""
-    monkeypatch.setattr(studio, "sampler_of", lambda folder: Sampler.open(folder, "cpu"))
+    monkeypatch.setattr(studio, "sampler_of", lambda folder: (Sampler.open(folder, "cpu"), {"vae_hash": "0", "unet_hash": "1"}))
     return str(tiny_model_folder)
 
 
+def make(model, prompts, asked, seeds, **options):
+    return studio.make(model, prompts, asked, seeds, Options(**{**OPTIONS, **options}))
+
+
 def test_pictures_form_and_end_as_they_would_anyway(model):
-    steps = list(studio.make(model, PROMPTS, VIEWS, [4, 5], **OPTIONS))
+    steps = list(make(model, PROMPTS, VIEWS, [4, 5]))
     assert len(steps) == 7 and all(len(step) == 2 for step in steps)  # each step, and the end
     wanted = Sampler.open(model, "cpu")(PROMPTS, [IDENTITY, parse_view("inner_circle:8")], [4, 5], **OPTIONS)
     torch.testing.assert_close(torch.stack([made.x for made in steps[-1]]), wanted)
@@ -41,28 +46,63 @@ def test_pictures_form_and_end_as_they_would_anyway(model):
     assert [caption for _, caption in shown][1] == "seed 4, inner_circle:8: the letter v" and shown[0][0].size == (256, 256)
 
 
+def test_parts_form_too(model):
+    """Blended in pixels, and upscaled views: what forms is what `sample.py` would make."""
+    *steps, last = make(model, PROMPTS, "hybrid:0.1", [4, 5], blend="pixels")
+    sampler, parts = Sampler.open(model, "cpu"), parse_components("hybrid:0.1")
+    torch.testing.assert_close(torch.stack([made.x for made in last]), sampler.compose(PROMPTS, parts, [4, 5], blend="pixels", **OPTIONS))
+    assert len(steps) == 6
+    assert [caption.split(", ")[1] for _, caption in studio.as_shown(last)[:3]] == ["whole", "low: the letter a", "high: the letter v"]
+    *steps, last = make(model, PROMPTS, VIEWS, [4], upscale=2)
+    assert len(steps) == 9 and steps[0][0].x.shape == (3, 32, 32) and steps[-1][0].x.shape == last[0].x.shape == (3, 64, 64)
+    *steps, last = make(model, PROMPTS, VIEWS, [4, 5], blend="pixels")
+    assert all(len(step) == 2 for step in steps)
+
+
+def test_it_stops_after_the_step_at_hand(model, monkeypatch):
+    stop, calls = threading.Event(), []
+    counted = Sampler.latents
+
+    def latents(self, *arguments, **options):
+        watch = arguments[4]
+        return counted(self, *arguments[:4], lambda z: (calls.append(1), watch(z)), **options)
+
+    monkeypatch.setattr(Sampler, "latents", latents)
+    forming = studio.make(model, PROMPTS, VIEWS, [4], Options(num_inference_steps=500), stop)
+    next(forming)
+    stop.set()
+    with pytest.raises(studio.Stopped):
+        list(forming)
+    assert len(calls) < 400
+    forming = studio.make(model, PROMPTS, VIEWS, [4], Options(num_inference_steps=500), again := threading.Event())
+    next(forming)
+    forming.close()  # nobody looks on any more
+    assert again.is_set()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"names": ["identity"]}, "one prompt for each view: got 2 prompts and 1 views"),
-    ({"names": ["identity", "negate"]}, "was not trained with negation"),
+    ({"asked": ["identity"]}, "one prompt for each view: got 2 prompts and 1 views"),
+    ({"asked": "colour"}, "latents know nothing of colours"),
+    ({"asked": ["identity", "negate"]}, "was not trained with negation"),
     ({"scheduler": "unipc", "time_travel": 2}, "use ddim or ddpm"),
     ({"model": "nowhere"}, "'nowhere' does not exist"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(model, changes, message):
-    arguments = {"model": model, "prompts": PROMPTS, "names": VIEWS, "seeds": [0], **OPTIONS, **changes}
+    arguments = {"model": model, "prompts": PROMPTS, "asked": VIEWS, "seeds": [0], **changes}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        next(studio.make(**arguments))
+        next(make(**arguments))
 
 
 def test_an_error_while_sampling_is_not_lost(model, monkeypatch):
     monkeypatch.setattr(Sampler, "decode", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(studio.make(model, PROMPTS, VIEWS, [0], **OPTIONS))
+        list(make(model, PROMPTS, VIEWS, [0]))
 
 
 def test_what_is_taken_away(model, tmp_path):
     """A folder for each set of prompts and views; each picture with the command that makes it again."""
-    *_, first = studio.make(model, PROMPTS, VIEWS, [4, 5], **OPTIONS)
-    *_, second = studio.make(model, ["picture 1"], ["identity"], [9], **{**OPTIONS, "scheduler": "euler"})
+    *_, first = make(model, PROMPTS, VIEWS, [4, 5])
+    *_, second = make(model, ["picture 1"], ["identity"], [9], scheduler="euler")
     archive = studio.export([first[1], *second], tmp_path / "taken", films=True)
     with zipfile.ZipFile(archive) as file:
         names = {name for name in file.namelist() if not name.endswith("/")}
@@ -72,10 +112,11 @@ def test_what_is_taken_away(model, tmp_path):
     }
     saved = np.asarray(Image.open(tmp_path / "out" / "anagrams-1" / "5.png"))
     assert np.array_equal(saved, np.asarray(tensor_to_picture(first[1].x)))
-    other = [*studio.make(model, PROMPTS, VIEWS, [4, 5], **{**OPTIONS, "guidance_scale": 9.0})][-1]
+    other = [*make(model, PROMPTS, VIEWS, [4, 5], guidance_scale=9.0)][-1]
     with zipfile.ZipFile(studio.export([first[1], other[1]], tmp_path / "both", films=False)) as file:
         assert {"anagrams-1/5.png", "anagrams-2/5.png"} <= set(file.namelist())  # the same seed, made otherwise
     about = json.loads((tmp_path / "out" / "anagrams-1" / "5.json").read_text())
+    assert about["unet_hash"] == "1" and about["views"] == ["identity", "inner_circle:8"] and "torch" in about["versions"]
     assert "--seed 4 --num-samples 2 --batch-size 2" in about["command"] and "inner_circle:8" in about["command"]
     assert "--scheduler euler" in second[0].command and f"--model {model}" in second[0].command
 
@@ -113,6 +154,16 @@ def test_in_a_browser(model, monkeypatch, chromium):
             page.locator("a[download]").last.click(timeout=60_000)
         with zipfile.ZipFile(waiting.value.path()) as file:
             assert "anagrams-1/3.mp4" in file.namelist() and "anagrams-1/1.png" not in file.namelist()
+        page.get_by_label("these parts").click()
+        page.get_by_role("textbox", name=re.compile("^Parts")).fill("hybrid:0.1")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_text("4 pictures. Click those that are to be kept.").wait_for()
+        page.locator("#forming").get_by_text("seed 0, high: the letter v").wait_for()
+        page.get_by_role("button", name="More").click()
+        page.get_by_label("number input for Steps").fill("100")
+        page.get_by_role("button", name="Sample").click()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped: these pictures are half-formed").wait_for()
         page.close()
     finally:
         page_of_studio.close()

@@ -1,4 +1,4 @@
-"""Sheets: pictures in all their views side by side, labelled."""
+"""Sheets: pictures side by side, labelled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from eqldm.data.samples import tensor_to_picture
-from eqldm.views import View
 
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
@@ -33,13 +32,6 @@ def picture_sheet(rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str], c
             picture = tensor_to_picture(x).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + j * (wide + gap), top))
     return sheet
-
-
-def anagram_sheet(x: Tensor, seeds: Sequence[int], prompts: Sequence[str], views: Sequence[View], scale: int | None = None) -> Image.Image:
-    """Each picture of x [B, 3, H, W] (a row) as each view shows it (a column, headed by its prompt)."""
-    scale = scale or max(1, 128 // x.shape[-1])
-    headings = [f"{view.name}: {prompt}" for view, prompt in zip(views, prompts)]
-    return picture_sheet([[view(picture) for view in views] for picture in x], [f"seed {s}" for s in seeds], headings, scale)
 
 
 @lru_cache(maxsize=8)
