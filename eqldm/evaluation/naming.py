@@ -38,3 +38,8 @@ def question_of(name: str) -> str:
 def number(value: float | None) -> str:
     """Three significant figures, or a dash for what was not computed."""
     return "-" if value is None else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def file_name(title: str) -> str:
+    """Of an anagram's views, or of components, in file names."""
+    return title.replace(":", "-").replace("@", "+").replace(",", "_")

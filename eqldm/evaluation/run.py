@@ -28,6 +28,7 @@ from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.pictures import open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
@@ -336,8 +337,3 @@ def headline(findings: Findings, most: int = 4) -> list[tuple[str, float]]:
     short = [(name, value) for name, value in findings.metrics.items() if "bin_" not in name and name.count("/") == 1]
     means = [(name, value) for name, value in findings.metrics.items() if "/mean/" in name or name.startswith(("anagram/", "components/"))]
     return (means or short)[:most]
-
-
-def file_name(title: str) -> str:
-    """Of an anagram's views, or of components, in file names."""
-    return title.replace(":", "-").replace("@", "+").replace(",", "_")
