@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from eqldm.autoencoder.equivariance import IDENTITY_TRANSFORM, draw_groups
 from eqldm.config import load_config
+from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.sheets import letter_matrix
 from eqldm.views import D4, Transform
 
@@ -65,3 +68,38 @@ def test_sampling_is_timed_side_by_side(tiny_model_folder, tmp_path, monkeypatch
     assert all(0 < ratio["least"] <= ratio["median"] <= ratio["most"] for ratio in found["ratios"].values())
     assert "a loop of one / one batch" in capsys.readouterr().out
     assert sampling.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == {"median": 2.0, "least": 2.0, "most": 3.0}
+
+
+# no_views.py
+
+
+def test_maps_that_are_no_views():
+    import no_views
+
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(no_views.turned(x, 90), torch.rot90(x, 1, (-2, -1)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(no_views.stretched(x, 1), x, atol=1e-5, rtol=0)
+    least, greatest, beside = no_views.statistics(D4[2], 4, 8)
+    assert 0.9 < least < 1 < greatest < 1.1 and abs(beside) < 0.01
+    for view in no_views.MAPS[1:]:  # each is what its table says: the noise is no longer white, or not of one variance
+        least, greatest, beside = no_views.statistics(view, 4, 8)
+        assert least < 0.5 and (beside > 0.2 or view.name == "white_balance")
+    torch.testing.assert_close(no_views.balanced(torch.ones(1, 3, 1, 1), 2)[0, :, 0, 0], torch.tensor([2.0, 1.0, 0.5]))
+
+
+# view_pictures.py
+
+
+def test_a_picture_for_each_view(tmp_path, monkeypatch):
+    import view_pictures
+
+    words = ["--num-samples", 1, "--only", "rotate_90,rotate_180", "colour", "--out", tmp_path / "deep"]
+    monkeypatch.setattr(sys, "argv", ["view_pictures.py", *map(str, words)])
+    view_pictures.main()
+    for name in ("rotate_90_rotate_180", "colour"):  # three views; the whole and two parts
+        assert Image.open(tmp_path / "deep" / f"{name}.png").size == (3 * 96 + 2 * 6, 96)
+    readme = (ROOT / "README.md").read_text()
+    for name in (*view_pictures.VIEWS, *view_pictures.PARTS):
+        assert (ROOT / "docs" / "figures" / "views" / f"{file_name(name)}.png").exists()
+    shown = re.findall(r"docs/figures/views/(\S+)\.png", readme)
+    assert set(shown) <= {file_name(name) for name in (*view_pictures.VIEWS, *view_pictures.PARTS)} and len(shown) > 15
