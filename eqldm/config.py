@@ -114,7 +114,8 @@ class EquivarianceConfig:
     permute_cells: list[int] = field(default_factory=lambda: [2, 4])
     """Cells per side of the patch permutations drawn."""
     patch_turn_prob: float = 0.0
-    """Probability that a permutation's patches are also turned, each by a symmetry of the group drawn for itself."""
+    """Probability that a permutation's patches are also turned, each by a symmetry of the group drawn for itself; only patches of two
+    latent cells a side or more, for a single cell shows no turn."""
     negate_prob: float = 0.0
     """Probability of negation, x -> -x and z -> -z, which makes the view `negate` valid for sampling."""
 
@@ -199,6 +200,8 @@ class AutoencoderConfig:
             raise ValueError(f"equivariance.permute_cells: got {eq.permute_cells}, wanted cells per side of at least 2, or permute_prob=0")
         if eq.patch_turn_prob and not eq.permute_prob:
             raise ValueError("equivariance.patch_turn_prob turns the patches of a permutation, but there is none: set permute_prob")
+        if eq.patch_turn_prob and eq.group == "none":
+            raise ValueError("equivariance.patch_turn_prob turns patches by the group's symmetries, but group=none has none: set group")
         if not 0 < eq.rescale_smallest < 1:
             raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
         if eq.num_groups < 1:

@@ -121,6 +121,7 @@ OWN = {
         (["equivariance.preset=eqvae_paper", "equivariance.prob=0.5"], "fixes the scheme, got also prob"),
         *[([f"equivariance.{name}=1.5"], f"equivariance.{name} is a probability")
           for name in ("prob", "rescale_prob", "permute_prob", "patch_turn_prob", "negate_prob")],
+        (["equivariance.patch_turn_prob=0.5", "equivariance.permute_prob=0.5"], "but group=none has none: set group"),
         (["equivariance.patch_turn_prob=0.5"], "turns the patches of a permutation, but there is none: set permute_prob"),
         (["equivariance.rescale_smallest=1"], "equivariance.rescale_smallest: got 1"),
         (["equivariance.num_groups=0"], "equivariance.num_groups: got 0"),

@@ -66,6 +66,9 @@ def test_options_are_respected():
     turned = EquivarianceConfig(group="rotations", permute_prob=1.0, permute_cells=[4], patch_turn_prob=0.5)
     turns = [len(set(t.view.turns)) for t in all_transforms(turned, steps=60)]
     assert 0.4 < sum(number > 1 for number in turns) / len(turns) < 0.6 and max(turns) == 4
+    finest = EquivarianceConfig(group="d4", permute_prob=1.0, permute_cells=[4, 8], patch_turn_prob=1.0)
+    turned = {cells: {len(set(t.view.turns)) for t in all_transforms(finest) if t.view.cells == cells} for cells in (4, 8)}
+    assert min(turned[4]) > 1 and turned[8] == {1}  # of 8 latent cells a side: a single one shows no turn
     some = [t.view.cells > 1 for t in all_transforms(EquivarianceConfig(permute_prob=0.25), steps=60)]
     assert 0.2 < sum(some) / len(some) < 0.3
 

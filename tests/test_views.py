@@ -215,7 +215,7 @@ def test_transforms_are_drawn_by_the_generator_from_all_of_the_group(group):
     assert {t.view.turns[0] for t in draw(1)} == set(GROUPS[group])
     patches, turned = (
         [draw_transform(torch.Generator().manual_seed(seed), group, **everything, **more).view for seed in range(60)]
-        for more in ({}, {"patch_turn_prob": 1.0})
+        for more in ({}, {"patch_turn_prob": 1.0, "patch_turn_cells": (2, 3)})
     )
     assert [v.source for v in patches] == [v.source for v in turned]  # one draw more, after the others
     assert {element for v in turned for element in v.turns} == set(GROUPS[group])

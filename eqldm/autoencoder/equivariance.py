@@ -63,6 +63,7 @@ def draw_groups(
             cells,
             config.negate_prob,
             config.patch_turn_prob,
+            [count for count in cells if 2 * count <= _least_side(side, rescale)],
         )
         group = groups.setdefault(rescale, TransformGroup([], []))
         group.rows.append(row)
@@ -74,6 +75,10 @@ def _draw_group_rescale(config: EquivarianceConfig, generator: torch.Generator, 
     if float(torch.rand((), generator=generator)) >= config.rescale_prob:
         return None
     return draw_rescale(generator, side, config.rescale_smallest, config.anisotropic)
+
+
+def _least_side(side: int, rescale: Rescale | None) -> int:
+    return side if rescale is None else min(round(side * rescale.height), round(side * rescale.width))
 
 
 def _dividing(cells: list[int], side: int, rescale: Rescale | None) -> list[int]:

@@ -77,9 +77,13 @@ def draw_transform(
     permute_cells: Sequence[int] = (2, 4),
     negate_prob: float = 0.0,
     patch_turn_prob: float = 0.0,
+    patch_turn_cells: Sequence[int] = (2, 4),
 ) -> Transform:
     """A transform for one sample: uniform over `group`, with chances of a patch permutation, of a negation, and of turning each patch for
     itself.
+
+    patch_turn_cells: the permutations whose patches may be turned. A latent cell looks the same however it is turned, what it decodes to
+    does not: patches must be of two latent cells a side or more.
 
     `rescale` is given, not drawn: samples that are decoded together share it (see `draw_rescale`).
     """
@@ -89,7 +93,7 @@ def draw_transform(
         view = view @ patch_permute(_choose(permute_cells, generator), seed)
     if _happens(negate_prob, generator):
         view = NEGATE @ view
-    if view.cells > 1 and _happens(patch_turn_prob, generator):
+    if view.cells in patch_turn_cells and _happens(patch_turn_prob, generator):
         turns = tuple(_choose(GROUPS[group], generator) for _ in view.source)
         view = view @ View("turned_patches", view.cells, tuple(range(view.cells**2)), turns)
     return Transform(view, rescale)
