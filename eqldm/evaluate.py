@@ -127,6 +127,8 @@ def check(args: argparse.Namespace) -> None:
         value = str(getattr(args, option))
         if not (option == "num_pairs" and value == "all") and (not value.lstrip("-").isdecimal() or int(value) < least):
             raise ValueError(f"--{option.replace('_', '-')}: got {value}, wanted at least {least}")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed: got {args.seed}, wanted 0 to 2^62")
     if ("components" in args.metrics) != bool(args.components):
         raise ValueError("--metrics components and --components NAME (hybrid:0.06, colour, motion:0.3) need each other")
 

@@ -45,8 +45,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     """
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
-    if not 0 <= args.seed <= 2**63 - 1 - args.num_samples:
-        raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63, less the number of samples")
+    check_seeds(args.seed, args.num_samples)
     model = str(args.model or PRETRAINED / DEFAULT)
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
@@ -58,7 +57,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     except OSError as error:
         raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
     settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in FLAGS if name != "symmetrise"})
-    check_folder(out, settings)
+    check_folder(out, settings, choosing=chooser is not None)
     start = time.perf_counter()
     pictures, batch_of, scores = {}, {}, {}
     seeds = list(range(args.seed, args.seed + args.num_samples))
@@ -96,12 +95,20 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     return page
 
 
+def check_seeds(first: int, count: int) -> None:
+    """Raises ValueError where a generator does not take these seeds."""
+    if not 0 <= first <= 2**63 - 1 - count:
+        raise ValueError(f"--seed {first}: wanted 0 to 2^63, less the number of samples")
+
+
 def recipe_of(args: argparse.Namespace, sampler: Sampler) -> Recipe:
     """What the command asks for. Raises ValueError where it does not fit together, or the model; FileNotFoundError."""
     options = {name: getattr(args, name) for name in Options.__dataclass_fields__}
     single = {name: options[name][0] for name in ("guidance_scale", "negative_prompt") if len(options[name]) == 1}
     chosen = Options(**{**options, **single, "travel_band": tuple(options["travel_band"])})
     if args.components:
+        if args.force:
+            raise ValueError("--force is for the view negate: it means nothing with --components")
         return Composition(sampler, args.prompts, args.components, chosen, args.reference, args.hold)
     if args.reference or args.hold:
         raise ValueError("--reference and --hold mean something with --components alone")
@@ -115,15 +122,18 @@ def hashes(sampler: Sampler) -> dict[str, str]:
 
 def record(model: str, recipe: Recipe, hashes: Mapping[str, str], flags: Mapping[str, bool]) -> dict:
     """All that pictures of a recipe are made with, but for seed and batch. model: its folder.  flags: of `FLAGS`, those that are no
-    option of sampling."""
-    sampler = recipe.sampler
+    option of sampling. Raises ValueError for texts that no command could give again."""
+    sampler, o = recipe.sampler, recipe.options
+    for text in (*recipe.prompts, o.style, *([o.negative_prompt] if isinstance(o.negative_prompt, str) else o.negative_prompt)):
+        if text.startswith("-") and " " not in text:
+            raise ValueError(f"prompt '{text}' looks like an option of the command: let it begin with something else than '-'")
     return {
         "model": model,
         **hashes,
         "prompts": recipe.prompts,
         **recipe.settings,
-        **vars(recipe.options),
-        "scheduler": recipe.options.scheduler or type(sampler.networks.scheduler).__name__,
+        **vars(o),
+        "scheduler": o.scheduler or type(sampler.networks.scheduler).__name__,
         "device": str(sampler.device),
         "precision": sampler.precision,
         **flags,
@@ -159,14 +169,21 @@ class Chooser:
         return self.judge.worst_view(faces, labels)
 
 
-def check_folder(out: Path, settings: dict) -> None:
-    """Raises ValueError where the folder holds pictures made otherwise, which would lie beside the new ones as if they were of one run."""
+def check_folder(out: Path, settings: dict, choosing: bool = False) -> None:
+    """Raises ValueError where the folder holds pictures made otherwise, which would lie beside the new ones as if they were of one run, or
+    (choosing) pictures that were not chosen, which a choice would take away."""
     wanted = json.loads(json.dumps(settings))
     for path in out.glob("*.json"):
-        found = json.loads(path.read_text())
-        if "prompts" in found and any(found.get(name) != value for name, value in wanted.items()):
-            changed = ", ".join(name for name, value in wanted.items() if found.get(name) != value)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"'{path}' is damaged ({error}): remove it, or give another --out") from error
+        if not isinstance(found, dict) or "prompts" not in found:  # none of ours
+            continue
+        if changed := ", ".join(name for name, value in wanted.items() if found.get(name) != value):
             raise ValueError(f"'{out}' holds pictures made with another {changed}: give another --out")
+        if choosing and "score" not in found:
+            raise ValueError(f"'{out}' holds pictures that --keep did not choose, and would remove: give another --out")
 
 
 def write_picture(out: Path, picture: Tensor, about: dict) -> None:

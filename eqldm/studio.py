@@ -25,12 +25,12 @@ from torch import Tensor
 from eqldm.anagram.animation import write_animation
 from eqldm.anagram.gallery import Shown
 from eqldm.anagram.options import BLENDS, REDUCTIONS, Options
-from eqldm.anagram.recipes import Anagram, Composition, Recipe
+from eqldm.anagram.recipes import Anagram, Composition, Recipe, released
 from eqldm.anagram.sampling import Sampler
 from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED
-from eqldm.sample import DEFAULT, FLAGS, command, hashes, record, write_picture
+from eqldm.sample import DEFAULT, FLAGS, check_seeds, command, hashes, record, write_picture
 from eqldm.views import components
 from eqldm.views.zoo import FORMS, SIMPLE
 
@@ -77,24 +77,27 @@ def lines(text: str) -> list[str]:
 def make(
     model: str, prompts: list[str], asked: Sequence[str] | str, seeds: list[int], options: Options, stop: threading.Event | None = None
 ) -> Iterator[list[Made]]:
-    """The pictures of seeds as they form, then as they are. asked: views, or components by name.  stop: ends it, after the step at hand.
+    """The pictures of seeds as they form, then as they are. asked: views, or components by name.  stop: ends it; the step at hand is done.
 
     Raises ValueError, FileNotFoundError for what does not fit; `Stopped`.
     """
+    if not seeds:
+        raise ValueError("no pictures are asked for: wanted one or more")
+    check_seeds(seeds[0], len(seeds))
     sampler, known = sampler_of(model)
     recipe = Composition(sampler, prompts, asked, options) if isinstance(asked, str) else Anagram(sampler, prompts, asked, options)
     settings = record(model, recipe, known, {name: False for name in FLAGS if name != "symmetrise"})
-    stop = stop or threading.Event()
+    stop, shows = stop or threading.Event(), released(recipe)
 
     def made(pictures: Tensor) -> list[Made]:
-        return [Made(x, seed, recipe, settings, seeds) for seed, x in zip(seeds, pictures)]
+        return [Made(x, seed, shows, settings, seeds) for seed, x in zip(seeds, pictures)]
 
-    found: queue.Queue[tuple[bool, Tensor] | BaseException | None] = queue.Queue()  # whether it is the end; latents, or pictures
+    found: queue.Queue[tuple[bool, Tensor] | BaseException | None] = queue.Queue()  # whether it is the end; an estimate, or pictures
 
     def watch(estimate: Tensor) -> None:
         if stop.is_set():
             raise Stopped
-        found.put((False, estimate[: len(seeds)]))  # blended in pixels: those of the first view
+        found.put((False, estimate))
 
     def work() -> None:
         try:
@@ -110,8 +113,10 @@ def make(
             if isinstance(each, BaseException):
                 raise each
             done, x = each
+            if stop.is_set() and not done:
+                raise Stopped
             if done or number % every == 0:
-                yield made(x if done else sampler.decode(x))
+                yield made(x if done else recipe.preview(x))
     finally:  # nobody waits for the rest
         stop.set()
 
@@ -134,10 +139,10 @@ def sides_of(made: Made) -> int:
 
 
 def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
-    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each set of settings; returns one archive of all."""
+    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each batch; returns one archive of all."""
     groups: dict[str, list[Made]] = {}
     for made in kept:
-        groups.setdefault(json.dumps(made.settings), []).append(made)
+        groups.setdefault(json.dumps([made.settings, made.batch]), []).append(made)
     for number, group in enumerate(groups.values(), 1):
         out = folder / f"anagrams-{number}"
         out.mkdir(parents=True)
@@ -158,21 +163,29 @@ def build(model: str):
         model, prompts, kind, views, parts, seed, count, steps, scale, negative, style, scheduler, reduction, blend, travel, upscale,
         request: gr.Request,
     ):  # fmt: skip
-        seeds = list(range(int(seed), int(seed) + int(count)))
-        stop = running[request.session_hash] = threading.Event()
+        formed = False  # until then, what stood here before stands, and can be kept
         try:
+            numbers = {"First seed": seed, "Pictures": count, "Steps": steps, "Guidance": scale, "Time travel": travel, "Upscale": upscale}
+            if left := [name for name, number in numbers.items() if number is None]:
+                raise ValueError(f"{left[0]}: wanted a number, got none")
+            seeds = list(range(int(seed), int(seed) + int(count)))
             options = Options(
                 num_inference_steps=int(steps), guidance_scale=float(scale), negative_prompt=negative, style=style, reduction=reduction,
                 scheduler=None if scheduler == OWN else scheduler, blend=blend, time_travel=int(travel), upscale=int(upscale),
             )  # fmt: skip
+            stop = running.setdefault(request.session_hash, threading.Event())
             for pictures in make(model, lines(prompts), lines(views) if kind == VIEWS else parts, seeds, options, stop):
                 columns = sides_of(pictures[0]) * max(1, 4 // sides_of(pictures[0]))  # whole pictures, in all that they are, beside another
                 yield gr.Gallery(as_shown(pictures), columns=columns), [], ""  # none can be kept before it is whole
+                formed = True
             yield gr.skip(), pictures, f"{len(seeds)} pictures. Click those that are to be kept."
         except Stopped:
-            yield gr.skip(), [], "Stopped: these pictures are half-formed, none can be kept."
-        except (ValueError, OSError) as error:
-            yield gr.skip(), [], f"**{error}**"
+            yield gr.skip(), [] if formed else gr.skip(), "Stopped" + (": these are half-formed, none can be kept." if formed else ".")
+        except (ValueError, OSError, RuntimeError) as error:  # the last: out of memory, and the like
+            yield gr.skip(), [] if formed else gr.skip(), f"**{error}**"
+
+    def begin(request: gr.Request):
+        running[request.session_hash] = threading.Event()
 
     def halt(request: gr.Request):
         if request.session_hash in running:
@@ -228,8 +241,9 @@ def build(model: str):
                 file = gr.File(label="PNG, JSON, MP4 and gallery")
         sampled_with = [steps, scale, negative, style, scheduler, reduction, blend, travel, upscale]
         inputs = [folder, prompts, kind, views, parts, seed, count, *sampled_with]
-        button.click(sample, inputs, [forming, pictures, note], concurrency_limit=1)
-        stop.click(halt)
+        # `begin` waits for nobody, so that one can stop what still waits for its turn
+        button.click(begin, queue=False).then(sample, inputs, [forming, pictures, note], concurrency_limit=1)
+        stop.click(halt, queue=False)
         page.unload(halt)
         kind.change(lambda kind: (gr.update(visible=kind == VIEWS), gr.update(visible=kind == PARTS)), kind, [views, parts])
         forming.select(keep, [pictures, kept], [kept, shown, number])

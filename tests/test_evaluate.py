@@ -25,6 +25,7 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompts
+from eqldm.evaluation.compare import Measured, differences
 from eqldm.evaluation.fit import Fit
 from eqldm.evaluation.judge import Judge, save_judge
 from eqldm.evaluation.reconstruction import Reconstruction
@@ -350,6 +351,10 @@ def test_the_best_of_several_seeds(run, tiny_model_folder, tmp_path, tiny_choose
         assert 0 <= found[f"{prefix}/best_of_3"] <= found[f"{prefix}/forced_best_of_3"] <= 1
         assert json.loads((out / "tiny" / "about.json").read_text())["samples"][prefix]["count"] == 3 * 4
     values, first = (load_file(folder / "tiny" / "anagram_rotate_180.safetensors") for folder in (out, once))
+    again = run(tiny_model_folder, more=[*more, *seeds[:2]], out=tmp_path / "again")  # the same pictures, not chosen from
+    paired = differences(*(Measured.open(folder / "tiny") for folder in (out, again)))["anagram/rotate_180/ambigramability"]
+    assert paired.paired and paired.value == 0
+    assert (out / "report.html").read_text().count("the same prompts and seeds by each model") == 2  # the picture, and its caption
     assert torch.equal(values["energy"][:4], first["energy"]) and not torch.equal(values["energy"][4:8], first["energy"])
     assert len(values["shown"]) == 7 and len(values["chosen"]) == 12 and "chosen" not in first
 
@@ -416,20 +421,24 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--inception", "nowhere"], "no Inception weights at 'nowhere'"),
         (["--features", "resnet18"], "--features: got 'resnet18', wanted NAME=WEIGHTS"),
         (["--num-images", "0"], "--num-images: got 0, wanted at least 2"),
-        (["--num-pairs", "all", "--views", "flip,mirror"], "--num-pairs all: for anagrams of two views, got 3"),
+        (["--num-pairs", "all", "--views", "flip,mirror"], "--num-pairs all: for two prompts a picture, got 3"),
         (["--num-pairs", "some"], "--num-pairs: got some, wanted at least 2"),
         (["--device", "foo"], "--device foo: "),
         (["--components", "hybrid:0.06"], "--metrics components and --components NAME (hybrid:0.06, colour, motion:0.3) need each other"),
         (["components", "--components", "hybrid:2"], "components 'hybrid': got (2.0,)"),
         (["--num-seeds", "0"], "--num-seeds: got 0, wanted at least 1"),
         (["--num-shown", "0"], "--num-shown: got 0, wanted at least 1"),
+        (["--seed", str(2**64)], "--seed: got 18446744073709551616, wanted 0 to 2^62"),
+        (["--guidance-scale", "nan"], "guidance_scale: got nan, wanted finite numbers"),
+        (["components", "--components", "colour"], "components colour: latents know nothing of colours; add a model that blends in pixels"),
+        (["components", "--components", "hybrid:0.1:0.05", "--num-pairs", "all"], "--num-pairs all: for two prompts a picture, got 3"),
         (["--chooser", "nowhere"], "--chooser: nothing to choose from with --num-seeds 1, wanted 2 or more"),
         (["--num-seeds", "2", "--chooser", "nowhere"], "'nowhere' holds no judge"),
         (["--num-seeds", "2", "--chooser", "THE JUDGE"], "--chooser is the judge itself, which must not choose what it reads"),
         (["--without", "judge", "lpips", "inception", "clip", "--judge", "x"], "--judge and --without judge: give one of them"),
         (["--prompt-pairs", "nowhere"], "--prompt-pairs means nothing where a judge reads letters"),
         (["--batch-size", "0"], "--batch-size: got 0, wanted at least 1"),
-        (["--without", "judge", "lpips", "inception", "clip"], "give others with --prompt-pairs, or leave anagram out"),
+        (["--without", "judge", "lpips", "inception", "clip"], "give other prompts with --prompt-pairs, other options, or leave it out"),
         (["--prompt-pairs", "nowhere", "--without", "judge", "lpips", "inception", "clip"], "no prompt pairs at 'nowhere'"),
     ],
 )
@@ -441,6 +450,21 @@ def test_errors_are_one_line(run, tiny_model_folder, tiny_judge, more, message, 
         words = [tiny_judge if word == "THE JUDGE" else word for word in more]
         run(tiny_model_folder, more=["--metrics", "reconstruction", "anagram", *words], **judge)
     assert str(info.value.code).startswith("error: ") and message in info.value.code
+
+
+def test_options_that_do_not_fit_are_told_first(run, tiny_model_folder, tmp_path, tiny_chooser, vae_alone, monkeypatch):
+    monkeypatch.setattr(Reconstruction, "measure", lambda *a: pytest.fail("the error should have come first"))
+    three = ["--views", "rotate_90,rotate_180", "--num-inference-steps", 2]
+    with pytest.raises(SystemExit, match="rotate_90,rotate_180 by '.*reduction=alternate': reduction=alternate: 2 steps show only"):
+        run(f"{tiny_model_folder}@reduction=alternate", more=["--metrics", "reconstruction", "anagram", *three])
+    with pytest.raises(SystemExit, match="guidance_rescale means nothing without guidance"):
+        run(f"{tiny_model_folder}@guidance_rescale=0.5", more=["--guidance-scale", 1])
+    with pytest.raises(SystemExit, match="--num-seeds and --chooser are for anagrams and components, of which none are asked"):
+        run(tiny_model_folder, more=["--metrics", "generation", "--num-seeds", 2, "--chooser", tiny_chooser])
+    with pytest.raises(SystemExit, match="unknown components 'nonsense'"):
+        run(vae_alone, more=["--components", "nonsense"])
+    with pytest.raises(SystemExit, match="holds another kind of model, no judge"):
+        run(tiny_model_folder, judge=tiny_model_folder / "text_encoder")
 
 
 def test_nothing_to_ask(run, vae_alone):

@@ -234,13 +234,18 @@ def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     (["--components", "colour"], "latents know nothing of colours"),
     (["--components", "hybrid:0.1", "--reference", "x.png"], "--reference FILE and --hold PART need each other"),
     (["--components", "hybrid:0.1", "--reference", "x.png", "--hold", "lov"], "--hold lov: wanted one of low, high"),
-    (["--components", "hybrid:0.1", "--reference", "nowhere.png", "--hold", "low"], "No such file or directory: 'nowhere.png'"),
+    (["--components", "hybrid:0.1", "--reference", "nowhere.png", "--hold", "low"], "--reference 'nowhere.png' is no file: give a picture"),
     (["--hold", "low"], "--reference and --hold mean something with --components alone"),
     (["--views", "identity", "jigsaw"], "12 or more to interlock"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tiny_model_folder, tmp_path, more, message):
     error = failed(*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--num-samples", 2, "--device", "cpu", *more)
     assert message in error and not (tmp_path / "out").exists()
+
+
+def test_what_means_nothing_with_parts(failed, tiny_model_folder, tmp_path):
+    words = [*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--components", "hybrid:0.1"]
+    assert "--force is for the view negate" in failed(*words, "--force")
 
 
 def test_negation_can_be_forced(run, tiny_model_folder, tmp_path):
@@ -261,6 +266,34 @@ def test_parts_in_place_of_views(run, tiny_model_folder, tmp_path):
         words = shlex.split(json.loads((out / "1.json").read_text())["command"])
         assert "--views" not in words and words[words.index("--components") + 1] == "hybrid:0.1"
         assert ("the reference" in (out / "index.html").read_text()) == (name == "held") == ("--hold" in words)
+
+
+def test_a_reference_is_known_by_what_it_holds(run, failed, tiny_model_folder, tmp_path):
+    reference = tmp_path / "picture.png"
+    words = [*options(tiny_model_folder, tmp_path / "out"), "--prompts", PROMPTS[0], "--components", "hybrid:0.1", "--hold", "high",
+             "--num-samples", 1, "--reference", reference]  # fmt: skip
+    assert f"--reference '{reference}' is no file" in failed(*words)
+    reference.write_text("no picture")
+    assert f"--reference '{reference}' is no picture that can be read" in failed(*words)
+    for colour, seed in (("red", 0), ("blue", 1)):
+        Image.new("RGB", (64, 64), colour).save(reference)
+        if colour == "red":
+            run(*words)
+        else:
+            assert "made with another reference_hash" in failed(*words, "--seed", seed)
+
+
+def test_a_choice_takes_no_other_pictures_away(run, failed, tiny_model_folder, tmp_path):
+    words = [*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 3]
+    run(*words)
+    assert "holds pictures that --keep did not choose, and would remove: give another --out" in failed(*words, "--keep", 1)
+    assert {path.name for path in tmp_path.glob("?.png")} == {"0.png", "1.png", "2.png"}
+    for content, message in (("{", "other.json' is damaged"), ("5", ""), ('["prompts"]', "")):
+        (tmp_path / "other.json").write_text(content)
+        if message:
+            assert message in failed(*words)
+        else:
+            run(*words)
 
 
 def test_animations(run, tiny_model_folder, tmp_path):

@@ -17,7 +17,7 @@ from eqldm import studio
 from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import tensor_to_picture
-from eqldm.views import IDENTITY, parse_view
+from eqldm.views import D4, IDENTITY, parse_view
 from eqldm.views.components import parse_components
 
 PROMPTS, VIEWS = ["the letter a", "the letter v"], ["identity", "inner_circle"]
@@ -55,8 +55,11 @@ def test_parts_form_too(model):
     assert [caption.split(", ")[1] for _, caption in studio.as_shown(last)[:3]] == ["whole", "low: the letter a", "high: the letter v"]
     *steps, last = make(model, PROMPTS, VIEWS, [4], upscale=2)
     assert len(steps) == 9 and steps[0][0].x.shape == (3, 32, 32) and steps[-1][0].x.shape == last[0].x.shape == (3, 64, 64)
-    *steps, last = make(model, PROMPTS, VIEWS, [4, 5], blend="pixels")
-    assert all(len(step) == 2 for step in steps)
+    for views in (VIEWS, VIEWS[::-1], ["rotate_90", "rotate_180"]):  # whichever comes first, previews are as the picture lies
+        *steps, last = make(model, PROMPTS, views, [4, 5], blend="pixels", num_inference_steps=20)
+        shown, end = steps[-1][1].x, last[1].x
+        distances = [float((view(shown) - end).square().mean()) for view in D4]
+        assert len(steps[-1]) == 2 and min(distances) == distances[0]
 
 
 def test_it_stops_after_the_step_at_hand(model, monkeypatch):
@@ -74,6 +77,8 @@ def test_it_stops_after_the_step_at_hand(model, monkeypatch):
     with pytest.raises(studio.Stopped):
         list(forming)
     assert len(calls) < 400
+    with pytest.raises(studio.Stopped):  # stopped while it waited for its turn
+        next(studio.make(model, PROMPTS, VIEWS, [4], Options(num_inference_steps=500), stop))
     forming = studio.make(model, PROMPTS, VIEWS, [4], Options(num_inference_steps=500), again := threading.Event())
     next(forming)
     forming.close()  # nobody looks on any more
@@ -86,6 +91,10 @@ def test_it_stops_after_the_step_at_hand(model, monkeypatch):
     ({"asked": ["identity", "negate"]}, "was not trained with negation"),
     ({"scheduler": "unipc", "time_travel": 2}, "use ddim or ddpm"),
     ({"model": "nowhere"}, "'nowhere' does not exist"),
+    ({"seeds": [-1]}, "--seed -1: wanted 0 to 2"),
+    ({"seeds": [2**63]}, "wanted 0 to 2"),
+    ({"seeds": []}, "no pictures are asked for"),
+    ({"negative_prompt": "-a"}, "prompt '-a' looks like an option of the command"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(model, changes, message):
     arguments = {"model": model, "prompts": PROMPTS, "asked": VIEWS, "seeds": [0], **changes}
@@ -115,6 +124,10 @@ def test_what_is_taken_away(model, tmp_path):
     other = [*make(model, PROMPTS, VIEWS, [4, 5], guidance_scale=9.0)][-1]
     with zipfile.ZipFile(studio.export([first[1], other[1]], tmp_path / "both", films=False)) as file:
         assert {"anagrams-1/5.png", "anagrams-2/5.png"} <= set(file.namelist())  # the same seed, made otherwise
+    alone = [*make(model, PROMPTS, VIEWS, [5])][-1]
+    with zipfile.ZipFile(studio.export([first[1], *alone], tmp_path / "batches", films=False)) as file:
+        assert {"anagrams-1/5.png", "anagrams-2/5.png"} <= set(file.namelist())  # the same seed of another batch
+    assert first[0].recipe.sampler is None  # what is kept does not keep its model
     about = json.loads((tmp_path / "out" / "anagrams-1" / "5.json").read_text())
     assert about["unet_hash"] == "1" and about["views"] == ["identity", "inner_circle:8"] and "torch" in about["versions"]
     assert "--seed 4 --num-samples 2 --batch-size 2" in about["command"] and "inner_circle:8" in about["command"]
@@ -162,8 +175,9 @@ def test_in_a_browser(model, monkeypatch, chromium):
         page.get_by_role("button", name="More").click()
         page.get_by_label("number input for Steps").fill("100")
         page.get_by_role("button", name="Sample").click()
+        page.get_by_text("4 pictures. Click those that are to be kept.").wait_for(state="hidden")
         page.get_by_role("button", name="Stop").click()
-        page.get_by_text("Stopped: these pictures are half-formed").wait_for()
+        page.get_by_text("Stopped: these are half-formed").wait_for()
         page.close()
     finally:
         page_of_studio.close()

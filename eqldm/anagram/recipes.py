@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +49,12 @@ class Anagram:
         """Pictures x [..., 3, H, W] as they show each prompt."""
         return [view(x) for view in self.views]
 
+    def preview(self, estimate: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] of what `watch` was given."""
+        if self.options.blend == "latents":
+            return self.sampler.decode(estimate)
+        return self.views[0].inverse(self.sampler.decode(estimate.chunk(len(self.views))[0]))
+
     def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
         """All sides of a picture x [3, H, W], each with its heading."""
         return [(f"{view.name}: {prompt}", face) for view, prompt, face in zip(self.views, self.prompts, self.faces(x))]
@@ -78,12 +86,17 @@ class Composition:
         if hold:
             if hold not in names:
                 raise ValueError(f"--hold {hold}: wanted one of {', '.join(names)}")
-            size = sampler.side(options.image_size) * downsampling(sampler.vae)
-            with open(reference, "rb") as file:
-                picture = ImageOps.fit(read_picture(file.read()), (size, size))
+            if not Path(reference).is_file():
+                raise FileNotFoundError(f"--reference '{reference}' is no file: give a picture")
+            size, content = sampler.side(options.image_size) * downsampling(sampler.vae), Path(reference).read_bytes()
+            try:
+                picture = ImageOps.fit(read_picture(content), (size, size))
+            except ValueError as error:
+                raise ValueError(f"--reference '{reference}' is no picture that can be read: give a PNG, JPEG or WebP file") from error
             self.held = {names.index(hold): picture_to_tensor(picture)[None]}
         sampler.check_parts([styled(prompt, options.style) for prompt in prompts], self.components, self.held, options)
         self.settings = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}
+        self.settings |= {"reference_hash": hashlib.sha256(content).hexdigest()[:16]} if hold else {}
 
     def sample(
         self, seeds: Sequence[int], on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None
@@ -92,6 +105,9 @@ class Composition:
 
     def faces(self, x: Tensor) -> list[Tensor]:
         return [part(x).clamp(-1, 1) for i, part in enumerate(self.components) if i not in self.held]
+
+    def preview(self, estimate: Tensor) -> Tensor:
+        return self.sampler.decode(estimate)
 
     def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
         parts = [(f"{part.name}: {text}", part(x).clamp(-1, 1)) for part, text in zip(self.components, self._texts())]
@@ -110,6 +126,13 @@ class Composition:
 
 
 Recipe = Anagram | Composition
+
+
+def released(recipe: Recipe) -> Recipe:
+    """The same without its model, which it would keep in memory: it shows and writes pictures, and samples no more."""
+    found = copy.copy(recipe)
+    found.sampler = None
+    return found
 
 
 def recipe_sheet(recipe: Recipe, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:

@@ -47,6 +47,8 @@ class Judge:
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"'{folder}' holds no judge: train one with python train.py configs/glyphs/judge.yaml")
         about = json.loads((folder / "config.json").read_text())
+        if not {"architecture", "args", "image_size"} <= about.keys():
+            raise ValueError(f"'{folder}' holds another kind of model, no judge: train one with python train.py configs/glyphs/judge.yaml")
         network = timm.create_model(about["architecture"], num_classes=len(ANSWERS), **about["args"])
         weights = load_file(folder / "model.safetensors")
         answers = len(weights[network.default_cfg["classifier"] + ".weight"])

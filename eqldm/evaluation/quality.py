@@ -28,9 +28,9 @@ NEIGHBOURS = 3  # of precision and recall
 
 @dataclass(frozen=True)
 class RealPictures:
-    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), their mean
-    high-frequency energy, and the share of them that the judge reads right (None where none reads), and by components (`hybrid:0.06`) of
-    each of their parts, where it must name a letter."""
+    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), and their mean
+    high-frequency energy; of those with labels, where a judge reads, the share that it reads right, and by components (`hybrid:0.06`)
+    that of each of their parts, where it must name a letter."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
@@ -42,11 +42,13 @@ class RealPictures:
     def of(cls, values: dict[str, Tensor]) -> RealPictures:
         """Of what `RealData` measured."""
         labels = values["label"]
+        energy = float(values["energy"].mean())
+        if bool((labels < 0).any()):
+            return cls(features_of(values), None, energy)
         read_right = float((values["read"] == labels).double().mean()) if "read" in values else None
         parts = {name.removeprefix("parts/"): read for name, read in values.items() if name.startswith("parts/")}
         read_parts = {name: (read == labels[:, None]).double().mean(0).tolist() for name, read in parts.items()}
-        known = None if bool((labels < 0).any()) else labels
-        return cls(features_of(values), known, float(values["energy"].mean()), read_right, read_parts)
+        return cls(features_of(values), labels, energy, read_right, read_parts)
 
 
 class RealData:

@@ -135,13 +135,18 @@ def _plainly(value) -> str:
 def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -> str:
     names = [model.measured.name for model in report.models]
     sections = []
+    side_by_side = next((name for name in ("generation", "anagram", "components") if name in report.questions()), None)
     for question in report.questions():
         main, single = report.means_and_details(question)
         body = [_plot(question, report), _html_table(*metric_table(report, main, against))]
         if single:
             table = _html_table(*metric_table(report, single, against))
             body.append(f"<details><summary>by view</summary>{table}</details>")
-        body += [_picture(out, CAPTIONS.get(title, title), path) for title, path in report.shared.items() if _belongs(title, question)]
+        body += [
+            _picture(out, CAPTIONS.get(title, title), path)
+            for title, path in report.shared.items()
+            if _belongs(title, question) or (title == "models" and question == side_by_side)
+        ]
         body += [
             _picture(out, f"{model.measured.name}: {CAPTIONS.get(title.split('_')[0], title.replace('_', ' '))}", path)
             for model in report.models
@@ -179,7 +184,7 @@ def _belongs(title: str, question: str) -> bool:
     owners = {
         "reconstruction": ("reconstruction",),
         "equivariance": ("equivariance", "latents"),
-        "generation": ("letters", "generation", "models"),
+        "generation": ("letters", "generation"),
         "anagram": ("anagrams", "letter_matrix"),
         "components": ("components",),
     }

@@ -63,7 +63,10 @@ class Evaluation:
         self.device = torch.device(args.device)
         self.anagrams: list[list[View]] = []  # each by its views; see `prepare`
         self.views: list[View] = []
-        self.components = {name: parse_components(name) for name in args.components if "components" in self.asked}
+        parts = {name: parse_components(name) for name in args.components}
+        self.components = parts if "components" in self.asked else {}
+        if not {"anagram", "components"}.intersection(self.asked) and (args.num_seeds > 1 or args.chooser):
+            raise ValueError("--num-seeds and --chooser are for anagrams and components, of which none are asked: leave them out")
         self.samples = open_pictures(args.data, args.image_size, args.num_images)
         self.count = min(args.num_images, len(self.samples))
         height, width = self.samples.image_size
@@ -82,9 +85,17 @@ class Evaluation:
 
     def about(self, entry: Entry) -> dict:
         """How an entry was evaluated, but for what `Result` knows."""
-        sampling = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale} | entry.options
-        known = {"data": str(self.args.data), "sampling": sampling, "sampling precision": self.precision, "seed": self.args.seed}
+        known = {
+            "data": str(self.args.data),
+            "sampling": self._sampling(entry),
+            "sampling precision": self.precision,
+            "seed": self.args.seed,
+        }
         return known | {"device": str(self.device)}
+
+    def _sampling(self, entry: Entry) -> dict:
+        """The options of an entry's sampling."""
+        return {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": self.args.guidance_scale} | entry.options
 
     def ask(self, question: Question, folder: Path, about: str) -> dict[str, Tensor] | None:
         """The values of a question, with a bar of progress; None while other processes are at work on it."""
@@ -108,11 +119,16 @@ class Evaluation:
     def prepare(self, entries: list[Entry]) -> None:
         """Looks whether all models, options and pictures fit each other, and finds the views, which are the same for all: those that are as
         fine as latents, as fine as the coarsest. Raises ValueError, FileNotFoundError."""
-        grids = []
+        grids, answered = [], set()
         for entry in entries:
             vae, sampler = self.open(entry)
+            answered.update(self._components_of(entry, sampler) if sampler is not None else ())
             grids.append(self._latent_sides(vae))
             grids += [[sampler.latent_side] * 2] if sampler is not None else []
+        if left := [text for text in self.components if text not in answered]:
+            raise ValueError(
+                f"components {', '.join(left)}: latents know nothing of colours; add a model that blends in pixels, MODEL@blend=pixels"
+            )
         coarsest = min(map(min, grids))
         self.anagrams = [[IDENTITY, *(parse_view(name, coarsest) for name in names.split(","))] for names in dict.fromkeys(self.args.views)]
         self.views = list(dict.fromkeys(view for views in self.anagrams for view in views[1:]))
@@ -132,20 +148,23 @@ class Evaluation:
                 Objective.of(sampler.networks.scheduler)
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
-            counts = [names.count(",") + 2 for names in self.args.views] if "anagram" in self.asked else []
-            for count in [*counts, *map(len, self.components.values())]:
+            options = Options(**self._sampling(entry))
+            options.check(1)
+            views = {names: names.count(",") + 2 for names in self.args.views} if "anagram" in self.asked else {}
+            for name, count in {**views, **{name: len(parts) for name, parts in self.components.items()}}.items():
                 prompts, _ = self._anagram_prompts(count)
                 try:
+                    options.check(count)
                     for texts in prompts:
                         sampler.check_length(texts)
                 except ValueError as error:
-                    how = "give others with --prompt-pairs, or leave anagram out of --metrics"
-                    raise ValueError(f"the prompt pairs do not fit '{entry.folder}' ({error}): {how}") from error
+                    how = "give other prompts with --prompt-pairs, other options, or leave it out"
+                    raise ValueError(f"{name} by '{entry.text}': {error} ({how})") from error
             for name in self._components_of(entry, sampler):
                 try:
-                    sampler.check_parts([""] * len(self.components[name]), self.components[name], {}, Options(**entry.options))
+                    sampler.check_parts([""] * len(self.components[name]), self.components[name], {}, options)
                 except ValueError as error:
-                    raise ValueError(f"'{entry.text}', components {name}: {error}") from error
+                    raise ValueError(f"{name} by '{entry.text}': {error}") from error
         return vae, sampler
 
     def answer(self, entry: Entry) -> Result | None:
@@ -167,7 +186,7 @@ class Evaluation:
 
     def about_samples(self, question: Question) -> dict:
         """What the pictures of a question were: where it is equal, two models were measured on the same."""
-        of_model = ("vae", "unet", "text", "scheduler", "solver", "own", "precision", "options", "device")
+        of_model = ("vae", "unet", "text", "scheduler", "solver", "own", "precision", "options", "device", "chooser", "num_shown")
         known = {name: value for name, value in question.key.items() if name not in of_model} | {"count": question.count}
         return known if "data" in known else {**known, "data": self.samples.digest, "num_real": self.count}
 
@@ -196,8 +215,7 @@ class Evaluation:
         if "fit" in asked:
             own = load_vae(entry.folder).to(self.device) if entry.vae else None
             yield "fit", Fit(sampler, self.samples, self.count, own), lambda *found: self._fit(sampler, *found)
-        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale, **entry.options}
-        options |= {"features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
+        options = {**self._sampling(entry), "features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
         options |= {"seed": args.seed, "num_shown": args.num_shown or (24 if max(self.samples.image_size) <= 128 else 12)}
         if "generation" in asked:
             wanted = plain_letters(args.num_letters) if self.judge else None
@@ -254,7 +272,9 @@ class Evaluation:
         every, count = self.args.num_pairs == "all", self.args.num_pairs
         if self.judge:
             if every and num_views > 2:
-                raise ValueError(f"--num-pairs all: for anagrams of two views, got {num_views} with upright: give a number of them")
+                raise ValueError(
+                    f"--num-pairs all: for two prompts a picture, got {num_views} (views count the upright one): give a number"
+                )
             wanted = (every_pair().T if every else letter_tuples(int(count), num_views)).repeat(1, self.args.num_seeds)
             return letter_prompts(wanted), wanted
         found = read_prompts(Path(self.args.prompt_pairs or PROMPT_PAIRS), num_views)
