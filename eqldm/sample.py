@@ -46,10 +46,12 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
     check_seeds(args.seed, args.num_samples)
+    options = options_of(args)
+    options.check(len(args.prompts))  # before the model is opened, which takes time
     model = str(args.model or PRETRAINED / DEFAULT)
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
-    recipe = recipe_of(args, sampler)
+    recipe = recipe_of(args, sampler, options)
     chooser = Chooser(args) if args.keep else None
     out = Path(args.out)
     try:
@@ -101,18 +103,22 @@ def check_seeds(first: int, count: int) -> None:
         raise ValueError(f"--seed {first}: wanted 0 to 2^63, less the number of samples")
 
 
-def recipe_of(args: argparse.Namespace, sampler: Sampler) -> Recipe:
-    """What the command asks for. Raises ValueError where it does not fit together, or the model; FileNotFoundError."""
+def options_of(args: argparse.Namespace) -> Options:
+    """Those of the command: one number or text in place of a list of one."""
     options = {name: getattr(args, name) for name in Options.__dataclass_fields__}
     single = {name: options[name][0] for name in ("guidance_scale", "negative_prompt") if len(options[name]) == 1}
-    chosen = Options(**{**options, **single, "travel_band": tuple(options["travel_band"])})
+    return Options(**{**options, **single, "travel_band": tuple(options["travel_band"])})
+
+
+def recipe_of(args: argparse.Namespace, sampler: Sampler, options: Options) -> Recipe:
+    """What the command asks for. Raises ValueError where it does not fit together, or the model; FileNotFoundError."""
     if args.components:
         if args.force:
             raise ValueError("--force is for the view negate: it means nothing with --components")
-        return Composition(sampler, args.prompts, args.components, chosen, args.reference, args.hold)
+        return Composition(sampler, args.prompts, args.components, options, args.reference, args.hold)
     if args.reference or args.hold:
         raise ValueError("--reference and --hold mean something with --components alone")
-    return Anagram(sampler, args.prompts, args.views, chosen, args.force)
+    return Anagram(sampler, args.prompts, args.views, options, args.force)
 
 
 def hashes(sampler: Sampler) -> dict[str, str]:

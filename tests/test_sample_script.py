@@ -15,10 +15,9 @@ import pytest
 from PIL import Image
 
 from eqldm import sample as job
-from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import picture_to_tensor
 from eqldm.evaluation.judge import Judge
-from eqldm.model_folder import PRETRAINED, load_unet, weights_hash
+from eqldm.model_folder import load_unet, weights_hash
 from eqldm.sample import command
 from eqldm.views import D4
 from test_clip import make_clip
@@ -305,6 +304,6 @@ def test_animations(run, tiny_model_folder, tmp_path):
 def test_what_the_command_leaves_out_is_what_the_script_has_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     args = script.parse_args()
-    options = vars(job.recipe_of(args, Sampler.open(PRETRAINED / job.DEFAULT, "cpu")).options)
+    options = vars(job.options_of(args))
     known = {name: default for name, default in job.DEFAULTS.items() if name != "precision"}  # always written
     assert {name: options.get(name, getattr(args, name)) for name in known} == known and options.keys() <= known.keys()

@@ -130,7 +130,8 @@ class Sampler:
         """The latent side to sample at. Raises ValueError where prompts, views and size do not fit each other."""
         if len(prompts) != len(views) or not views:
             raise ValueError(
-                f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)})"
+                f"one prompt for each view: got {len(prompts)} prompts and {len(views)} views ({', '.join(view.name for view in views)}); "
+                "the upright one is a view too, identity"
             )
         side, factor = self.side(image_size), downsampling(self.vae)
         for view in views:
@@ -142,7 +143,7 @@ class Sampler:
         """Raises ValueError where a view negates and the autoencoder's latents do not know it."""
         if any(view.sign < 0 for view in views) and not isinstance(self.vae, Pixels) and (error := negation_error(self.vae)) > 0.2:
             raise ValueError(
-                f"view 'negate': this autoencoder was not trained with negation (D(-z) is {error:.2f} away from -D(z), trained ones .1): "
+                f"view 'negate': this autoencoder was not trained with negation (D(-z) is {error:.2f} away from -D(z), trained ones .08): "
                 "train it with equivariance.negate_prob, or sample all the same with --force"
             )
 

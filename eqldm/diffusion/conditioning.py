@@ -89,4 +89,4 @@ def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt
 def too_long(tokenizer: CLIPTokenizer, prompts: list[str]) -> list[str]:
     """The prompts that lose words because they are longer than the model's token limit."""
     limit = tokenizer.model_max_length
-    return [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > limit]
+    return [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > limit]

@@ -17,7 +17,7 @@ QUESTION_TITLES = {
 
 
 def direction(name: str) -> str:
-    """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better (`_data`: what can be reached)."""
+    """Of a metric: ↑ higher is better, ↓ lower, →1 near one, or nothing where neither is better (`_data`: of real pictures)."""
     parts = [] if name in NEITHER or name.endswith("_data") else name.split("/")
     for part in reversed(parts):
         part = "_".join(word for word in part.split("_") if word not in ("upright", "turned"))

@@ -21,7 +21,7 @@ def part_metrics(
 ) -> Findings:  # fmt: skip
     """Of what `Sampled` measured of parts, each as `components/TITLE/...`: the readings of `add_readings`, a face being a part, and
 
-    `forced_read_right_PART_data`   of the real pictures' parts, which is what can be reached
+    `forced_read_right_PART_data`   of the real pictures' parts; a model may draw letters whose parts read better
     `round_trip_psnr`   dB of D(E(x)) against x, the whole
 
     title: what was asked for, `hybrid:0.06`.  clusters: [N] of pictures that are alike, which intervals draw together.

@@ -133,6 +133,6 @@ def check_components(components: Sequence[Component], in_latents: bool) -> None:
     """Raises ValueError where components that need a picture are to act on latents."""
     if in_latents and (needy := [component.name for component in components if not component.in_latents]):
         raise ValueError(
-            f"components {', '.join(needy)}: latents know nothing of colours. Give blend=pixels, which takes the picture apart at each "
-            "step, or a pixel model"
+            f"components {', '.join(needy)}: latents know nothing of colours. Give blend=pixels (sample.py --blend pixels), which takes "
+            "the picture apart at each step, or a pixel model"
         )

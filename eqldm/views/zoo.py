@@ -182,7 +182,7 @@ NO_VIEWS = {  # by what their names begin with: why they cannot be sampled
     "rotate_": "a turn by an odd angle takes each pixel from several: the noise loses variance between pixels, neighbours become alike, "
     "and the UNet sees noise that it never saw. Use rotate_90, rotate_180, rotate_270 or inner_circle",
     "blur": "it takes the high frequencies from the noise, which the UNet then takes for a finished picture. To show one prompt from afar "
-    "and another from near, see component views (hybrid)",
+    "and another from near, use components in place of views: hybrid:0.06 (sample.py --components)",
     "white_balance": "it scales the noise of each channel, so that its level is not that of the timestep. negate is the one change of "
     "colours that keeps it",
     "stretch": "it is not orthogonal: neighbouring noise becomes alike, or is lost. Use skew",
