@@ -53,12 +53,12 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
     recipe = recipe_of(args, sampler, options)
     chooser = Chooser(args) if args.keep else None
+    settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in FLAGS if name != "symmetrise"})
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
-    settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in FLAGS if name != "symmetrise"})
     check_folder(out, settings, choosing=chooser is not None)
     start = time.perf_counter()
     pictures, batch_of, scores = {}, {}, {}
