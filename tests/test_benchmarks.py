@@ -93,13 +93,14 @@ def test_maps_that_are_no_views():
 def test_a_picture_for_each_view(tmp_path, monkeypatch):
     import view_pictures
 
-    words = ["--num-samples", 1, "--only", "rotate_90,rotate_180", "colour", "--out", tmp_path / "deep"]
+    words = ["--num-samples", 1, "--only", "rotate_90,rotate_180", "colour", "skew", "--out", tmp_path / "deep"]
     monkeypatch.setattr(sys, "argv", ["view_pictures.py", *map(str, words)])
     view_pictures.main()
     for name in ("rotate_90_rotate_180", "colour"):  # three views; the whole and two parts
         assert Image.open(tmp_path / "deep" / f"{name}.png").size == (3 * 96 + 2 * 6, 96)
+    assert Image.open(tmp_path / "deep" / "skew.png").size == (2 * 96 + 6, 96)
     readme = (ROOT / "README.md").read_text()
-    for name in (*view_pictures.VIEWS, *view_pictures.PARTS):
+    for name in view_pictures.ALL:
         assert (ROOT / "docs" / "figures" / "views" / f"{file_name(name)}.png").exists()
     shown = re.findall(r"docs/figures/views/(\S+)\.png", readme)
-    assert set(shown) <= {file_name(name) for name in (*view_pictures.VIEWS, *view_pictures.PARTS)} and len(shown) > 15
+    assert set(shown) <= {file_name(name) for name in view_pictures.ALL} and len(shown) > 15
