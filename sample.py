@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
     add("--upscale", type=int, default=1, help="a second pass, so many times larger, that keeps every view")
     add("--upscale-strength", type=float, default=0.5, help="the share of the steps that it takes (default: 0.5)")
+    add("--decoding", help="upright, or views: the mean over the views (default: views where one cuts the picture up)")
     add("--symmetrise", action="store_true", help="decode as the mean over the square's symmetries (8 x the decoding)")
     add("--force", action="store_true", help="the view negate for models that were not trained with it, too")
     add("--device", help="cpu, cuda, cuda:1; default: a GPU where there is one")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eqldm.anagram.denoiser import shares_of
+from eqldm.views import IDENTITY, View
 
+DECODINGS = ("upright", "views")
 REDUCTIONS = ("mean", "weighted", "rectified", "alternate")
 BLENDS = ("latents", "pixels")
 
@@ -45,6 +47,10 @@ class Options:
     """How much larger a second pass makes the picture: its latents enlarged, noised and denoised again under all views."""
     upscale_strength: float = 0.5
     """The share of the steps that the second pass takes."""
+    decoding: str | None = None
+    """How latents become one picture: `upright`, as they lie, or `views`, the mean of what each view of them decodes to, turned back. A
+    decoder joins strokes across the edges of cells as they lie, which tears them in a view that moves the cells apart: so None is `views`
+    where one cuts the picture up, else `upright`."""
     symmetrise: bool = False
     """Decode as the mean over the square's eight symmetries: exactly equivariant, eight times the cost."""
 
@@ -64,6 +70,11 @@ class Options:
         """Of all prompts, as a list."""
         return [self.guidance_scale] if isinstance(self.guidance_scale, int | float) else self.guidance_scale
 
+    def decoded_under(self, views: Sequence[View]) -> Sequence[View]:
+        """The views that an anagram's latents are decoded in."""
+        in_all = self.decoding == "views" or (self.decoding is None and any(view.cells > 1 for view in views))
+        return views if in_all else (IDENTITY,)
+
     def times(self, k: int) -> int:
         """How often step k is done."""
         share = k / self.num_inference_steps
@@ -75,6 +86,7 @@ class Options:
             "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
             "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 to 1"),
             "reduction": (self.reduction in REDUCTIONS, f"one of {', '.join(REDUCTIONS)}"),
+            "decoding": (self.decoding in (None, *DECODINGS), f"one of {', '.join(DECODINGS)}"),
             "blend": (self.blend in BLENDS, f"one of {', '.join(BLENDS)}"),
             "time_travel": (self.time_travel >= 1, "at least 1"),
             "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
@@ -109,6 +121,8 @@ class Options:
         if self.weights is not None:
             shares_of(self.weights, num_views)
         if self.blend == "pixels":
+            if self.decoding == "upright":
+                raise ValueError("blend=pixels decodes each view: decoding=upright means nothing with it, leave it out")
             for name, default in (("reduction", "mean"), ("time_travel", 1), ("upscale", 1)):
                 if getattr(self, name) != default:
                     raise ValueError(f"blend=pixels averages the views of each step, got {name}={getattr(self, name)}: use {default}")

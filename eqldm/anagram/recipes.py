@@ -52,7 +52,7 @@ class Anagram:
     def preview(self, estimate: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] of what `watch` was given."""
         if self.options.blend == "latents":
-            return self.sampler.decode(estimate)
+            return self.sampler.decode(estimate, views=self.options.decoded_under(self.views))
         return self.views[0].inverse(self.sampler.decode(estimate.chunk(len(self.views))[0]))
 
     def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder
 from eqldm.training.speed import native_precision
-from eqldm.views import D4, View
+from eqldm.views import D4, IDENTITY, View
 from eqldm.views.components import Component, check_components
 
 Prompt = str | Sequence[str]
@@ -160,9 +160,11 @@ class Sampler:
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one for each seed, that read as prompt i in view i.
 
         options: of `Options`.  Otherwise as `latents`."""
-        chosen = Options(**options)
-        pictures = self.decode(self.latents(prompts, views, seeds, on_step, watch, **options), chosen.symmetrise)
-        return blend_pictures(pictures, views) if chosen.blend == "pixels" else pictures
+        o = Options(**options)
+        z = self.latents(prompts, views, seeds, on_step, watch, **options)
+        if o.blend == "pixels":
+            return blend_pictures(self.decode(z, o.symmetrise), views)
+        return self.decode(z, o.symmetrise, o.decoded_under(views))
 
     @torch.no_grad()
     def latents(
@@ -229,6 +231,8 @@ class Sampler:
         check_components(components, in_latents=not pixels and o.blend == "latents")
         if o.reduction != "mean" or o.upscale != 1:
             raise ValueError("components are summed: reduction and upscale mean nothing with them")
+        if o.decoding is not None:
+            raise ValueError(f"decoding={o.decoding} is for views: it means nothing with components")
         o.check(free)
         side = self.side(o.image_size)
         self.check_length(_flatten(prompts))
@@ -276,12 +280,11 @@ class Sampler:
         return sample(denoise, solver, z, generators, first, o.times)
 
     @torch.no_grad()
-    def decode(self, z: Tensor, symmetrise: bool = False) -> Tensor:
-        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU. symmetrise: see `Options`."""
+    def decode(self, z: Tensor, symmetrise: bool = False, views: Sequence[View] = (IDENTITY,)) -> Tensor:
+        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU: the mean over views V of V^-1 D(V z). symmetrise: see `Options`."""
+        under = dict.fromkeys(element @ view for view in views for element in (D4 if symmetrise else (IDENTITY,)))
         with self.computing():
-            if not symmetrise:
-                return decode(self.vae, z).float().clamp(-1, 1).cpu()
-            return sum(view.inverse(decode(self.vae, view(z)).float()) for view in D4).div(len(D4)).clamp(-1, 1).cpu()
+            return sum(view.inverse(decode(self.vae, view(z)).float()) for view in under).div(len(under)).clamp(-1, 1).cpu()
 
     def solver(self, o: Options) -> SchedulerMixin:
         """The scheduler to sample with; its timesteps are not set. Raises ValueError where the options do not fit each other or the

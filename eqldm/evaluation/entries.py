@@ -22,7 +22,7 @@ from eqldm.model_folder import Pixels, downsampling, load_autoencoder
 RESERVED = ("report.html", "report.md", "data.safetensors", "equivariance.png", "models.png")  # what lies beside the models' folders
 OPTIONS = {
     "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
-    "num_inference_steps": int, "time_travel": int, "symmetrise": int,
+    "num_inference_steps": int, "time_travel": int, "symmetrise": int, "decoding": str,
 }  # fmt: skip
 
 
