@@ -157,7 +157,8 @@ def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
 
 def build(model: str):
     """The page."""
-    running: dict[str, threading.Event] = {}  # what stops the sampling of each who has the page open
+    # what stops the sampling of each who has the page open: the job at hand, and clicks since then, which Gradio may have left out
+    running: dict[str, list[threading.Event]] = {}
 
     def sample(
         model, prompts, kind, views, parts, seed, count, steps, scale, negative, style, scheduler, reduction, blend, travel, upscale,
@@ -173,7 +174,8 @@ def build(model: str):
                 num_inference_steps=int(steps), guidance_scale=float(scale), negative_prompt=negative, style=style, reduction=reduction,
                 scheduler=None if scheduler == OWN else scheduler, blend=blend, time_travel=int(travel), upscale=int(upscale),
             )  # fmt: skip
-            stop = running.setdefault(request.session_hash, threading.Event())
+            stop = running[request.session_hash][-1]
+            running[request.session_hash] = [stop]
             for pictures in make(model, lines(prompts), lines(views) if kind == VIEWS else parts, seeds, options, stop):
                 columns = sides_of(pictures[0]) * max(1, 4 // sides_of(pictures[0]))  # whole pictures, in all that they are, beside another
                 yield gr.Gallery(as_shown(pictures), columns=columns), [], ""  # none can be kept before it is whole
@@ -185,11 +187,11 @@ def build(model: str):
             yield gr.skip(), [] if formed else gr.skip(), f"**{error}**"
 
     def begin(request: gr.Request):
-        running[request.session_hash] = threading.Event()
+        running.setdefault(request.session_hash, []).append(threading.Event())
 
     def halt(request: gr.Request):
-        if request.session_hash in running:
-            running[request.session_hash].set()
+        for event in running.get(request.session_hash, []):
+            event.set()
 
     def keep(pictures, kept, chosen: gr.SelectData):
         made = pictures[chosen.index // sides_of(pictures[0])] if pictures else None
