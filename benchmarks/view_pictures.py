@@ -25,11 +25,10 @@ from eqldm.model_folder import PRETRAINED
 VIEWS = {  # letters that read right in `python -m eqldm.evaluate glyphs-eq --metrics anagram --views ...`
     "rotate_90": "NZ", "rotate_180": "DU", "rotate_270": "EH", "mirror": "JL", "flip": "MW", "transpose": "HI", "anti_transpose": "PE",
     "patch_permute:2": "BH", "patch_permute:4": "VK", "pixel_permute": "ZW", "jigsaw:2": "HK", "inner_circle": "DQ",
-    "square_hinge:2": "TE", "rotate_90,rotate_180": "NZN",
+    "square_hinge:2": "TE", "square_hinge:4": "XQ", "skew": "BH", "rotate_90,rotate_180": "NZN",
 }  # fmt: skip
-IN_PIXELS = {"square_hinge:4": "XQ", "skew": "BH"}  # where that reads far better: by glyphs-base
-PARTS = {"hybrid:0.06": "DU", "motion:0.3": "IT", "colour": "OQ"}  # so too
-ALL = {**VIEWS, **IN_PIXELS, **PARTS}
+PARTS = {"hybrid:0.06": "DU", "motion:0.3": "IT", "colour": "OQ"}  # by glyphs-base, blended in pixels
+ALL = {**VIEWS, **PARTS}
 SIDE, GAP = 96, 6  # pixels
 
 
@@ -56,8 +55,7 @@ def run(out: Path, num_samples: int, only: list[str]) -> None:
         if name in PARTS:
             recipe: Recipe = Composition(base, prompts, name, Options(blend="pixels"))
         else:
-            views, pixels = ["identity", *name.split(",")], name in IN_PIXELS
-            recipe = Anagram(base if pixels else eq, prompts, views, Options(blend="pixels" if pixels else "latents"))
+            recipe = Anagram(eq, prompts, ["identity", *name.split(",")], Options())
         faces = [face for _, face in recipe.columns(best_of(recipe, letters, judge, num_samples))]
         write_whole(out / f"{file_name(name)}.png", lambda path, faces=faces: strip(faces).save(path, "PNG", optimize=True))
 
