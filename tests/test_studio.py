@@ -148,9 +148,12 @@ def test_in_a_browser(model, monkeypatch, chromium):
     page_of_studio, complaints = studio.build(model), []
     compose = Sampler.compose
 
-    def slowly(self, prompts, parts, seeds, held, on_step, watch, **options):  # so that there is time to stop it
-        return compose(self, prompts, parts, seeds, held, on_step, lambda z: (time.sleep(options["num_inference_steps"] / 500), watch(z)),
-                       **options)  # fmt: skip
+    def slowly(self, prompts, parts, seeds, held, on_step, watch, **options):  # of 100 steps, so that there is time to stop it
+        def watched(z):
+            time.sleep(options["num_inference_steps"] // 100 / 5)
+            watch(z)
+
+        return compose(self, prompts, parts, seeds, held, on_step, watched, **options)
 
     monkeypatch.setattr(Sampler, "compose", slowly)
     _, address, _ = page_of_studio.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
