@@ -33,32 +33,30 @@ class Map:
 
     name: str
     forth: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forth(x)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        return self.back(x)
 
     def check(self, height: int, width: int, where: str = "") -> None:
         """It acts on any grid."""
 
 
 def turned(x: Tensor, degrees: float) -> Tensor:
-    """x [..., C, H, W] turned counter-clockwise, bilinearly; corners that come from outside are those of the border."""
+    """x [..., C, H, W] turned counter-clockwise."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    flat = x.reshape(-1, *x.shape[-3:])
-    grid = F.affine_grid(flat.new_tensor([[[c, -s, 0], [s, c, 0]]]).expand(len(flat), -1, -1), list(flat.shape), align_corners=False)
-    return F.grid_sample(flat, grid, "bilinear", "border", align_corners=False).reshape(x.shape)
+    return warped(x, [[c, -s, 0], [s, c, 0]])
 
 
 def stretched(x: Tensor, factor: float) -> Tensor:
-    """x [..., C, H, W] stretched to `factor` of its width about its middle, bilinearly."""
+    """x [..., C, H, W] stretched to `factor` of its width about its middle."""
+    return warped(x, [[1 / factor, 0, 0], [0, 1, 0]])
+
+
+def warped(x: Tensor, matrix: list[list[float]]) -> Tensor:
+    """x [..., C, H, W], each place from where a matrix (right, down) takes it, bilinearly; what comes from outside is of the border."""
     flat = x.reshape(-1, *x.shape[-3:])
-    grid = F.affine_grid(
-        flat.new_tensor([[[1 / factor, 0, 0], [0, 1, 0]]]).expand(len(flat), -1, -1), list(flat.shape), align_corners=False
-    )
+    grid = F.affine_grid(flat.new_tensor([matrix]).expand(len(flat), -1, -1), list(flat.shape), align_corners=False)
     return F.grid_sample(flat, grid, "bilinear", "border", align_corners=False).reshape(x.shape)
 
 

@@ -56,7 +56,7 @@ def run(out: Path, num_samples: int, only: list[str]) -> None:
             recipe: Recipe = Composition(base, prompts, name, Options(blend="pixels"))
         else:
             recipe = Anagram(eq, prompts, ["identity", *name.split(",")], Options())
-        faces = [face for _, face in recipe.columns(best_of(recipe, letters, judge, num_samples))]
+        faces = recipe.sides(best_of(recipe, letters, judge, num_samples))
         write_whole(out / f"{file_name(name)}.png", lambda path, faces=faces: strip(faces).save(path, "PNG", optimize=True))
 
 

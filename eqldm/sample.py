@@ -29,7 +29,8 @@ from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
 
 DEFAULT = "glyphs-eq"
 """The shipped model that samples where none is given."""
-FLAGS = ("symmetrise", "force", "attention_slicing", "tiled", "offload")
+SWITCHES = ("force", "attention_slicing", "tiled", "offload")  # of the command, beside `Options`
+FLAGS = ("symmetrise", *SWITCHES)  # that take no value
 DEFAULTS = {  # of the command, in the order in which it is written down
     **{name: field.default for name, field in Options.__dataclass_fields__.items()},
     **dict.fromkeys(("device", "precision")), **dict.fromkeys(FLAGS, False),
@@ -53,7 +54,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
     recipe = recipe_of(args, sampler, options)
     chooser = Chooser(args) if args.keep else None
-    settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in FLAGS if name != "symmetrise"})
+    settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in SWITCHES})
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -126,9 +127,10 @@ def hashes(sampler: Sampler) -> dict[str, str]:
     return {"vae_hash": vae_hash(sampler.vae), "unet_hash": weights_hash(sampler.networks.unet)}
 
 
-def record(model: str, recipe: Recipe, hashes: Mapping[str, str], flags: Mapping[str, bool]) -> dict:
-    """All that pictures of a recipe are made with, but for seed and batch. model: its folder.  flags: of `FLAGS`, those that are no
-    option of sampling. Raises ValueError for texts that no command could give again."""
+def record(model: str, recipe: Recipe, hashes: Mapping[str, str], switches: Mapping[str, bool]) -> dict:
+    """All that pictures of a recipe are made with, but for seed and batch. model: its folder.  switches: `SWITCHES`.
+
+    Raises ValueError for texts that no command could give again."""
     sampler, o = recipe.sampler, recipe.options
     for text in (*recipe.prompts, o.style, *([o.negative_prompt] if isinstance(o.negative_prompt, str) else o.negative_prompt)):
         if text.startswith("-") and " " not in text:
@@ -142,7 +144,7 @@ def record(model: str, recipe: Recipe, hashes: Mapping[str, str], flags: Mapping
         "scheduler": o.scheduler or type(sampler.networks.scheduler).__name__,
         "device": str(sampler.device),
         "precision": sampler.precision,
-        **flags,
+        **switches,
         "versions": {"eqldm": eqldm.__version__, "torch": torch.__version__},
     }
 

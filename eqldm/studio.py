@@ -30,7 +30,7 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED
-from eqldm.sample import DEFAULT, FLAGS, check_seeds, command, hashes, record, write_picture
+from eqldm.sample import DEFAULT, SWITCHES, check_seeds, command, hashes, record, write_picture
 from eqldm.views import components
 from eqldm.views.zoo import FORMS, SIMPLE
 
@@ -86,7 +86,7 @@ def make(
     check_seeds(seeds[0], len(seeds))
     sampler, known = sampler_of(model)
     recipe = Composition(sampler, prompts, asked, options) if isinstance(asked, str) else Anagram(sampler, prompts, asked, options)
-    settings = record(model, recipe, known, {name: False for name in FLAGS if name != "symmetrise"})
+    settings = record(model, recipe, known, dict.fromkeys(SWITCHES, False))
     stop, shows = stop or threading.Event(), released(recipe)
 
     def made(pictures: Tensor) -> list[Made]:
@@ -125,7 +125,7 @@ def as_shown(pictures: Sequence[Made]) -> list[tuple[Image.Image, str]]:
     """Each picture from all its sides, enlarged where it is small, with what it should read as."""
     shown = []
     for made in pictures:
-        for heading, face in made.recipe.columns(made.x):
+        for heading, face in zip(made.recipe.headings, made.recipe.sides(made.x)):
             picture = tensor_to_picture(face)
             factor = max(1, 256 // picture.width)
             picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
@@ -135,7 +135,7 @@ def as_shown(pictures: Sequence[Made]) -> list[tuple[Image.Image, str]]:
 
 def sides_of(made: Made) -> int:
     """In how many pictures it is shown."""
-    return len(made.recipe.columns(made.x))
+    return len(made.recipe.headings)
 
 
 def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:

@@ -55,9 +55,14 @@ class Anagram:
             return self.sampler.decode(estimate, views=self.options.decoded_under(self.views))
         return self.views[0].inverse(self.sampler.decode(estimate.chunk(len(self.views))[0]))
 
-    def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
-        """All sides of a picture x [3, H, W], each with its heading."""
-        return [(f"{view.name}: {prompt}", face) for view, prompt, face in zip(self.views, self.prompts, self.faces(x))]
+    @property
+    def headings(self) -> list[str]:
+        """What each of `sides` shows."""
+        return [f"{view.name}: {prompt}" for view, prompt in zip(self.views, self.prompts)]
+
+    def sides(self, x: Tensor) -> list[Tensor]:
+        """A picture x [3, H, W] from all its sides, to be shown beside each other."""
+        return self.faces(x)
 
     def animate(self, x: Tensor) -> Iterator[Frame]:
         """A picture [3, H, W] moving through its views."""
@@ -109,9 +114,12 @@ class Composition:
     def preview(self, estimate: Tensor) -> Tensor:
         return self.sampler.decode(estimate)
 
-    def columns(self, x: Tensor) -> list[tuple[str, Tensor]]:
-        parts = [(f"{part.name}: {text}", part(x).clamp(-1, 1)) for part, text in zip(self.components, self._texts())]
-        return [("whole", x), *parts]
+    @property
+    def headings(self) -> list[str]:
+        return ["whole", *(f"{part.name}: {text}" for part, text in zip(self.components, self._texts()))]
+
+    def sides(self, x: Tensor) -> list[Tensor]:
+        return [x, *(part(x).clamp(-1, 1) for part in self.components)]
 
     def animate(self, x: Tensor) -> Iterator[Frame]:
         return animate_parts(x, self.components, self._texts())
@@ -137,8 +145,5 @@ def released(recipe: Recipe) -> Recipe:
 
 def recipe_sheet(recipe: Recipe, pictures: Tensor, seeds: Sequence[int]) -> Image.Image:
     """Each picture of [B, 3, H, W] (a row) from all its sides (a column each, headed by its prompt)."""
-    rows = [recipe.columns(x) for x in pictures]
-    headings = [heading for heading, _ in rows[0]]
-    return picture_sheet(
-        [[face for _, face in row] for row in rows], [f"seed {seed}" for seed in seeds], headings, max(1, 128 // pictures.shape[-1])
-    )
+    rows, labels = [recipe.sides(x) for x in pictures], [f"seed {seed}" for seed in seeds]
+    return picture_sheet(rows, labels, recipe.headings, max(1, 128 // pictures.shape[-1]))

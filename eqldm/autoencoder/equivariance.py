@@ -63,7 +63,7 @@ def draw_groups(
             cells,
             config.negate_prob,
             config.patch_turn_prob,
-            [count for count in cells if 2 * count <= _least_side(side, rescale)],
+            [count for count in cells if 2 * count <= min(_sides(side, rescale))],
         )
         group = groups.setdefault(rescale, TransformGroup([], []))
         group.rows.append(row)
@@ -77,16 +77,16 @@ def _draw_group_rescale(config: EquivarianceConfig, generator: torch.Generator, 
     return draw_rescale(generator, side, config.rescale_smallest, config.anisotropic)
 
 
-def _least_side(side: int, rescale: Rescale | None) -> int:
-    return side if rescale is None else min(round(side * rescale.height), round(side * rescale.width))
+def _sides(side: int, rescale: Rescale | None) -> set[int]:
+    """Of a latent of `side` cells, rescaled."""
+    return {side} if rescale is None else {round(side * rescale.height), round(side * rescale.width)}
 
 
 def _dividing(cells: list[int], side: int, rescale: Rescale | None) -> list[int]:
     """The cell counts that divide the rescaled latent, maybe none. Raises ValueError where none divides it at full size."""
     if not any(side % count == 0 for count in cells):
         raise ValueError(f"equivariance.permute_cells={list(cells)}: none divides the latent's {side} cells a side")
-    sides = {side} if rescale is None else {round(side * rescale.height), round(side * rescale.width)}
-    return [count for count in cells if all(s % count == 0 for s in sides)]
+    return [count for count in cells if all(s % count == 0 for s in _sides(side, rescale))]
 
 
 def _draw_eqvae_paper(generator: torch.Generator, batch: int, side: int) -> list[TransformGroup] | None:

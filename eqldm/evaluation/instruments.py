@@ -61,6 +61,11 @@ class Instruments:
             self.missing.append(f"{what}: {error}")
             return None
 
+    @property
+    def temperature(self) -> float | None:
+        """CLIP's own; None without one."""
+        return self.clip and self.clip.temperature
+
     def _chooser(self) -> Judge:
         """Chooses the best of a pair's pictures, which the judge then reads."""
         if not self.judge:

@@ -41,5 +41,5 @@ def number(value: float | None) -> str:
 
 
 def file_name(title: str) -> str:
-    """Of an anagram's views, or of components, in file names."""
-    return title.replace(":", "-").replace("@", "+").replace(",", "_")
+    """Of an anagram's views, of components, or of a question on them, in file names."""
+    return title.replace("/", "_").replace(":", "-").replace("@", "+").replace(",", "_")

@@ -85,13 +85,8 @@ class Evaluation:
 
     def about(self, entry: Entry) -> dict:
         """How an entry was evaluated, but for what `Result` knows."""
-        known = {
-            "data": str(self.args.data),
-            "sampling": self._sampling(entry),
-            "sampling precision": self.precision,
-            "seed": self.args.seed,
-        }
-        return known | {"device": str(self.device)}
+        known = {"data": str(self.args.data), "sampling": self._sampling(entry), "sampling precision": self.precision}
+        return known | {"seed": self.args.seed, "device": str(self.device)}
 
     def _sampling(self, entry: Entry) -> dict:
         """The options of an entry's sampling."""
@@ -222,17 +217,17 @@ class Evaluation:
             prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]
             question = Sampled("generation", sampler, [IDENTITY], prompts, wanted=wanted, **options)
             yield "generation", question, lambda *found, q=question: self._generation(q, *found)
+
+        def of_tuples(name: str, faces: list) -> Sampled:
+            prompts, wanted = self._anagram_prompts(len(faces))
+            return Sampled(file_name(name), sampler, faces, prompts, wanted=wanted, chooser=self.tools.chooser, **options)
+
         for views in self.anagrams if "anagram" in asked else ():
-            prompts, wanted = self._anagram_prompts(len(views))
-            name = f"anagram_{file_name(title(views))}"
-            question = Sampled(name, sampler, views, prompts, wanted=wanted, chooser=self.tools.chooser, **options)
-            yield f"anagram/{title(views)}", question, lambda *found, q=question: self._anagram(q, *found)
+            question = of_tuples(name := f"anagram/{title(views)}", views)
+            yield name, question, lambda *found, q=question: self._anagram(q, *found)
         for text in (names := self._components_of(entry, sampler)):
-            prompts, wanted = self._anagram_prompts(len(self.components[text]))
-            name = f"components_{file_name(text)}"
-            chooser = self.tools.chooser
-            question = Sampled(name, sampler, self.components[text], prompts, wanted=wanted, chooser=chooser, **options)
-            yield f"components/{text}", question, lambda *found, q=question, text=text: self._parts(text, q, *found)
+            question = of_tuples(name := f"components/{text}", self.components[text])
+            yield name, question, lambda *found, q=question, text=text: self._parts(text, q, *found)
         if left := [text for text in self.components if text not in names]:
             self._note(f"Not computed for {entry.name}: components {', '.join(left)} (latents know nothing of colours: add @blend=pixels).")
 
@@ -314,13 +309,12 @@ class Evaluation:
             matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views])
             self._save(result, folder / f"letter_matrix_{file_name(title(views))}.png", matrix)
         clusters = None if self.judge else question.clusters
-        temperature = self.tools.clip and self.tools.clip.temperature
-        return anagram_metrics(views, values, real, question.wanted, clusters, temperature, self.args.num_seeds)
+        return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.temperature, self.args.num_seeds)
 
     def _parts(self, text: str, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
         self._sampled(question, values, result, folder / f"components_{file_name(text)}.png")
-        temperature = self.tools.clip and self.tools.clip.temperature
-        return part_metrics(text, question.faces, values, real, question.clusters, question.wanted, temperature, self.args.num_seeds)
+        about = question.clusters, question.wanted, self.tools.temperature, self.args.num_seeds
+        return part_metrics(text, question.faces, values, real, *about)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
         """Keeps the pictures that are shown."""
