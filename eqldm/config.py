@@ -252,6 +252,9 @@ class DiffusionConfig:
     min_snr_gamma: Optional[float] = None
     """Min-SNR's gamma (5 in the paper): timesteps are drawn in proportion to its weights. None: uniformly. Not with
     flow_prediction."""
+    min_snr_floor: float = 0.1
+    """The smallest of min-SNR's weights, which are at most 1. The paper has none (0): with v-prediction and zero terminal SNR the
+    timestep where sampling starts would then never be trained, which is refused."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     sample_prompts: list[str] = field(default_factory=list)
@@ -295,6 +298,8 @@ class DiffusionConfig:
             raise ValueError(f"min_snr_gamma: got {self.min_snr_gamma}, wanted above 0, or null for uniform timesteps")
         if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":
             raise ValueError("min_snr_gamma has no meaning with flow_prediction: leave it unset")
+        if not 0 <= self.min_snr_floor < 1:
+            raise ValueError(f"min_snr_floor: got {self.min_snr_floor}, wanted 0 <= weight < 1")
 
 
 @dataclass

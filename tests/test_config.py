@@ -144,6 +144,8 @@ OWN = {
         (["min_snr_gamma=0"], "min_snr_gamma: got 0"),
         (["val_letters=1"], "val_letters: got 1"),
         (["run.strategy=zero3", "run.compile=true", "val_letters=9"], "no process can sample alone .* unset val_letters, run.compile, or"),
+        (["min_snr_floor=1"], "min_snr_floor: got 1"),
+        (["min_snr_floor=.nan"], "min_snr_floor: got nan"),
         (["min_snr_gamma=5", "scheduler.prediction_type=flow_prediction"], "min_snr_gamma has no meaning"),
     ],
     "judge": [

@@ -22,8 +22,8 @@ SCHEDULES = {
 ZERO_SNR = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", **BETAS}
 
 
-def objective(prediction: str, gamma: float | None = None, **changes) -> Objective:
-    return Objective.of(make_scheduler({**SCHEDULES[prediction], **changes}), gamma)
+def objective(prediction: str, gamma: float | None = None, floor: float = 0.0, **changes) -> Objective:
+    return Objective.of(make_scheduler({**SCHEDULES[prediction], **changes}), gamma, floor)
 
 
 def draw(batch: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +106,7 @@ def test_min_snr_weights():
     assert bool((snr > 5).any()) and bool((snr < 5).any())
     torch.testing.assert_close(objective("epsilon", 5.0).min_snr_weights, snr.clamp(max=5) / snr)
     torch.testing.assert_close(objective("v_prediction", 5.0).min_snr_weights, snr.clamp(max=5) / (snr + 1))
+    torch.testing.assert_close(objective("v_prediction", 5.0, 0.2).min_snr_weights, (snr.clamp(max=5) / (snr + 1)).clamp(min=0.2))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -133,15 +134,28 @@ def test_min_snr_draws_timesteps_as_it_weighs_them(prediction):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_zero_terminal_snr(prediction):
     """At the last step the latent is pure noise: everything stays finite, and v's target is -z."""
-    made = Objective.of(make_scheduler({**ZERO_SNR, "prediction_type": prediction}), 5.0)
+    made = Objective.of(make_scheduler({**ZERO_SNR, "prediction_type": prediction}), 5.0, 0.1)
     z, eps = draw()
     t = torch.full((6,), 999.0)
     assert float(made.alphas_cumprod[-1]) == 0
     assert torch.equal(made.add_noise(z, eps, t), eps)
-    assert float(made.min_snr_weights[-1]) == (1 if prediction == "epsilon" else 0)
+    assert float(made.min_snr_weights[-1]) == pytest.approx(1 if prediction == "epsilon" else 0.1)
     assert bool(torch.isfinite(made.min_snr_weights).all())
     if prediction == "v_prediction":
         assert torch.equal(made.target(z, eps, t), -z)
+
+
+def test_where_sampling_starts_is_trained():
+    """Min-SNR's weight at zero terminal SNR is 0 with v-prediction: without a floor the last timestep would never be drawn."""
+    config = {**ZERO_SNR, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    with pytest.raises(ValueError, match="timesteps 999 to 999 without any weight.*DDIMScheduler.*min_snr_floor above 0"):
+        Objective.of(make_scheduler(config), 5.0)
+    made = Objective.of(make_scheduler(config), 5.0, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([made.draw_time(generator) for _ in range(20000)])
+    last = made.min_snr_weights[950:].sum() / made.min_snr_weights.sum()
+    assert float(last) > 0.01
+    assert float((drawn >= 950).float().mean()) == pytest.approx(float(last), rel=0.2)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

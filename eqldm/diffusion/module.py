@@ -39,7 +39,7 @@ class LatentDiffusion(pl.LightningModule):
         # In a list: neither trained, nor averaged, nor in the checkpoints.
         self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
-        self.objective = Objective.of(networks.scheduler, config.min_snr_gamma)
+        self.objective = Objective.of(networks.scheduler, config.min_snr_gamma, config.min_snr_floor)
         self.unweighted = Objective.of(networks.scheduler)  # of the validation: it compares, whatever the training's weights
         # DeepSpeed takes contiguous weights alone; the layout of the latents is enough for the convolutions to choose theirs
         if config.run.channels_last and config.run.strategy not in ZERO:

@@ -27,15 +27,18 @@ class Objective:
     are drawn; each then counts alike. In expectation that is the weighted loss of uniform timesteps. With v-prediction on Stable
     Diffusion's schedule the mean squared weight is 1.9 times the squared mean weight: so much is drawn in vain otherwise.
     Source: arXiv 2303.09556, eq. 7.
+    min_snr_floor: the smallest weight. The paper has none; but with v-prediction and zero terminal SNR (arXiv 2305.08891) its weight
+    of the last timestep is 0, and sampling starts there.
     """
 
     prediction: str
     alphas_cumprod: Tensor
     flow_shift: float = 1.0
     min_snr_gamma: float | None = None
+    min_snr_floor: float = 0.0
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, min_snr_gamma: float | None = None) -> Objective:
+    def of(cls, scheduler: SchedulerMixin, min_snr_gamma: float | None = None, min_snr_floor: float = 0.0) -> Objective:
         """The objective of a scheduler's config. Raises ValueError for one that is not supported, or contradicts itself."""
         config, name = scheduler.config, type(scheduler).__name__
         if name.startswith("FlowMatch"):
@@ -56,7 +59,14 @@ class Objective:
         if flow and min_snr_gamma is not None:
             raise ValueError(f"min_snr_gamma={min_snr_gamma} has no meaning for a flow, which {name} states: leave it unset")
         alphas = torch.empty(0) if flow else scheduler.alphas_cumprod.float()
-        return cls(prediction, alphas, float(config.get("flow_shift") or 1.0), min_snr_gamma)
+        made = cls(prediction, alphas, float(config.get("flow_shift") or 1.0), min_snr_gamma, min_snr_floor)
+        if min_snr_gamma is not None and not bool((made.min_snr_weights > 0).all()):
+            never = (made.min_snr_weights == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"min_snr_floor={min_snr_floor} leaves timesteps {never[0]} to {never[-1]} without any weight: they would never be trained, "
+                f"and {name}'s last is where sampling starts. Set min_snr_floor above 0 (0.1), or min_snr_gamma=null"
+            )
+        return made
 
     @property
     def is_flow(self) -> bool:
@@ -127,9 +137,10 @@ class Objective:
         """[T] min-SNR weight of each timestep."""
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod).clamp_min(1e-8)
         if self.prediction == "v_prediction":
-            return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
-        # min(1, gamma / SNR), the same, is 1 at zero terminal SNR too, where min(SNR, gamma) / SNR would be 0 / 0.
-        return (self.min_snr_gamma / snr).clamp(max=1)
+            weights = snr.clamp(max=self.min_snr_gamma) / (snr + 1)
+        else:  # min(1, gamma / SNR), the same, is 1 at zero terminal SNR too, where min(SNR, gamma) / SNR would be 0 / 0
+            weights = (self.min_snr_gamma / snr).clamp(max=1)
+        return weights.clamp(min=self.min_snr_floor)
 
     @cached_property
     def _min_snr_sums(self) -> Tensor:
