@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -299,7 +300,7 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
 def _encoding(networks: dict[str, nn.Module], size: int) -> float:
     """Operations that data/encode_latents.py --prompt-embeds spends on a picture."""
     vae, text = networks["vae"], networks["text_encoder"]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         vae.encode(torch.randn(1, 3, size, size))
         text(torch.zeros(1, text.config.max_position_embeddings, dtype=torch.long))
     return counter.get_total_flops()
@@ -313,6 +314,44 @@ def _latent_disk(networks: dict[str, nn.Module], size: int) -> dict[str, float]:
     return {"latents of 1 M pictures": 1e6 * moments, "with prompt embeddings": 1e6 * (moments + embeds)}
 
 
+def attention_operations(q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    """Floating-point operations of softmax(q kᵀ) v, for the shapes [B, heads, tokens, width] of its arguments: two products of matrices."""
+    (batch, heads, queries, width), keys = q, k[2]
+    return 2 * batch * heads * queries * keys * (width + v[3])
+
+
+def attention_backward_operations(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_, **__) -> int:
+    """Of its backward pass, which forms the scores again: five products where the forward pass has two."""
+    (batch, heads, queries, width), keys = q, k[2]
+    return 2 * batch * heads * queries * keys * (3 * width + 2 * v[3])
+
+
+class _KnownAttention(TorchDispatchMode):
+    """Raises NotImplementedError for an attention operation whose formula `counter` lacks: it would count as nothing."""
+
+    def __init__(self, counter: FlopCounterMode):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in str(func) and func._overloadpacket not in self.counter.flop_registry:
+            raise NotImplementedError(f"the operations of {func} are not known to this torch ({torch.__version__}), nor to eqldm.budget")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts floating-point operations. torch before 2.15 lacks the attention of CPUs, which is what networks of fake tensors run.
+
+    Raises NotImplementedError where an attention operation runs that has no formula.
+    """
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counter = FlopCounterMode(display=False, custom_mapping={cpu: attention_operations, cpu_backward: attention_backward_operations})
+    with _KnownAttention(counter), counter:
+        yield counter
+
+
 def _measure(step: Callable[[int], list[Tensor]], networks: dict[str, nn.Module], count: int) -> tuple[float, float]:
     """Operations of a step on `count` pictures, and bytes that are kept between its forward and its backward pass."""
     weights = {p.untyped_storage()._cdata for network in networks.values() for p in network.parameters()}
@@ -324,8 +363,7 @@ def _measure(step: Callable[[int], list[Tensor]], networks: dict[str, nn.Module]
             kept.setdefault(storage, tensor)
         return tensor
 
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with counting() as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
             losses = step(count)
         for loss in losses:

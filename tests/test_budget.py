@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from eqldm.budget import Budget, budget, operations, report
+from eqldm.budget import Budget, budget, counting, operations, report
 from eqldm.config import load_config
 from eqldm.diffusion.adaptation import build_networks
 from eqldm.diffusion.module import train_diffusion
@@ -122,4 +126,45 @@ def test_configs_of_real_scale(path):
     assert float(row.split("|")[2 if count == 1 else 3].split()[0]) == pytest.approx(hours, rel=0.06)
     assert need.memory("ddp", count, config.data.micro_batch_size) < 0.9 * GPUS["A100"][0] * 1e9
     if path.stem != "eqvae_paper":  # vae_d4's tables are nearly its own
-        assert "\n".join(lines) in (ROOT / "docs" / "cluster.md").read_text(), "put the report's new tables into docs/cluster.md"
+        page = (ROOT / "docs" / "cluster.md").read_text()
+        documented = page.split(f"`python -m eqldm.budget configs/sd15/{path.name}`:\n\n")[1].splitlines()[: len(lines)]
+        assert_reads_alike("\n".join(lines), "\n".join(documented))
+
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def assert_reads_alike(found: str, documented: str) -> None:
+    """The same words, and numbers that differ by at most 3 % or one in their last digit: torch versions count a little differently."""
+    assert NUMBER.sub("#", found) == NUMBER.sub("#", documented), "put the report's new tables into docs/cluster.md"
+    for new, old in zip(NUMBER.findall(found), NUMBER.findall(documented)):
+        last = 10.0 ** -len(old.partition(".")[2])
+        assert float(new) == pytest.approx(float(old), rel=0.03, abs=1.01 * last), f"docs/cluster.md says {old} where the report says {new}"
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_attention_is_counted(fake):
+    """softmax(q kᵀ) v is two products of matrices; its backward pass, which forms the scores again, five."""
+    batch, heads, queries, keys, width = 2, 3, 16, 24, 8
+    with FakeTensorMode() if fake else nullcontext():
+        q, k, v = (torch.randn(batch, heads, n, width, requires_grad=True) for n in (queries, keys, keys))
+        with counting() as counter:
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        forward = 4 * batch * heads * queries * keys * width
+        assert counter.get_total_flops() == forward
+        with counting() as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2.5 * forward
+
+
+def test_attention_without_a_formula_is_refused(monkeypatch):
+    """It would count as nothing, and hours and `train/mfu` would come out too low without a word."""
+    counter = partial(FlopCounterMode, display=False)
+    monkeypatch.setattr("eqldm.budget.FlopCounterMode", lambda custom_mapping, **_: counter())
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setitem(flop_registry, attention, None)
+    monkeypatch.delitem(flop_registry, attention)  # newer torch knows it
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match="_scaled_dot_product_flash_attention_for_cpu.* are not known to this torch"):
+        with counting():
+            torch.nn.functional.scaled_dot_product_attention(q, q, q)

@@ -63,8 +63,8 @@ class Objective:
         if min_snr_gamma is not None and not bool((made.min_snr_weights > 0).all()):
             never = (made.min_snr_weights == 0).nonzero().flatten().tolist()
             raise ValueError(
-                f"min_snr_floor={min_snr_floor} leaves timesteps {never[0]} to {never[-1]} without any weight: they would never be trained, "
-                f"and {name}'s last is where sampling starts. Set min_snr_floor above 0 (0.1), or min_snr_gamma=null"
+                f"min_snr_floor={min_snr_floor} leaves timesteps {never[0]} to {never[-1]} without any weight: they would never be "
+                f"trained, and {name}'s last is where sampling starts. Set min_snr_floor above 0 (0.1), or min_snr_gamma=null"
             )
         return made
 
