@@ -1,18 +1,21 @@
-# make setup | demo | demo-scratch | test | test-all | test-slurm | lint | clean-demo
-# RUN=FOLDER: where a demo writes
+# make setup | demo | demo-scratch | test | test-slow | test-slurm | test-all | test-oldest | test-newest | lint | clean-demo
+# RUN=FOLDER: where a demo writes.  LOCK=FILE: the versions that are installed; LOCK= takes the newest that there are
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+LOCK ?= requirements.lock
+STAMP := $(VENV)/.installed$(if $(LOCK),,-newest)
 
-.PHONY: setup demo demo-scratch test test-all test-slurm lint clean-demo
+.PHONY: setup demo demo-scratch test test-slow test-slurm test-all test-oldest test-newest lint clean-demo
 
-setup: $(VENV)/.installed
+setup: $(STAMP)
 
-# The stamp is renewed when the dependencies change; otherwise a second call installs nothing.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python %d.%d is too old, wanted 3.10 or newer: make PYTHON=/path/to/python" % sys.version_info[:2])'
+# The stamp is renewed when the dependencies or their versions change; otherwise a second call installs nothing.
+$(STAMP): pyproject.toml $(LOCK)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python %d.%d is too old, wanted 3.11 or newer: make PYTHON=/path/to/python" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c '$(LOCK)',--upgrade --upgrade-strategy eager) -e '.[dev]'
+	rm -f $(VENV)/.installed*
 	touch $@
 
 # From the shipped glyphs-base to anagrams
@@ -33,9 +36,15 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 test: setup
 	$(PY) -m pytest -q $(PARALLEL)
 
-test-all: setup
-	$(PY) -m pytest -q $(PARALLEL) -m 'not slurm'
-	$(PY) -m pytest -q -m slurm -rs tests/slurm
+# What takes more than some seconds each, real processes and signals among it
+test-slow: setup
+	$(PY) -m pytest -q $(PARALLEL) -m 'slow and not slurm'
+
+test-all: test test-slow test-slurm
+
+# On the lowest versions that pyproject.toml allows, and on the newest, each in a .venv of its own
+test-oldest test-newest:
+	$(PYTHON) tests/versions.py $(@:test-%=%) -q $(ARGS)
 
 # The jobs of slurm/ on a Slurm of two nodes, started here; as root, after apt-get install slurm-wlm munge
 test-slurm: setup
@@ -44,3 +53,4 @@ test-slurm: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy

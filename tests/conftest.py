@@ -18,10 +18,17 @@ from PIL import Image
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
 from eqldm.model_folder import make_scheduler, save_model_folder
+from versions import differences
 
 torch.set_num_threads(1)
 settings.register_profile("eqldm", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("eqldm")
+
+
+def pytest_report_header() -> str:
+    """Which versions the tests run on, beside the lock's."""
+    other = [f"{name} {found} ({wanted})" for name, wanted, found in differences()]
+    return f"versions: {'not those of requirements.lock: ' + ', '.join(other) if other else 'those of requirements.lock'}"
 
 
 def pytest_collection_modifyitems(items):
