@@ -25,8 +25,9 @@ import numpy as np
 from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
+from eqldm.data.pictures import PICTURES, UnfitPicture
 from eqldm.data.shards import MANIFEST, file_sha256, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
-from eqldm.data.sources import PICTURES, PictureFolder, PictureTars, SavedDataset, Source, UnfitPicture
+from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source
 
 DEFAULT_QUALITY = 95  # of jpg and webp
 

@@ -15,8 +15,8 @@ from eqldm.anagram.gallery import Shown, write_gallery, write_gallery_of_parts
 from eqldm.anagram.options import Options
 from eqldm.anagram.render import picture_sheet
 from eqldm.anagram.sampling import Sampler, styled
+from eqldm.data.pictures import read_picture
 from eqldm.data.samples import picture_to_tensor
-from eqldm.data.sources import read_picture
 from eqldm.model_folder import downsampling
 from eqldm.views import parse_view
 from eqldm.views.components import parse_components

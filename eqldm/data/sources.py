@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
 from eqldm.data.shards import index_tar
-
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# What Pillow raises on broken files: its decoders let the errors of the modules they use through.
-CORRUPT = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 
 Sample = tuple[str, str, Callable[[], Image.Image], str | None]  # key in the shard, name, what opens the picture, caption
 
@@ -44,27 +38,6 @@ class Source(ABC):
     @abstractmethod
     def samples(self, part: Any) -> Iterator[Sample]:
         """The samples of a part. What opens a picture raises `UnfitPicture` where it cannot be read."""
-
-
-class UnfitPicture(ValueError):
-    """A picture that is skipped, counted and named in the manifest."""
-
-
-def read_picture(file: Path | bytes) -> Image.Image:
-    """A picture in RGB, turned upright (EXIF), transparency over white. Raises: UnfitPicture where it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
-    except CORRUPT as error:
-        # Without the path: the manifest names files relative to the folder
-        raise UnfitPicture(f"corrupt: {str(error).replace(repr(str(file)), 'it') or type(error).__name__}") from error
-    if picture.mode.startswith(("I", "F")):  # Pillow would clip these to white
-        raise UnfitPicture(f"more than 8 bits a channel: mode {picture.mode}")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 @dataclass
@@ -101,7 +74,7 @@ class PictureFolder(Source):
     def samples(self, part: tuple[int, list[str]]) -> Iterator[Sample]:
         first, names = part
         for number, name in enumerate(names, first):
-            yield f"{number:09d}", name, lambda name=name: read_picture(self.folder / name), self.captions.get(name)
+            yield f"{number:09d}", name, lambda name=name: read_picture((self.folder / name).read_bytes()), self.captions.get(name)
 
     def __str__(self) -> str:
         return f"'{self.folder}'"
@@ -217,7 +190,7 @@ class SavedDataset(Source):
 def _image_of(image: dict | None) -> Image.Image:
     if not image or not (image["bytes"] or image["path"]):
         raise UnfitPicture("no picture")
-    return read_picture(image["bytes"] or Path(image["path"]))
+    return read_picture(image["bytes"] or Path(image["path"]).read_bytes())
 
 
 def _load_dataset(folder: str | Path):

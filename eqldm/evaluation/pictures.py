@@ -8,9 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.samples import MAX_SKIPS, PictureSamples, picture_to_tensor
 from eqldm.data.shards import hash_file, holds_shards
-from eqldm.data.sources import PictureFolder, UnfitPicture, read_picture
+from eqldm.data.sources import PictureFolder
 
 
 class FolderSamples(Dataset):
@@ -39,7 +40,7 @@ class FolderSamples(Dataset):
         for _ in range(min(MAX_SKIPS, len(self))):
             name = self.names[number]
             try:
-                picture = read_picture(self.source.folder / name)
+                picture = read_picture((self.source.folder / name).read_bytes())
                 if min(picture.size) < self.image_size[0]:
                     raise UnfitPicture("too small")
                 break
