@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.pictures import PICTURES, UnfitPicture
+from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
 from eqldm.data.shards import MANIFEST, file_sha256, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source
 
@@ -170,8 +170,7 @@ def index_folder(folder: str | Path, overwrite: bool = False) -> dict:
             if picture:
                 with open(tar, "rb") as file:
                     file.seek(sample[picture][0])
-                    with Image.open(io.BytesIO(file.read(sample[picture][1]))) as opened:
-                        sizes.add(opened.size)
+                    sizes.add(read_picture(file.read(sample[picture][1])).size)
             elif not {"npy", "npz", "safetensors", "pt", "pth"} & sample.keys():
                 raise ValueError(f"shard '{tar}' holds neither pictures nor latents: its files end in {sorted(sample)[1:]}")
             kinds.setdefault("pictures" if picture else "latents", tar.name)

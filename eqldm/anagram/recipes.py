@@ -97,7 +97,9 @@ class Composition:
             try:
                 picture = ImageOps.fit(read_picture(content), (size, size))
             except ValueError as error:
-                raise ValueError(f"--reference '{reference}' is no picture that can be read: give a PNG, JPEG or WebP file") from error
+                raise ValueError(
+                    f"--reference '{reference}' is no picture that can be read ({error}): give a PNG, JPEG or WebP file"
+                ) from error
             self.held = {names.index(hold): picture_to_tensor(picture)[None]}
         sampler.check_parts([styled(prompt, options.style) for prompt in prompts], self.components, self.held, options)
         self.settings = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}

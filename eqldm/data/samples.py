@@ -15,19 +15,18 @@ from torch.utils.data import Dataset, get_worker_info
 
 from eqldm.data.cache import check_cache
 from eqldm.data.order import epoch_order, epoch_shards
+from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.remote import is_remote
 from eqldm.data.shards import ShardSet
 
 PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-# What Pillow raises of bytes that are no picture, or half a one (an unidentified image is an OSError)
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNREADABLE = (UnfitPicture,)  # what is skipped, and counted
 MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
 
 
 def decode_picture(content: bytes) -> Tensor:
-    """[3, H, W] float32 in [-1, 1]. Raises one of `UNREADABLE` where the bytes are no picture."""
-    with Image.open(io.BytesIO(content)) as image:
-        return picture_to_tensor(image)
+    """[3, H, W] float32 in [-1, 1], by the rules of `read_picture`. Raises UnfitPicture where the bytes are no picture."""
+    return picture_to_tensor(read_picture(content))
 
 
 def picture_to_tensor(image: Image.Image) -> Tensor:
