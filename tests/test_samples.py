@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import zlib
 from itertools import islice
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -109,6 +112,56 @@ def test_a_picture_of_another_size_is_refused(tmp_path):
         samples[1]
 
 
+def jsons(*values: object) -> list[bytes]:
+    return [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
+
+
+@pytest.mark.parametrize(
+    "content", jsons(*({"label": label} for label in (None, "a", True, 1.0, [1], 2**70)), [1], "a", None, b"{", b"\xff")
+)
+def test_a_label_that_is_none_is_named(tmp_path, content):
+    """In one line, also where it is met by a worker."""
+    folder = write_set(tmp_path, [{"__key__": f"{n}", "png": picture_bytes(n), "json": c} for n, c in enumerate((b"{}", content))])
+    samples = PictureSamples(folder)
+    assert samples[0]["label"] == -1
+    for workers in (0, 1) if content == b"{" else (0,):
+        with pytest.raises(ValueError, match=r"^sample '1' of '.*': (the label in its|its) .json is .*data/make_shards.py") as info:
+            list(DataLoader(samples, batch_size=2, num_workers=workers, collate_fn=collate))
+        assert "\n" not in str(info.value)
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path):
+    captions = (b"\xef\xbb\xbfone", "caf\xe9".encode("latin-1"))
+    samples = PictureSamples(write_set(tmp_path, [{"__key__": f"{n}", "png": picture_bytes(n), "txt": c} for n, c in enumerate(captions)]))
+    assert samples[0]["caption"] == "one"
+    with pytest.raises(ValueError, match=r"^sample '1' of '.*': its caption \(.txt\) is not UTF-8"):
+        samples[1]
+
+
+def test_pictures_are_decoded_as_make_shards_decodes_them(tmp_path):
+    """16 bits of gray are no white picture, transparency is white, and EXIF turns."""
+    gray, clear, turned = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((32, 32), 20000, np.uint16)).save(gray, "png")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(clear, "png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:, :16] = 255
+    Image.fromarray(halves).save(turned, "png", exif=exif)
+    made = [{"__key__": str(n), "png": each.getvalue()} for n, each in enumerate((clear, turned, gray))]
+    samples = PictureSamples(write_set(tmp_path, made))
+    assert (samples[0]["x"] == 1).all() and (samples[1]["x"][:, :16] == 1).all() and (samples[1]["x"][:, 16:] == -1).all()
+    assert (samples[2]["skipped"], samples[2]["key"]) == (["2"], "0")
+
+
+@pytest.mark.parametrize(
+    ("samples", "extension"), [([("png", "jpg")] * 2, "png"), ([("jpg", "png"), ("jpg",)], "jpg"), ([("bmp",)], "bmp")]
+)
+def test_of_several_formats_the_one_that_all_have_is_read(tmp_path, samples, extension):
+    made = [{"__key__": str(n), **dict.fromkeys(endings, picture_bytes(n))} for n, endings in enumerate(samples)]
+    assert PictureSamples(write_set(tmp_path, made)).extension == extension
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_latents_come_back_as_they_were_packed(tmp_path, dtype):
     moments = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(-1, -3)
@@ -130,6 +183,23 @@ def test_latents_need_captions_and_the_right_kind(make_picture_shards, tmp_path)
         LatentSamples(write_set(tmp_path / "latents", [moments], kind="latents", vae_hash="abc"))
     with pytest.raises(ValueError, match=r"another VAE \(hash None\)"):  # tars that were indexed, not encoded here
         LatentSamples(write_set(tmp_path / "latents", [{**moments, "txt": ""}], kind="latents"), vae_hash="abc")
+
+
+def test_latents_that_do_not_fit_each_other_are_named(tmp_path):
+    def latents(name: str, *arrays: bytes, **more: bytes) -> LatentSamples:
+        made = [{"__key__": str(n), "txt": "", "moments.npy": array} for n, array in enumerate(arrays)]
+        made[0] |= {ending.replace("_npy", ".npy"): array for ending, array in more.items()}
+        return LatentSamples(write_set(tmp_path / name, made, kind="latents"))
+
+    array = pack_array(torch.zeros(2, 4, 4))
+    with pytest.raises(ValueError, match=r"latents '1' of .* are \(2, 4, 5\), the first ones \(2, 4, 4\)"):
+        latents("shapes", array, pack_array(torch.zeros(2, 4, 5)))[1]
+    with pytest.raises(ValueError, match=r"sample '1' of .*: its array cannot be read"):
+        latents("broken", array, array[:-100])[1]
+    with pytest.raises(ValueError, match=r"1 of 2 samples have no prompt_embeds.npy, the first is '1'"):
+        latents("embeds", array, array, prompt_embeds_npy=array)
+    with pytest.raises(ValueError, match=r"1 of 1 samples have no moments.npy, the first is '0'"):
+        LatentSamples(write_set(tmp_path / "none", [{"__key__": "0", "txt": "", "npy": array}], kind="latents"))
 
 
 def test_workers_give_the_same_batches_as_none(make_picture_shards, tmp_path):

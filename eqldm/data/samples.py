@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from eqldm.data.cache import check_cache
+from eqldm.data.contents import MAX_SKIPS, UnfitSample, caption_of, label_of, picture_extension
 from eqldm.data.order import epoch_order, epoch_shards
 from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.remote import is_remote
 from eqldm.data.shards import ShardSet
 
-PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 UNREADABLE = (UnfitPicture,)  # what is skipped, and counted
-MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
+MEND = "mend it, or make the shards anew (data/make_shards.py --tars; --index names all such samples)"
 
 
 def decode_picture(content: bytes) -> Tensor:
@@ -118,7 +119,7 @@ class PictureSamples(ShardSamples):
 
     def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
         super().__init__(folder, seed, window)
-        self.extension = next((e for e in PICTURE_EXTENSIONS if self.shards.has(e).any()), None)
+        self.extension = picture_extension({ending: int(self.shards.has(ending).sum()) for ending in self.shards.places})
         if self.extension is None:
             held = ", ".join(self.shards.places)
             raise ValueError(f"data set '{folder}' holds no pictures (png, jpg, webp), only: {held}. Is it a latent folder?")
@@ -153,18 +154,16 @@ class PictureSamples(ShardSamples):
                 skipped.append(str(self.shards.keys[number]))
                 number = (number + 1) % len(self.shards)
         else:
-            raise ValueError(f"data set '{self.shards.folder}': {MAX_SKIPS} pictures in a row cannot be decoded, from {skipped[0]}")
+            raise UnfitSample(f"data set '{self.shards.folder}': {MAX_SKIPS} pictures in a row cannot be decoded, from {skipped[0]}")
         if tuple(x.shape[-2:]) != self.image_size:
-            raise ValueError(
+            raise UnfitSample(
                 f"picture '{self.shards.keys[number]}' of '{self.shards.folder}' is {tuple(x.shape[-2:])}, the first one "
                 f"{self.image_size}: make the shards with data/make_shards.py --size"
             )
-        has_label = self.shards.holds(number, "json")
-        label = json.loads(self.shards.read(number, "json")).get("label", -1) if has_label else -1
         return {
             "x": x,
             "caption": _caption(self.shards, number),
-            "label": label,
+            "label": _read_as(label_of, self.shards, number, "json") if self.shards.holds(number, "json") else -1,
             "key": str(self.shards.keys[number]),
             "position": position,
             "skipped": skipped,
@@ -188,7 +187,15 @@ class LatentSamples(ShardSamples):
                 f"latents '{folder}' were made with another VAE (hash {made_with}) than the one configured ({vae_hash}): "
                 "encode the pictures anew with data/encode_latents.py, or set vae= to the VAE that made them"
             )
+        for name in {"moments.npy", *self.shards.places} & {"moments.npy", "prompt_embeds.npy"}:
+            have = self.shards.has(name)
+            if not have.all():
+                raise ValueError(
+                    f"latents '{folder}': {(~have).sum()} of {len(have)} samples have no {name}, the first is "
+                    f"'{self.shards.keys[~have][0]}': encode the pictures anew with data/encode_latents.py"
+                )
         _check_captions(self.shards)
+        self.shape = read_array(self.shards, 0, "moments.npy").shape
 
     def check_text_encoder(self, text_hash: str) -> None:
         """Raises ValueError where the shards hold prompt embeddings of another text encoder."""
@@ -201,8 +208,14 @@ class LatentSamples(ShardSamples):
 
     def __getitem__(self, position: int) -> dict:
         number = self.number(position)
+        moments = read_array(self.shards, number, "moments.npy")
+        if moments.shape != self.shape:
+            raise UnfitSample(
+                f"latents '{self.shards.keys[number]}' of '{self.shards.folder}' are {tuple(moments.shape)}, the first ones "
+                f"{tuple(self.shape)}: encode pictures of one size with data/encode_latents.py"
+            )
         sample = {
-            "moments": read_array(self.shards, number, "moments.npy"),
+            "moments": moments,
             "caption": _caption(self.shards, number),
             "key": str(self.shards.keys[number]),
             "position": position,
@@ -221,9 +234,16 @@ def pack_array(x: Tensor) -> bytes:
 
 
 def read_array(shards: ShardSet, number: int, extension: str) -> Tensor:
-    """float32 tensor of an array file that `pack_array` wrote."""
-    array = torch.from_numpy(np.load(io.BytesIO(shards.read(number, extension)), allow_pickle=False))
+    """float32 tensor of an array file that `pack_array` wrote. Raises UnfitSample where it is none."""
+    array = torch.from_numpy(_read_as(_array_of, shards, number, extension))
     return (array.view(torch.bfloat16) if array.dtype == torch.int16 else array).float()
+
+
+def _array_of(content: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"its array cannot be read ({error})") from error
 
 
 def collate(samples: list[dict]) -> dict:
@@ -239,7 +259,16 @@ def collate(samples: list[dict]) -> dict:
 
 
 def _caption(shards: ShardSet, number: int) -> str:
-    return shards.read(number, "txt").decode() if shards.holds(number, "txt") else ""
+    return _read_as(caption_of, shards, number, "txt") if shards.holds(number, "txt") else ""
+
+
+def _read_as(parse: Callable[[bytes], Any], shards: ShardSet, number: int, extension: str) -> Any:
+    """What a file of a sample holds. Raises UnfitSample where it is not what it should be."""
+    content = shards.read(number, extension)
+    try:
+        return parse(content)
+    except ValueError as error:
+        raise UnfitSample(f"sample '{shards.keys[number]}' of '{shards.folder}': {error}: {MEND}") from error
 
 
 def _check_captions(shards: ShardSet) -> None:

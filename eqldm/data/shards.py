@@ -28,6 +28,7 @@ import webdataset as wds
 
 from eqldm.atomic import replace_folder
 from eqldm.data import cache, remote
+from eqldm.data.contents import UnfitSample
 from eqldm.data.remote import is_remote
 
 MANIFEST = "manifest.json"
@@ -299,14 +300,16 @@ class ShardSet:
         return int(np.searchsorted(self.starts, number, side="right")) - 1
 
     def read(self, number: int, extension: str) -> bytes:
-        """The bytes of one file of one sample. Raises ValueError that names the tar where it ends too early."""
+        """The bytes of one file of one sample. Raises ValueError where the sample has none; that names the tar where it ends too early."""
+        if not self.holds(number, extension):
+            raise UnfitSample(f"sample '{self.keys[number]}' of '{self.folder}' has no file .{extension}")
         offset, size = self.places[extension][number]
         entry = self.manifest["shards"][self.shard_of(number)]
         with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(self.folder / entry["name"], "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise ValueError(f"shard '{file.name}' ended while reading sample '{self.keys[number]}': it was truncated after the start")
+            raise UnfitSample(f"shard '{file.name}' ended while reading sample '{self.keys[number]}': it was truncated after the start")
         return content
 
     def fetch_ahead(self, numbers: Iterable[int]) -> None:

@@ -1,0 +1,56 @@
+"""What the files of a sample must hold: the same rules at indexing (`checking.py`) and in training (`samples.py`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from eqldm.data.pictures import PICTURES
+
+MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
+_FIRST = ("png", "jpg", "jpeg", "webp")  # where samples hold pictures in several formats
+PICTURE_EXTENSIONS = (*_FIRST, *(ending[1:] for ending in PICTURES if ending[1:] not in _FIRST))
+
+
+class UnfitSample(ValueError):
+    """A sample that no training can use; the message names it, in one line.
+
+    A DataLoader raises what a worker raised anew, with the worker's traceback in the message; here the last line of it is what was said.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def picture_extension(counts: Mapping[str, int]) -> str | None:
+    """The ending of a set's pictures, by how many samples hold a file of each ending: the one that most hold; None where none does."""
+    held = [extension for extension in PICTURE_EXTENSIONS if counts.get(extension)]
+    return max(held, key=counts.__getitem__, default=None)  # of equals the first
+
+
+def label_of(content: bytes) -> int:
+    """The label in a sample's `.json`, -1 where it states none. Raises ValueError where it is something else than an integer of 64 bits,
+    or there is no JSON object."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'its .json is {_short(found)}, wanted an object, such as {{"label": 3}}')
+    label = found.get("label", -1)
+    if type(label) is not int or not -(2**63) <= label < 2**63:  # not isinstance: true is no label
+        raise ValueError(f"the label in its .json is {_short(label)}, wanted an integer, or no label")
+    return label
+
+
+def caption_of(content: bytes) -> str:
+    """The caption in a sample's `.txt`. Raises ValueError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its caption (.txt) is not UTF-8 ({error})") from error
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
