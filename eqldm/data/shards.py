@@ -14,7 +14,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tarfile
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,9 +29,11 @@ from eqldm.atomic import replace_folder
 from eqldm.data import cache, remote
 from eqldm.data.contents import UnfitSample
 from eqldm.data.remote import is_remote
+from eqldm.data.tars import read_tar
 
 MANIFEST = "manifest.json"
 INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy
+MAX_ENDINGS = 100  # of the files of all samples: each is a file of the index
 MANY = 64  # tars, from which on their headers are read by several processes
 
 
@@ -136,29 +137,9 @@ def _local_manifest(folder: Path) -> dict:
 def index_tar(path: str | Path) -> list[dict]:
     """Where each sample's files lie in a tar: `[{"__key__": str, extension: (offset, size), ...}, ...]`, in order.
 
-    Raises: ValueError that names the tar where it is truncated or no tar at all.
+    Raises as `read_tar`.
     """
-    samples: list[dict] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                # As webdataset splits names: at the first dot of the last part ("./v1.0/0001.seg.png")
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = folder + slash + stem
-                if not samples or samples[-1]["__key__"] != key:
-                    samples.append({"__key__": key})
-                samples[-1][extension.lower()] = (member.offset_data, member.size)
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(f"shard '{path}' cannot be read as a tar ({error}): copy it again, or make it anew") from error
-    with open(path, "rb") as file:  # tarfile also stops, silently, at the file's end or at a damaged header
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError(f"shard '{path}' is truncated or damaged: no end mark at byte {end}. Copy it again, or make it anew")
-    return samples
+    return read_tar(path)[0]
 
 
 def index_tars(tars: list[Path]) -> list[list[dict]]:
@@ -173,7 +154,8 @@ def index_tars(tars: list[Path]) -> list[list[dict]]:
 def make_index(folder: Path, shards: list[dict], found: list[list[dict]] | None = None) -> dict:
     """The index of a folder's tars, by their manifest entries: `{starts, keys, places: {extension: ...}}` as `ShardSet` has them.
 
-    Raises ValueError as `index_tar`, and where a tar holds another number of samples than its entry says.
+    Raises ValueError as `index_tar`, where a tar holds another number of samples than its entry says, and where their files have more than
+    `MAX_ENDINGS` endings.
     """
     tars = [folder / entry["name"] for entry in shards]
     found = index_tars(tars) if found is None else found
@@ -182,6 +164,11 @@ def make_index(folder: Path, shards: list[dict], found: list[list[dict]] | None 
             raise ValueError(f"shard '{tar}' holds {len(samples)} samples, the manifest says {entry['count']}")
     samples = [sample for part in found for sample in part]
     extensions = sorted({name for sample in samples for name in sample} - {"__key__"})
+    if len(extensions) > MAX_ENDINGS:
+        raise ValueError(
+            f"the samples of '{folder}' have files of {len(extensions)} endings, such as {', '.join(extensions[:3])}: all that follows the "
+            "first dot of a name is its ending, as in webdataset. Take the dots out of the names"
+        )
     return {
         "starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
         "keys": np.array([sample["__key__"] for sample in samples]),
