@@ -34,7 +34,7 @@ from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER
 from eqldm.markdown import markdown
-from eqldm.model_folder import check_model_folder, downsampling, unet_arguments, vae_arguments
+from eqldm.model_folder import check_model_folder, check_settings, downsampling, unet_arguments, vae_arguments
 from eqldm.training.speed import GPUS
 from eqldm.training.zero import BUCKET, LIVE, ZERO
 
@@ -201,7 +201,9 @@ def _network_config(model: str, part: str, notes: list[str]) -> dict:
         notes += [] if note in notes else [note]
         return STABLE_DIFFUSION[part]
     if part == "text_encoder":
-        return CLIPTextConfig.from_pretrained(check_model_folder(folder, (part,)) / part).to_dict()
+        path = check_model_folder(folder, (part,)) / part
+        check_settings(path)
+        return CLIPTextConfig.from_pretrained(path, local_files_only=True).to_dict()
     return vae_arguments(folder) if part == "vae" else unet_arguments(folder)
 
 

@@ -23,14 +23,17 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from eqldm.atomic import recover_folder, replace_folder
 from eqldm.model_card import CARD
 from eqldm.single_file import read_single_file
+from eqldm.weights import cut_off, read_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
+FOREIGN = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # settings that may name others' code
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -129,7 +132,7 @@ def _arguments(config: dict) -> dict:
 
 def _class_name(folder: Path) -> str | None:
     path = folder / "config.json"
-    return json.loads(path.read_text()).get("_class_name") if path.is_file() else None
+    return read_json(path).get("_class_name") if path.is_file() else None
 
 
 def load_unet(folder: str | Path) -> UNet2DConditionModel:
@@ -140,7 +143,8 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
 def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The tokenizer and the text encoder (float32, eval mode) of a model folder. Raises as `load_network`."""
     folder = check_model_folder(folder, ("tokenizer", "text_encoder"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    check_settings(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     # Not to load them: for transformers to list them, and raise here, as for any other weights
     return tokenizer, load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
 
@@ -148,10 +152,14 @@ def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def load_network(kind: type, folder: Path, **options) -> nn.Module:
     """A network in eval mode, strictly: diffusers and transformers only log what is missing or left over.
 
-    Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes;
-    OSError where the folder holds no safetensors.
+    Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes, that are cut off, or
+    settings that name code; OSError where the folder holds no safetensors.
     """
-    network, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    check_settings(folder)
+    try:
+        network, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise cut_off(folder, error) from error
     found = {name: sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected", "mismatched")}
     faults = [f"{name}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' * (len(keys) > 5)}" for name, keys in found.items() if keys]
     if faults:
@@ -159,10 +167,27 @@ def load_network(kind: type, folder: Path, **options) -> nn.Module:
     return network.eval()
 
 
+def check_settings(folder: Path) -> None:
+    """Raises ValueError where the settings of a network or tokenizer name code, or another model, that libraries would fetch."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"'{folder / 'adapter_config.json'}' adds an adapter to the weights there: merge it, and remove the file")
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        settings = read_json(path) if path.is_file() else {}
+        named = [name for name in FOREIGN if settings.get(name) not in (None, "sdpa", "eager")]
+        if named:
+            raise ValueError(
+                f"'{path}' has {named[0]}={settings[named[0]]!r}, which can bring in code: remove it to open the weights alone"
+            )
+    for path in folder.glob("*.safetensors.index.json"):
+        files = read_json(path).get("weight_map")
+        if not isinstance(files, dict) or not all(str(name).endswith(".safetensors") for name in files.values()):
+            raise ValueError(f"'{path}' names files that are no safetensors: save the weights as safetensors")
+
+
 def load_scheduler(folder: str | Path) -> SchedulerMixin:
     """The noise scheduler of a model folder, of the class that its config names."""
     path = check_model_folder(folder, ("scheduler",)) / "scheduler" / "scheduler_config.json"
-    return make_scheduler(json.loads(path.read_text()))
+    return make_scheduler(read_json(path))
 
 
 def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixin:
@@ -171,8 +196,8 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
     As in stock Stable Diffusion pipelines, it does not clip samples (latents leave [-1, 1]) and has `steps_offset` 1.
     """
     name = class_name or config.get("_class_name", "")
-    kind = getattr(diffusers, name, None)
-    if not name or kind is None or not issubclass(kind, SchedulerMixin):
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"'{name}' is no diffusers scheduler: wanted a class name such as DDIMScheduler")
     scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
     stock = {"clip_sample": False, "steps_offset": 1}

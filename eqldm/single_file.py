@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -23,6 +22,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from eqldm.weights import cut_off, read_pickle
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 BESIDE = ("loss.", "model_ema.", "scale_factor")  # what a training of LDM's keeps beside them
@@ -164,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
     stated = found.get("scale_factor", stated)
     try:
         stated = None if stated is None else float(stated)
-    except ValueError:
+    except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several
         stated = math.nan
     if stated is not None and not (math.isfinite(stated) and stated > 0):
         raise ValueError(f"'{path}' states a scale_factor that is no number above 0")
@@ -181,23 +182,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             found = {key: file.get_tensor(key) if key.startswith(wanted) else nothing for key in keys}
             return found, (file.metadata() or {}).get("scale_factor")
     except SafetensorError as error:
-        raise ValueError(f"'{path}' cannot be read, it may be cut off ({error}): fetch it again") from error
+        raise cut_off(path, error) from error
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is None:
-            raise ValueError(f"'{path}' is no PyTorch file (a web page, a git-lfs pointer?): fetch it again") from error
-        raise ValueError(
-            f"'{path}' is a pickle that holds more than weights ({named[1]}), and opening it could run any code. "
-            "Get the .safetensors of it, or have somebody who trusts it save its state_dict alone"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"'{path}' cannot be read, it may be cut off ({error}): fetch it again") from error
-    stated = None
+    found, stated = read_pickle(path), None
     while isinstance(found, dict) and "state_dict" in found:
         stated, found = found.get("scale_factor", stated), found["state_dict"]
     weights = found.items() if isinstance(found, dict) else ()

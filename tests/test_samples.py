@@ -194,7 +194,7 @@ def test_latents_that_do_not_fit_each_other_are_named(tmp_path):
     array = pack_array(torch.zeros(2, 4, 4))
     with pytest.raises(ValueError, match=r"latents '1' of .* are \(2, 4, 5\), the first ones \(2, 4, 4\)"):
         latents("shapes", array, pack_array(torch.zeros(2, 4, 5)))[1]
-    with pytest.raises(ValueError, match=r"sample '1' of .*: its array cannot be read"):
+    with pytest.raises(ValueError, match=r"sample '1' of .*: its array .*cannot be read"):
         latents("broken", array, array[:-100])[1]
     with pytest.raises(ValueError, match=r"1 of 2 samples have no prompt_embeds.npy, the first is '1'"):
         latents("embeds", array, array, prompt_embeds_npy=array)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eqldm.weights import read_weights
+
 
 def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
     """Mean absolute error of the horizontal and vertical differences of pictures [B, 3, H, W]: keeps edges sharp."""
@@ -47,7 +49,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
 def load_lpips() -> nn.Module:
     """LPIPS with VGG16 (torchmetrics), frozen: `lpips(y, x)` of pictures [B, 3, H, W] in [-1, 1] gives [B, 1, 1, 1].
 
-    Raises FileNotFoundError, with the way to get them, where torchvision's VGG16 weights are not in torch's hub folder.
+    Raises FileNotFoundError, with the way to get them, where torchvision's VGG16 weights are not in torch's hub folder; ValueError
+    where the file there holds more than weights.
     Source: arXiv 1801.03924.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -62,4 +65,5 @@ def load_lpips() -> nn.Module:
             f"python -c 'import torchvision; torchvision.models.vgg16(weights=\"IMAGENET1K_V1\")'; without: copy "
             f"{url} there (TORCH_HOME moves the folder). Or do without: loss.perceptual_weight=0 in training, --without lpips in evaluation"
         )
+    read_weights(wanted)  # a file that is more than tensors is refused here, for torchvision would run it
     return LearnedPerceptualImagePatchSimilarity(net_type="vgg").net.eval().requires_grad_(False)

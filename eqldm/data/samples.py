@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,15 +236,15 @@ def pack_array(x: Tensor) -> bytes:
 
 def read_array(shards: ShardSet, number: int, extension: str) -> Tensor:
     """float32 tensor of an array file that `pack_array` wrote. Raises UnfitSample where it is none."""
-    array = torch.from_numpy(_read_as(_array_of, shards, number, extension))
+    array = _read_as(partial(_array_of, name=extension), shards, number, extension)
     return (array.view(torch.bfloat16) if array.dtype == torch.int16 else array).float()
 
 
-def _array_of(content: bytes) -> np.ndarray:
+def _array_of(content: bytes, name: str) -> Tensor:
     try:
-        return np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"its array cannot be read ({error})") from error
+        return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+    except (ValueError, OSError, EOFError, TypeError) as error:  # TypeError: of texts, of which torch has no tensors
+        raise ValueError(f"its array ({name}) cannot be read ({error})") from error
 
 
 def collate(samples: list[dict]) -> dict:

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -212,7 +211,12 @@ def read_index(folder: Path, shards: list[dict]) -> dict | None:
 
 
 def _map(index: Path) -> dict:
-    read = partial(np.load, mmap_mode="r", allow_pickle=False)
+    def read(path: Path) -> np.ndarray:
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"'{path}' is no array of numbers ({error}): remove '{index}', and have the index written anew") from error
+
     places = {path.name.removesuffix(".npy"): read(path) for path in sorted((index / "places").iterdir())}
     return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
 

@@ -40,7 +40,13 @@ def make_tokenizer(captions: Iterable[str], max_length: int | None = None) -> CL
         (path / "vocab.json").write_text(json.dumps(vocabulary))
         (path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
         return CLIPTokenizer.from_pretrained(
-            path, model_max_length=max_length or longest + 2, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+            path,
+            local_files_only=True,
+            model_max_length=max_length or longest + 2,
+            bos_token=START,
+            eos_token=END,
+            unk_token=END,
+            pad_token=END,
         )
 
 

@@ -25,7 +25,8 @@ class Clip:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"no CLIP in '{folder}': {HOW}")
         self.network = load_network(CLIPModel, Path(folder), dtype=torch.float32, ignore_mismatched_sizes=True).to(device)
-        self.processor, self.tokenizer = CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.hash = weights_hash(self.network, config_hash(self.processor.to_dict()))
 
     @property

@@ -9,19 +9,18 @@ same pictures, prompts and seeds, their resamples are paired.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.naming import direction, number, question_of
 from eqldm.markdown import markdown
+from eqldm.weights import read_json, read_weights
 
 LEVEL = 0.05  # of being wrong about any difference that is called real
 FEWEST = 30  # pictures for that: p is by the normal distribution, with the spread that the bootstrap gives
@@ -49,8 +48,8 @@ class Measured:
         if missing:
             how = "give DIR/NAME of python -m eqldm.evaluate --out DIR"
             raise FileNotFoundError(f"'{folder}' holds no results (it lacks {', '.join(missing)}): {how}")
-        metrics, about = (json.loads((folder / name).read_text()) for name in ("metrics.json", "about.json"))
-        return cls(folder.name, metrics, load_file(folder / "resampled.safetensors"), about)
+        metrics, about = (read_json(folder / name) for name in ("metrics.json", "about.json"))
+        return cls(folder.name, metrics, read_weights(folder / "resampled.safetensors"), about)
 
 
 @dataclass(frozen=True)

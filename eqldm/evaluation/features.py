@@ -14,7 +14,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
@@ -22,6 +21,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, no
 from eqldm.data.samples import to_bytes
 from eqldm.evaluation.judge import Judge
 from eqldm.model_folder import weights_hash
+from eqldm.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def inception_features(weights: Path | None = None, device: str | torch.device =
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
     if not path.is_file():
         raise FileNotFoundError(f"no Inception weights at '{path}': get {URL_INCEPTION_V3}, and put it there or give --inception FILE")
-    _tensors(path)  # a file that is more than tensors is refused here, for the library would run it
+    read_weights(path)  # a file that is more than tensors is refused here, for the library would run it
     try:
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
     except RuntimeError as error:
@@ -71,7 +71,7 @@ def timm_features(name: str, weights: Path, device: str | torch.device = "cpu") 
         raise FileNotFoundError(f"--features: no weights of '{name}' at '{weights}'")
     network = timm.create_model(name, pretrained=False)
     try:
-        network.load_state_dict(_tensors(weights), strict=True)
+        network.load_state_dict(read_weights(weights), strict=True)
     except RuntimeError as error:
         raise ValueError(f"'{weights}' holds no weights of timm's '{name}': {str(error).splitlines()[1].strip()[:200]}") from error
     network.reset_classifier(0)
@@ -85,17 +85,3 @@ def timm_features(name: str, weights: Path, device: str | torch.device = "cpu") 
         return network(normalize(x.clamp(-1, 1) / 2 + 0.5, mean, std)).float().cpu()
 
     return Features(name.replace(".", "_"), weights_hash(network), extract)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """The weights of a file, safetensors or pickled; raises ValueError where there is more in it than tensors."""
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError, and what torch raises of a file that is none of its own
-        raise ValueError(f"'{path}' is no file of weights alone, and is not opened: {str(error).splitlines()[0]}") from error
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(f"'{path}' holds no weights by name: wanted a state_dict")
-    return weights

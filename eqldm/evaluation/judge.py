@@ -6,21 +6,52 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eqldm.atomic import replace_folder
 from eqldm.model_folder import PRETRAINED, weights_hash
+from eqldm.weights import read_json, read_weights
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NO_LETTER = len(LETTERS)  # the label of what is none of them
 ANSWERS = LETTERS + "-"  # how reports write the labels
 SHIPPED = PRETRAINED / "glyphs-judge"
+
+
+def _count(value: Any) -> bool:
+    """a whole number from 1 to 16384"""
+    return type(value) is int and 1 <= value <= 16384
+
+
+def _counts(value: Any) -> bool:
+    """whole numbers from 1 to 16384, up to 16 of them"""
+    return isinstance(value, list | tuple) and 1 <= len(value) <= 16 and all(map(_count, value))
+
+
+def _share(value: Any) -> bool:
+    """a number from 0 to below 1"""
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _switch(value: Any) -> bool:
+    """true or false"""
+    return type(value) is bool
+
+
+ARGUMENTS = {  # of timm.create_model that an architecture may be given: sizes
+    **dict.fromkeys(("channels", "layers", "depths", "dims"), _counts),
+    **dict.fromkeys(("stem_width", "base_width", "cardinality", "embed_dim", "depth", "num_heads", "patch_size", "img_size"), _count),
+    **dict.fromkeys(("drop_rate", "drop_path_rate"), _share),
+    "avg_down": _switch,
+}
 
 
 def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
@@ -32,6 +63,31 @@ def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.cpu().state_dict().items()}
     save_file({name: w.contiguous() for name, w in weights.items()}, partial / "model.safetensors")
     replace_folder(folder, partial)
+
+
+def make_network(architecture: str, args: dict[str, Any]) -> nn.Module:
+    """A random timm network with the judge's answers. A judge may come from anybody: its `config.json` may name one of timm's own
+    architectures, and give it the plain arguments of `ARGUMENTS`; nothing that makes timm open a file or an address.
+
+    Raises ValueError that names what else was given, and what timm does not take.
+    """
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        near = ", ".join(get_close_matches(str(architecture), timm.list_models())) or "none"
+        raise ValueError(f"architecture: timm knows no model {architecture!r}; near: {near}")
+    if not isinstance(args, dict):
+        raise ValueError(f"architecture_args: got {args!r}, wanted arguments by name")
+    for name, value in args.items():
+        if name not in ARGUMENTS:
+            near = get_close_matches(str(name), ARGUMENTS, 1)
+            hint = f". Did you mean {near[0]}?" if near else f": wanted some of {', '.join(ARGUMENTS)}"
+            raise ValueError(f"architecture_args.{name} is no argument that a judge may have{hint}")
+        if not ARGUMENTS[name](value):
+            raise ValueError(f"architecture_args.{name}: got {value!r}, wanted {ARGUMENTS[name].__doc__}")
+    try:
+        return timm.create_model(architecture, pretrained=False, num_classes=len(ANSWERS), **args)
+    except (TypeError, ValueError, RuntimeError, AssertionError, IndexError, KeyError) as error:  # what timm raises of what does not fit
+        fault = " ".join(str(error).split())[:200]
+        raise ValueError(f"architecture_args: timm's '{architecture}' does not take {args}: {fault}") from error
 
 
 class Judge:
@@ -46,16 +102,25 @@ class Judge:
         folder = Path(folder or SHIPPED)
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"'{folder}' holds no judge: train one with python train.py configs/glyphs/judge.yaml")
-        about = json.loads((folder / "config.json").read_text())
+        about = read_json(folder / "config.json")
         if not {"architecture", "args", "image_size"} <= about.keys():
             raise ValueError(f"'{folder}' holds another kind of model, no judge: train one with python train.py configs/glyphs/judge.yaml")
-        network = timm.create_model(about["architecture"], num_classes=len(ANSWERS), **about["args"])
-        weights = load_file(folder / "model.safetensors")
-        answers = len(weights[network.default_cfg["classifier"] + ".weight"])
+        try:
+            network, image_size = make_network(about["architecture"], about["args"]), about["image_size"]
+        except ValueError as error:
+            raise ValueError(f"'{folder / 'config.json'}': {error}") from error
+        if type(image_size) is not int or not 8 <= image_size <= 1024:
+            raise ValueError(f"'{folder / 'config.json'}': image_size is {image_size!r}, wanted pixels from 8 to 1024")
+        weights = read_weights(folder / "model.safetensors")
+        answers = len(weights.get(network.default_cfg["classifier"] + ".weight", ()))
         if answers != len(ANSWERS):
             raise ValueError(f"the judge in '{folder}' knows {answers} answers, wanted {len(ANSWERS)} (A-Z and none): train it anew")
-        network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, strict=True)
-        return cls(network, about["image_size"])
+        try:
+            network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()}, strict=True)
+        except RuntimeError as error:
+            fault = " ".join(str(error).split())[:200]
+            raise ValueError(f"the weights in '{folder}' are not those of its config.json: {fault}") from error
+        return cls(network, image_size)
 
     @property
     def hash(self) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytorch_lightning as pl
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
-from eqldm.evaluation.judge import ANSWERS, LETTERS, NO_LETTER, save_judge
+from eqldm.evaluation.judge import LETTERS, NO_LETTER, make_network, save_judge
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
@@ -107,7 +106,7 @@ def train_judge(config: JudgeConfig) -> Path:
             raise ValueError(f"data set '{folder}' has no labels: the judge learns from glyph shards (data/glyphs.py)")
     torch.manual_seed(config.run.seed)
     args = dict(config.architecture_args)
-    network = timm.create_model(config.architecture, num_classes=len(ANSWERS), **args)
+    network = make_network(config.architecture, args)
     module = JudgeTraining(config, network)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True)

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from eqldm.data.order import position_seed
+from eqldm.weights import read_pickle
 
 
 def not_written(path: Path, error: Exception) -> OSError:
@@ -44,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return read_pickle(path)
 
 
 STOPPED = 75

@@ -29,6 +29,7 @@ from eqldm.config import StageConfig, to_yaml
 from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.model_card import model_card
 from eqldm.training.zero import ABOUT
+from eqldm.weights import read_pickle
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
@@ -121,7 +122,10 @@ def checkpoint_step(checkpoint: Path) -> int:
     """Optimizer steps taken at a checkpoint, a file or ZeRO's folder."""
     if checkpoint.is_dir():
         return json.loads((checkpoint / ABOUT).read_text())["global_step"]
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    found = read_pickle(checkpoint, mmap=True)
+    if not isinstance(found, dict) or "global_step" not in found:
+        raise ValueError(f"'{checkpoint}' is no checkpoint of a run: it states no global_step")
+    return found["global_step"]
 
 
 def _check_same_run(config: StageConfig) -> None:

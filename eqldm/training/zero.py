@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite, not_written
+from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
@@ -102,7 +103,20 @@ class ZeRO(DeepSpeedStrategy):
                 f"checkpoint '{checkpoint_path}' is of {about['processes']} processes, now there are {self.world_size}: ZeRO's shards "
                 f"resume with as many as wrote them (run.devices x run.num_nodes)"
             )
+        check_checkpoint(Path(checkpoint_path))
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises ValueError, naming the file, where a checkpoint holds more than DeepSpeed writes: DeepSpeed opens it with Python's own pickle,
+    which would run it."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        for path in sorted(folder.rglob("*.pt")):
+            read_pickle(path, mmap=True)
 
 
 class AdamWEMA(torch.optim.AdamW):
