@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
-from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig, load_config, micro_batch_size
+from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, load_config, micro_batch_size
 from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
@@ -46,7 +46,7 @@ VOCABULARY = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }  # of a text encoder from scratch, as long as no captions are read
-STABLE_DIFFUSION = {  # 1.5, to count with where a config's model is not on this disk
+STABLE_DIFFUSION: dict[str, dict] = {  # 1.5, to count with where a config's model is not on this disk
     "vae": {
         "block_out_channels": (128, 256, 512, 512),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -109,15 +109,17 @@ class Budget:
 
 def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
     """What the run needs. Raises ValueError where the pictures' size is not known; FileNotFoundError, ValueError as the loaders."""
-    size, notes = _image_size(config), []
+    size = _image_size(config)
+    notes: list[str] = []
     with _fakes(config, size, notes) as (networks, step, kept):
         one, two = _measure(step, networks, 1), _measure(step, networks, 2)
-        encoding = _encoding(networks, size) if isinstance(config, DiffusionConfig) and "vae" in networks else 0.0
+        makes_latents = isinstance(config, DiffusionConfig) and "vae" in networks
+        encoding = _encoding(networks["vae"], networks["text_encoder"], size) if makes_latents else 0.0
     average = bool(config.optimizer.ema_decay)
     counts = {name: (_count(network), _count(network, trained=True)) for name, network in networks.items()}
     disk = {"a checkpoint": 4.0 * (kept * (1 + average) + 2 * sum(trained for _, trained in counts.values()))}
-    if isinstance(config, DiffusionConfig) and "vae" in networks:
-        disk |= _latent_disk(networks, size)
+    if makes_latents:
+        disk |= _latent_disk(networks["vae"], networks["text_encoder"].config, size)
     return Budget(
         networks=counts,
         averaged=kept if average else 0,
@@ -138,7 +140,7 @@ def operations(config: AutoencoderConfig | DiffusionConfig) -> float:
         return _measure(step, networks, 1)[0]
 
 
-def report(config: StageConfig, need: Budget) -> list[str]:
+def report(config: AutoencoderConfig | DiffusionConfig, need: Budget) -> list[str]:
     """The lines of a run's budget, in Markdown."""
 
     def table(heading: list[str], rows: list[list[str]]) -> list[str]:
@@ -182,19 +184,22 @@ def _count(network: nn.Module, trained: bool = False) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad or not trained)
 
 
-def _image_size(config: StageConfig) -> int:
+def _image_size(config: AutoencoderConfig | DiffusionConfig) -> int:
     """The pictures' side, px: of the shards, or where they are not made yet as the options say."""
     if holds_shards(config.data.train):
-        if read_manifest(config.data.train).get("kind") != "latents":
-            return PictureSamples(config.data.train).image_size[0]
-        return LatentSamples(config.data.train)[0]["moments"].shape[-1] * downsampling(_vae(_network_config(config.vae, "vae", [])))
+        of_latents = read_manifest(config.data.train).get("kind") == "latents"
+        if of_latents and isinstance(config, DiffusionConfig) and config.vae != "pixels":
+            cells = LatentSamples(config.data.train)[0]["moments"].shape[-1]
+            return cells * downsampling(_vae(_network_config(config.vae, "vae", [])))
+        return PictureSamples(config.data.train).image_size[0]  # which refuses latents
     if config.data.image_size:
         return config.data.image_size
     raise ValueError(f"'{config.data.train}' holds no shards yet: set data.image_size to the pictures' side, px")
 
 
-def _network_config(model: str, part: str, notes: list[str]) -> dict:
+def _network_config(model: str | None, part: str, notes: list[str]) -> dict:
     """The arguments of a part of a model folder (or VAE of a file); Stable Diffusion 1.5's, with a note, where it is not on this disk."""
+    assert model is not None  # see `validate`: a config without one starts from scratch
     folder = Path(model)
     if not folder.exists():
         note = f"'{model}' is not on this disk: counted as Stable Diffusion 1.5's"
@@ -217,9 +222,9 @@ def _fakes(
     config: AutoencoderConfig | DiffusionConfig, size: int, notes: list[str]
 ) -> Iterator[tuple[dict[str, nn.Module], Callable, int]]:
     """What `_autoencoder` or `_diffusion` gives, as fake tensors, within whose mode the block runs."""
-    build = _autoencoder if isinstance(config, AutoencoderConfig) else _diffusion
     with torch.device("meta"):
-        networks, step, kept = build(config, size, notes)
+        built = _autoencoder(config, size, notes) if isinstance(config, AutoencoderConfig) else _diffusion(config, size, notes)
+    networks, step, kept = built
     with FakeTensorMode():
         for network in networks.values():
             _fake(network)
@@ -277,7 +282,7 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
         text = _network_config(config.model, "text_encoder", notes)
     text = CLIPTextModel(CLIPTextConfig(**text)).requires_grad_(config.train_text_encoder)
     width, length = text.config.hidden_size, text.config.max_position_embeddings
-    unet = config.unet or _network_config(config.model, "unet", notes)
+    unet = config.unet if config.init == "scratch" or config.unet else _network_config(config.model, "unet", notes)
     sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
     unet = UNet2DConditionModel(**{**unet, **sizes}).train()
     if config.adapt == "lora":
@@ -299,18 +304,16 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     return networks, step, _count(unet) + (_count(text) if config.train_text_encoder else 0)
 
 
-def _encoding(networks: dict[str, nn.Module], size: int) -> float:
+def _encoding(vae: AutoencoderKL, text: CLIPTextModel, size: int) -> float:
     """Operations that data/encode_latents.py --prompt-embeds spends on a picture."""
-    vae, text = networks["vae"], networks["text_encoder"]
     with torch.no_grad(), counting() as counter:
         vae.encode(torch.randn(1, 3, size, size))
         text(torch.zeros(1, text.config.max_position_embeddings, dtype=torch.long))
     return counter.get_total_flops()
 
 
-def _latent_disk(networks: dict[str, nn.Module], size: int) -> dict[str, float]:
+def _latent_disk(vae: AutoencoderKL, text: CLIPTextConfig, size: int) -> dict[str, float]:
     """Bytes of the latent shards that data/encode_latents.py makes, in float16."""
-    vae, text = networks["vae"], networks["text_encoder"].config
     moments = 2 * 2 * vae.config.latent_channels * (size // downsampling(vae)) ** 2
     embeds = 2 * text.max_position_embeddings * text.hidden_size
     return {"latents of 1 M pictures": 1e6 * moments, "with prompt embeddings": 1e6 * (moments + embeds)}
@@ -397,6 +400,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overrides)
+        if isinstance(config, JudgeConfig):
+            raise ValueError(
+                f"config '{args.config}': stage is 'judge', a small network that is not counted: wanted autoencoder or diffusion"
+            )
         print("\n".join(report(config, budget(config))))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

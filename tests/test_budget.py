@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from eqldm.budget import Budget, budget, counting, operations, report
-from eqldm.config import load_config
+from eqldm.budget import Budget, _diffusion, budget, counting, main, operations, report
+from eqldm.config import AutoencoderConfig, load_config
+from eqldm.data.shards import write_manifest, write_shard
 from eqldm.diffusion.adaptation import build_networks
+from eqldm.diffusion.conditioning import TEXT_ENCODER
 from eqldm.diffusion.module import train_diffusion
-from eqldm.model_folder import load_unet, load_vae
+from eqldm.model_folder import config_hash, load_unet, load_vae
 from eqldm.training.run_folder import LAST
 from eqldm.training.speed import GPUS
 
@@ -105,6 +109,31 @@ def test_shards_tell_the_size(tiny, tiny_pictures):
     assert budget(tiny("data.image_size=null", f"data.train={tiny_pictures}")) == budget(tiny())
     with pytest.raises(ValueError, match="'absent' holds no shards yet: set data.image_size"):
         budget(tiny("data.image_size=null"))
+
+
+@pytest.mark.parametrize("reads", ["the autoencoder", "a pixel model"])
+def test_latents_are_not_counted_for_what_trains_on_pictures(tiny, tmp_path, reads):
+    entry = write_shard(tmp_path / "train-000000.tar", [{"__key__": "0", "moments.npy": b"", "txt": ""}])
+    write_manifest(tmp_path, [entry], kind="latents")
+    config = AutoencoderConfig() if reads == "the autoencoder" else tiny("vae=pixels")
+    config.data.train = str(tmp_path)
+    with pytest.raises(ValueError, match="holds no pictures .* Is it a latent folder"):
+        budget(config)
+
+
+def test_a_unet_from_scratch_without_options_is_the_librarys_own(tiny):
+    config = replace(tiny("train_text_encoder=true"), init="scratch", model=None)
+    config.validate()
+    with torch.device("meta"):
+        networks, _, _ = _diffusion(config, 32, notes := [])
+        own = UNet2DConditionModel(sample_size=8, cross_attention_dim=TEXT_ENCODER["hidden_size"])
+    assert config_hash(networks["unet"].config) == config_hash(own.config) and not any("Stable Diffusion" in note for note in notes)
+
+
+def test_the_judge_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["budget", str(ROOT / "configs" / "glyphs" / "judge.yaml")])
+    with pytest.raises(SystemExit, match="^error: config '.*judge.yaml': stage is 'judge', .* wanted autoencoder or diffusion$"):
+        main()
 
 
 @pytest.mark.parametrize("path", SD15, ids=lambda path: path.stem)
