@@ -87,6 +87,15 @@ def test_maps_that_are_no_views():
     torch.testing.assert_close(no_views.balanced(torch.ones(1, 3, 1, 1), 2)[0, :, 0, 0], torch.tensor([2.0, 1.0, 0.5]))
 
 
+def test_one_samples_with_maps_that_are_no_views(tmp_path, monkeypatch):
+    import no_views
+
+    monkeypatch.setattr(no_views, "MAPS", no_views.MAPS[-1:])
+    monkeypatch.setattr(sys, "argv", ["no_views.py", "--num-samples", "1", "--out", str(tmp_path / "deep" / "figure.png")])
+    no_views.main()
+    assert Image.open(tmp_path / "deep" / "figure.png").height > 2 * 64
+
+
 # view_pictures.py
 
 
