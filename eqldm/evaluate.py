@@ -39,23 +39,24 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     entries = parse_entries([*([args.baseline] if args.baseline else []), *args.models])
     evaluation = Evaluation(args, entries, place)
     evaluation.prepare(entries)  # before anything long
-    results: dict[str, Result | None] = dict.fromkeys(entry.name for entry in entries)
+    results: dict[str, Result] = {}
 
     def ask() -> None:
         evaluation.look_at_data()
         for entry in entries:
-            if results[entry.name] is None and (result := evaluation.answer(entry)) is not None:
+            if entry.name not in results and (result := evaluation.answer(entry)) is not None:
                 results[entry.name] = result
                 keep(evaluation.out, result, command)
 
     ask()
-    if world > 1 and None in results.values():  # others may have finished meanwhile
+    if world > 1 and len(results) < len(entries):  # others may have finished meanwhile
         ask()
-    if None in results.values():
+    if len(results) < len(entries):
         print(f"process {rank} of {world} is done: the report is written by the one that finishes last")
         return None, bool(evaluation.missing)
     title = f"{evaluation.count} pictures of {args.data}"
-    report = write_results(evaluation.out, list(results.values()), evaluation.missing, evaluation.notes, title)
+    found = [results[entry.name] for entry in entries]  # in the tables' order, whichever was found first
+    report = write_results(evaluation.out, found, evaluation.missing, evaluation.notes, title)
     return report, bool(evaluation.missing)
 
 

@@ -65,6 +65,12 @@ def reconstructed(vae, samples, count=10, batch_size=4, **options) -> dict[str, 
     return reconstruction_metrics(measure_all(Reconstruction(vae, samples, count, **options), batch_size)).metrics
 
 
+def test_a_distance_wants_the_real_pictures():
+    values = {"psnr": torch.tensor([20.0, 21.0]), "features/judge": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match="rfid_judge is a distance from real pictures, .*: wanted `real`"):
+        reconstruction_metrics(values)
+
+
 def turned(vae, samples, views, count=10, batch_size=4, **options) -> dict[str, float]:
     """The metrics of `Equivariance`."""
     question = Equivariance(vae, samples, count, views, **options)

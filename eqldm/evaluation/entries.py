@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -28,12 +29,12 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `Options`."""
+    """A row of the tables. folder: of the model.  vae: the folder of another VAE, or None.  options: of `Options`, texts and numbers."""
 
     name: str
     folder: Path
     vae: Path | None
-    options: dict[str, str | float | int]
+    options: dict[str, Any]
 
     def open(self, device: torch.device, precision: str = "32-true") -> tuple[AutoencoderKL | Pixels, Sampler | None]:
         """The VAE and, where the folder holds a UNet, the sampler, of that precision. Raises ValueError where they or the options do not

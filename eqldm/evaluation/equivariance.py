@@ -109,9 +109,9 @@ def equivariance_metrics(values: dict[str, Tensor], vae: AutoencoderKL, transfor
                 findings.mean(f"equivariance/{name}/{metric}", values[f"{name}/{metric}"])
     views = list(mean_of) or [name for name in transforms if not name.startswith("rescale_")]
     for metric in ("latent_error", "psnr", "decoder_psnr", "lpips"):
-        each = [errors[name] if metric == "latent_error" else values.get(f"{name}/{metric}") for name in views]
-        if each and each[0] is not None:
-            findings.mean(f"equivariance/mean/{metric}", torch.stack(each).double().mean(0))
+        known = errors if metric == "latent_error" else {name: values[key] for name in views if (key := f"{name}/{metric}") in values}
+        if views and all(name in known for name in views):
+            findings.mean(f"equivariance/mean/{metric}", torch.stack([known[name] for name in views]).double().mean(0))
     origin = denormalise(vae, torch.zeros(1)).double() * -vae.config.scaling_factor  # what z would be of raw latents of zero
     for metric, names in (("rotation", ROTATIONS), ("scale", [name for name in transforms if name.startswith("rescale_")])):
         if names and all(name in transforms for name in names):

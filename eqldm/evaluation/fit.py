@@ -37,7 +37,8 @@ class Fit:
     def __init__(self, sampler: Sampler, samples: PictureSamples, count: int, own: AutoencoderKL | None = None):
         self.samples, self.count, self.sampler = samples, count, sampler
         self.key = {**identity(sampler.vae, sampler.networks), "data": samples.digest, "own": own and identity(own)["vae"]}
-        self.own, self._modules = own, None
+        self.own = own
+        self._modules: dict[str, LatentDiffusion] | None = None
 
     def modules(self) -> dict[str, LatentDiffusion]:
         """The UNet on the VAE's latents (`loss`), on its own VAE's (`own_loss`) and on the aligned ones (`aligned_loss`)."""

@@ -19,7 +19,7 @@ from eqldm.evaluation.sampled import Sampled
 from eqldm.evaluation.work import measure_all
 from eqldm.views import IDENTITY
 
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 5.0}  # as python -m eqldm.evaluate samples by default
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 5.0  # as python -m eqldm.evaluate samples by default
 
 
 class LetterMonitor(pl.Callback):
@@ -33,9 +33,9 @@ class LetterMonitor(pl.Callback):
         self.config, self.folder = config, config.data.val
         manifest = read_manifest(self.folder)
         if manifest.get("kind") == "latents":
-            pictures = manifest.get("pictures")
+            pictures: str | None = manifest.get("pictures")
             known = pictures and (is_remote(pictures) or Path(pictures).is_dir())
-            if not known or pictures.lower().startswith("pipe:"):  # a manifest must not say what is executed here
+            if not pictures or not known or pictures.lower().startswith("pipe:"):  # a manifest must not say what is executed here
                 raise ValueError(
                     f"val_letters={config.val_letters} needs the pictures of data.val, but '{pictures}', which its latents were "
                     "made of, is not there (or a command): bring it back, or set val_letters=0"
@@ -59,7 +59,7 @@ class LetterMonitor(pl.Callback):
         wanted = plain_letters(self.config.val_letters)
         sampled = Sampled(
             "generation", validation_sampler(module), [IDENTITY], letter_prompts(wanted), wanted=wanted, judge=self.judge,
-            features=self.features, **SAMPLING,
+            features=self.features, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
         metrics = generation_metrics(measure_all(sampled), self.real, wanted).metrics
         module.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
@@ -95,7 +96,7 @@ def distances(findings: Findings, real: RealPictures, features: dict[str, Tensor
     """
     for name, fake in features.items():
         known = real.features[name]
-        findings.of_weights(f"{prefix}kid_{name}{suffix}", lambda w, known=known, fake=fake: kid(known, fake, w, real.labels))
+        findings.of_weights(f"{prefix}kid_{name}{suffix}", partial(kid, known, fake, real_labels=real.labels))
         findings.metrics[f"{prefix}fid_{name}{suffix}"] = float(fid(known, fake))
         if min(len(known), len(fake)) > NEIGHBOURS:
             precision, recall = precision_recall(known, fake)

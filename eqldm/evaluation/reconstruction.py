@@ -45,12 +45,14 @@ class Reconstruction:
 
 def reconstruction_metrics(values: dict[str, Tensor], real: RealPictures | None = None) -> Findings:
     """Of what `Reconstruction` measured: means of `psnr`, `ssim`, `lpips`, and `rfid_NAME`, the Frechet distance of the reconstructions'
-    features from the pictures' (of `real`, the same pictures)."""
+    features from the pictures' (of `real`, the same pictures). Raises ValueError where features were measured and `real` is not given."""
     findings = Findings(torch.arange(len(values["psnr"])))
     for name in ("psnr", "ssim", "lpips"):
         if name in values:
             findings.mean(f"reconstruction/{name}", values[name])
     for name, features in features_of(values).items():
+        if real is None:
+            raise ValueError(f"rfid_{name} is a distance from real pictures, of which nothing is given: wanted `real`")
         findings.metrics[f"reconstruction/rfid_{name}"] = float(fid(real.features[name][: len(features)], features))
     return findings
 

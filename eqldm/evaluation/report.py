@@ -169,14 +169,14 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
         *verdicts,
         f'<div class="missing"><h2>Not computed</h2><ul>{missing}</ul></div>' if missing else "",
         notes,
-        *(f'<section id="{name}"><h2>{html.escape(title)}</h2>{body}</section>' for name, title, body in sections),
+        *(f'<section id="{name}"><h2>{html.escape(title)}</h2>{text}</section>' for name, title, text in sections),
         f"<p>{html.escape(NOTE)}</p>",
         f'<section id="provenance"><h2>Where the figures are from</h2>{_html_table(["", *names], provenance(report))}</section>',
     ]
     title = f"<title>eqldm: {html.escape(', '.join(names))}</title>"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}<style>{STYLE}</style>'
-    body = "\n".join(filter(None, parts))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{body}\n</main></body></html>\n'
+    content = "\n".join(filter(None, parts))
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{content}\n</main></body></html>\n'
 
 
 def _belongs(title: str, question: str) -> bool:
@@ -239,8 +239,8 @@ def _fit_plot(report: Report) -> Figure | None:
     if not any(curves):
         return None
     figure, axes = _axes(8, 3.4)
-    for colour, model, points in zip(_colours(report), report.models, curves):
-        axes.plot([100 * k + 50 for k, _ in points], [v for _, v in points], "o-", color=colour, label=model.measured.name)
+    for colour, model, curve in zip(_colours(report), report.models, curves):
+        axes.plot([100 * k + 50 for k, _ in curve], [v for _, v in curve], "o-", color=colour, label=model.measured.name)
     axes.axhline(1, color="#888", linewidth=1, linestyle="--")
     axes.set_yscale("log")
     axes.set_yticks(ticks := (0.1, 0.2, 0.5, 1, 2, 5, 10), [f"{tick:g}" for tick in ticks])

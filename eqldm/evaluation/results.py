@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
@@ -40,7 +41,7 @@ class Result:
     hashes: dict[str, str] = field(default_factory=dict)
     sheets: dict[str, Path] = field(default_factory=dict)
     decodings: dict[str, Tensor] = field(default_factory=dict)
-    readings: dict[str, tuple[Sequence[View] | Sequence[Component], Reading]] = field(default_factory=dict)
+    readings: dict[str, tuple[Sequence[View | Component], Reading]] = field(default_factory=dict)
     verdict: Verdict | None = None
 
     def add(self, findings: Findings, question: str, samples: dict) -> None:
@@ -69,10 +70,15 @@ def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], 
     shared: dict[str, Path] = {}
     decodings = {result.entry.name: result.decodings for result in results if result.decodings}
     readings = {result.entry.name: result.readings for result in results if result.readings}
-    for name, found, draw in (("equivariance", decodings, equivariance_sheet), ("models", readings, models_sheet)):
-        if found:
-            sheet, shared[name] = draw(found), Path(f"{name}.png")
-            write_whole(out / shared[name], lambda path, sheet=sheet: sheet.save(path, "PNG"))
+
+    def share(name: str, sheet: Image.Image) -> None:
+        shared[name] = Path(f"{name}.png")
+        write_whole(out / shared[name], lambda path: sheet.save(path, "PNG"))
+
+    if decodings:
+        share("equivariance", equivariance_sheet(decodings))
+    if readings:
+        share("models", models_sheet(readings))
     measured = [Measured.open(out / result.entry.name) for result in results]
     models = [Model(m, r.verdict, r.sheets) for m, r in zip(measured, results)]
     text, page = write_report(out, Report(models, missing, notes, shared))

@@ -37,7 +37,7 @@ def equivariance_sheet(decodings: dict[str, dict[str, Tensor]]) -> Image.Image:
     return picture_sheet(rows, list(decodings) * count, list(first), scale=_scale(first["x"]))
 
 
-def reading_sheet(reading: Reading, faces: Sequence[View] | Sequence[Component]) -> Image.Image:
+def reading_sheet(reading: Reading, faces: Sequence[View | Component]) -> Image.Image:
     """Sampled letters in each view (or whole, and each part), a row each, labelled wanted -> read."""
     faces = _with_whole(faces)
     rows = [[face(picture) for face in faces] for picture in reading.pictures]
@@ -48,12 +48,12 @@ def reading_sheet(reading: Reading, faces: Sequence[View] | Sequence[Component])
     return _side_by_side(rows, labels, [face.name for face in faces])
 
 
-def _with_whole(faces: Sequence[View] | Sequence[Component]) -> Sequence[View] | Sequence[Component]:
+def _with_whole(faces: Sequence[View | Component]) -> Sequence[View | Component]:
     """Parts after the whole that they are of; views as they are."""
     return [Component("whole", lambda x: x), *faces] if isinstance(faces[0], Component) else faces
 
 
-def models_sheet(readings: dict[str, dict[str, tuple[Sequence[View] | Sequence[Component], Reading]]], most: int = 6) -> Image.Image:
+def models_sheet(readings: dict[str, dict[str, tuple[Sequence[View | Component], Reading]]], most: int = 6) -> Image.Image:
     """The same letters and seeds by each model: the first pictures of each kind that all have, a row for each view, or part, of each.
 
     readings: by model, by kind (plain letters, anagrams in these views).
@@ -88,7 +88,7 @@ def _joined(sheets: list[Image.Image]) -> Image.Image:
     return whole
 
 
-def prompt_sheet(pictures: Tensor, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]]) -> Image.Image:
+def prompt_sheet(pictures: Tensor, faces: Sequence[View | Component], prompts: Sequence[Sequence[str]]) -> Image.Image:
     """Sampled pictures [N, 3, H, W] in each view (or whole, and each part), a row each, labelled with their prompts."""
     faces = _with_whole(faces)
     rows = [[face(picture) for face in faces] for picture in pictures]

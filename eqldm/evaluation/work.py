@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import torch
 from diffusers import AutoencoderKL
@@ -61,6 +61,14 @@ def measure_all(question: Question, batch_size: int = 64) -> dict[str, Tensor]:
     return _together(question.measure(range(first, min(first + batch_size, question.count))) for first in firsts)
 
 
+@overload
+def _together(batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]: ...
+
+
+@overload
+def _together(batches: Iterable[dict[str, Tensor] | None]) -> dict[str, Tensor] | None: ...
+
+
 def _together(batches: Iterable[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
     """All batches' values; None where one is not there."""
     rows: dict[str, list[Tensor]] = {}
@@ -70,7 +78,7 @@ def _together(batches: Iterable[dict[str, Tensor] | None]) -> dict[str, Tensor] 
         for name, value in batch.items():
             rows.setdefault(name, []).append(value)
             if name.startswith("sum/"):
-                rows[name] = [sum(rows[name])]
+                rows[name] = [sum(rows[name][:-1]) + value]
     return {name: torch.cat(values) if not name.startswith("sum/") else values[0] for name, values in rows.items()}
 
 
