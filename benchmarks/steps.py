@@ -10,7 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eqldm.markdown import markdown
@@ -108,6 +108,6 @@ def spreads(found: Sequence[dict[str, float]], columns: dict[str, str]) -> list[
     return [spread([metrics[metric] for metrics in found]) for metric in columns.values()]
 
 
-def table(heading: str, columns: Sequence[str], rows: dict[str, Sequence[str]]) -> str:
+def table(heading: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A Markdown table, a row for each name."""
     return markdown([heading, *columns], [[name, *cells] for name, cells in rows.items()])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -57,7 +58,7 @@ def run(out: Path, num_samples: int, only: list[str]) -> None:
         else:
             recipe = Anagram(eq, prompts, ["identity", *name.split(",")], Options())
         faces = recipe.sides(best_of(recipe, letters, judge, num_samples))
-        write_whole(out / f"{file_name(name)}.png", lambda path, faces=faces: strip(faces).save(path, "PNG", optimize=True))
+        write_whole(out / f"{file_name(name)}.png", partial(strip(faces).save, format="PNG", optimize=True))
 
 
 def main() -> None:

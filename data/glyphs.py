@@ -140,8 +140,8 @@ def letter_mask(face: Path, letter: str, font_size: int, stroke: int = 0) -> Ima
     return mask
 
 
-def place_letter(mask: Image.Image, how: dict, size: int) -> np.ndarray:
-    """Ink of the letter turned, slanted, stretched, scaled, shifted and warped into the picture: [size, size], 0-255."""
+def place_letter(mask: Image.Image, how: dict, size: int) -> Image.Image:
+    """Ink of the letter turned, slanted, stretched, scaled, shifted and warped into the picture: mode L, size x size px."""
     side = size * SUPERSAMPLE
     angle = math.radians(how["rotation_degrees"])
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])  # y points down
@@ -334,7 +334,7 @@ def make_split(
     if not used:
         raise ValueError("all faces are held out: leave some for training")
 
-    options = {"split": split, "seed": seed, "faces": used, "size": size, "variation": variation, "colours": list(colours)}
+    write = partial(write_glyph_shard, split=split, seed=seed, faces=used, size=size, variation=variation, colours=list(colours))
     generator = {
         "name": "glyphs",
         "version": GENERATOR_VERSION,
@@ -356,11 +356,11 @@ def make_split(
         "skipped": skipped,
         "made_with": {"pillow": pillow_version, "freetype": features.version("freetype2"), "numpy": np.__version__},
     }
-    jobs = {f"{split}-{first // shard_size:06d}.tar": range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)}
-    jobs = {name: (folder / name, indices) for name, indices in jobs.items()}
+    spans = {f"{split}-{first // shard_size:06d}.tar": range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)}
+    jobs = {name: (folder / name, indices) for name, indices in spans.items()}
     for item in skipped:
         console.print(f"font {item['file']} is not used: it {item['reason']}", markup=False, highlight=False)
-    return make_folder(folder, jobs, partial(write_glyph_shard, **options), about, workers=workers, overwrite=overwrite)
+    return make_folder(folder, jobs, write, about, workers=workers, overwrite=overwrite)
 
 
 def main(argv: list[str] | None = None) -> int:

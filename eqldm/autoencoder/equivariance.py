@@ -17,11 +17,11 @@ from torch import Tensor
 from eqldm.config import EquivarianceConfig
 from eqldm.data.order import position_generator
 from eqldm.model_folder import decode, downsampling, encode
-from eqldm.views import D4, IDENTITY, Rescale, Transform, draw_rescale, draw_transform
+from eqldm.views import D4, IDENTITY, Group, Rescale, Transform, draw_rescale, draw_transform
 
 IDENTITY_TRANSFORM = Transform(IDENTITY)
 EQVAE_PROB, EQVAE_LOW_RESOLUTION_PROB = 0.5, 0.25  # of a regularised step; of shrunk pictures on a plain one
-KEEPS_SHAPE = {"none": "none", "rotations": "half_turns", "d4": "rectangle"}  # what of a group may act on a rectangle
+KEEPS_SHAPE: dict[Group, Group] = {"none": "none", "rotations": "half_turns", "d4": "rectangle"}  # what of a group may act on a rectangle
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,6 @@ def negation_error(vae: AutoencoderKL, num_patterns: int = 32) -> float:
     generator = torch.Generator().manual_seed(0)
     colours = torch.rand(2, num_patterns, 3, 1, 1, generator=generator) * 2 - 1
     shapes = F.interpolate(torch.rand(num_patterns, 1, 3, 3, generator=generator), (side, side), mode="bicubic") > 0.5
-    z = encode(vae, torch.where(shapes, *colours).to(vae.device))
+    z = encode(vae, torch.where(shapes, colours[0], colours[1]).to(vae.device))
     plain, negated = decode(vae, z).float(), decode(vae, -z).float()
     return float((plain + negated).square().sum() / plain.square().sum())

@@ -106,6 +106,7 @@ def fold_map(vae: AutoencoderKL, matrix: Tensor, offset: Tensor) -> None:
 def _identity_conv(channels: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, channels, 1)
     nn.init.dirac_(conv.weight)
+    assert conv.bias is not None  # it was asked for
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -126,7 +126,8 @@ def parse_components(text: str) -> list[Component]:
         raise ValueError(f"unknown components '{text}': wanted {', '.join(FORMS.values())}")
     if not counts[name][0] <= len(numbers) <= counts[name][1] or not all(map(math.isfinite, numbers)):
         raise ValueError(f"components '{text}': wanted {FORMS[name]}")
-    return {"hybrid": hybrid, "colour": colour, "motion": motion_blur}[name](*numbers)
+    make: dict[str, Callable[..., list[Component]]] = {"hybrid": hybrid, "colour": colour, "motion": motion_blur}
+    return make[name](*numbers)
 
 
 def check_components(components: Sequence[Component], in_latents: bool) -> None:

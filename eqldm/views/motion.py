@@ -53,7 +53,8 @@ class Piece:
     def middle(self, s: float, spreads: bool) -> Place:
         """Where its middle is at time s; spreads: see `Motion`."""
         far = spread(s) if spreads else 1.0
-        return tuple(0.5 + far * ((1 - s) * a + s * b - 0.5) for a, b in zip(self.start, self.end))
+        down, right = (0.5 + far * ((1 - s) * a + s * b - 0.5) for a, b in zip(self.start, self.end))
+        return down, right
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _connected(cells: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """The cells (row, column), parted where one cannot walk from one to the other."""
     parts = []
     while cells:
-        reached, edge = [], {cells.pop()}
+        reached: list[tuple[int, int]] = []
+        edge = {cells.pop()}
         while edge:
             reached += edge
             edge = {(row + i, column + j) for row, column in edge for i, j in ((0, 1), (0, -1), (1, 0), (-1, 0))} & cells
