@@ -3,7 +3,7 @@
     python data/make_shards.py --pictures FOLDER --out FOLDER --size 512    # a folder of pictures
     python data/make_shards.py --tars FOLDER --out FOLDER --size 512        # tars, as img2dataset and WebDataset write them
     python data/make_shards.py --dataset FOLDER --out FOLDER --size 512     # a data set of Hugging Face's `datasets`, saved to disk
-    python data/make_shards.py --index FOLDER                               # no new shards: a manifest for tars of squares
+    python data/make_shards.py --index FOLDER                               # no new shards: check tars of squares, write their manifest
 
 Captions come, in a folder, from a `.txt` beside each picture, or from a `metadata.jsonl` or `metadata.csv` (columns `file_name` and
 `text` or `caption`, as in Hugging Face's imagefolder); in tars from a sample's `.txt`, or the `caption` of its `.json`. What does not fit
@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from eqldm.data.checking import index_folder
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
-from eqldm.data.shards import MANIFEST, file_sha256, index_tars, read_index, read_manifest, write_index, write_manifest, write_shard
+from eqldm.data.pictures import UnfitPicture
+from eqldm.data.shards import MANIFEST, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source
 
 DEFAULT_QUALITY = 95  # of jpg and webp
@@ -142,52 +143,10 @@ def make_shards(
     return manifest
 
 
-def index_folder(folder: str | Path, overwrite: bool = False) -> dict:
-    """Write the manifest of a folder of tars that has none; `kind` and `image_size` are told from the samples. Where there is a manifest
-    and no index of its tars, write the index.
-
-    `image_size` is the side of each shard's first picture where these are equal squares, else None.
-    Raises: FileNotFoundError where there is no tar; ValueError where a manifest exists, a tar is broken or kinds mix.
-    """
-    folder = Path(folder)
-    if (folder / MANIFEST).is_file() and not overwrite:
-        manifest = read_manifest(folder)
-        if read_index(folder, manifest["shards"]) is None:
-            write_index(folder, manifest["shards"])
-            console.print(f"{folder}: index of {manifest['count']} samples in {len(manifest['shards'])} shards", highlight=False)
-            return manifest
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise FileNotFoundError(f"'{folder}' holds no tars, wanted files that end in .tar")
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise ValueError(f"'{folder}' has a {MANIFEST} already: use --overwrite to write it anew")
-    entries, kinds, sizes = [], {}, set()
-    found = index_tars(tars)
-    for tar, samples in zip(tars, found):
-        entries.append({"name": tar.name, "count": len(samples), "bytes": tar.stat().st_size, "sha256": file_sha256(tar)})
-        for sample in samples[:1]:
-            picture = next((ext for ext in sample if f".{ext}" in PICTURES), None)
-            if picture:
-                with open(tar, "rb") as file:
-                    file.seek(sample[picture][0])
-                    sizes.add(read_picture(file.read(sample[picture][1])).size)
-            elif not {"npy", "npz", "safetensors", "pt", "pth"} & sample.keys():
-                raise ValueError(f"shard '{tar}' holds neither pictures nor latents: its files end in {sorted(sample)[1:]}")
-            kinds.setdefault("pictures" if picture else "latents", tar.name)
-    if len(kinds) != 1:
-        raise ValueError(f"'{folder}' must hold one kind of samples, got {kinds or 'none'}: one folder for each kind is wanted")
-    square = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
-    about = {"kind": next(iter(kinds)), "generator": {"name": "index"}}
-    if "pictures" in kinds:
-        about["image_size"] = next(iter(sizes))[0] if square else None
-    manifest = write_manifest(folder, entries, found, **about)
-    console.print(f"{folder}: {manifest['count']} samples in {len(entries)} shards, kind {about['kind']}", highlight=False)
-    return manifest
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", type=Path, metavar="FOLDER", help="only write manifest.json for the tars there")
+    parser.add_argument("--index", type=Path, metavar="FOLDER", help="check the tars there, and write their manifest.json")
+    parser.add_argument("--quick", action="store_true", help="of --index: look into the first sample of each tar alone")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures, searched through all its subfolders")
     parser.add_argument("--tars", type=Path, metavar="FOLDER", help="tars of pictures of any size, each of which gives a shard")
     parser.add_argument("--dataset", type=Path, metavar="FOLDER", help="what save_to_disk of Hugging Face's datasets wrote")
@@ -209,16 +168,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sources = [name for name in ("pictures", "tars", "dataset") if getattr(arguments, name)]
     if arguments.index is None and (len(sources) != 1 or not arguments.out):
         parser.error("one of --pictures, --tars and --dataset, and --out, are needed (or --index)")
+    if arguments.quick and arguments.index is None:
+        parser.error("--quick is an option of --index")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     options = vars(parse_arguments(argv))
-    index, pictures, tars, dataset = (options.pop(name) for name in ("index", "pictures", "tars", "dataset"))
+    index, pictures, tars, dataset, quick = (options.pop(name) for name in ("index", "pictures", "tars", "dataset", "quick"))
     columns = options.pop("image_column"), options.pop("text_column")
     try:
         if index:
-            index_folder(index, options["overwrite"])
+            index_folder(index, options["overwrite"], quick=quick, workers=options["workers"])
         elif pictures:
             make_shards(pictures, **options)
         else:

@@ -32,7 +32,7 @@ def _ignore_interrupts() -> None:  # Ctrl-C reaches the whole process group: the
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _run(jobs: dict, write: Callable, workers: int) -> Iterator[tuple[str, dict]]:
+def run_jobs(jobs: dict, write: Callable, workers: int) -> Iterator[tuple[str, dict]]:
     """`(name, entry)` of each job as it finishes: in this process, or in spawned ones that each write whole shards."""
     if min(workers, len(jobs)) <= 1:
         yield from ((name, write(job)) for name, job in jobs.items())
@@ -113,7 +113,7 @@ def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *,
             state = {"generator": about["generator"], "names": list(jobs)}
             write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
             # closing: should this loop fail, the workers have stopped before their half shards are removed
-            with closing(_run({name: job for name, job in jobs.items() if name not in done}, write, workers)) as finished:
+            with closing(run_jobs({name: job for name, job in jobs.items() if name not in done}, write, workers)) as finished:
                 for name, entry in finished:
                     done[name] = entry
                     write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
