@@ -52,7 +52,7 @@ class Encoder:
         """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
         self.pictures.turns = shards
         batches = [batch for n in shards for batch in self._batches(n)]
-        self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=collate))
+        self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=_collate))
 
     @torch.no_grad()
     def samples(self, n: int, on_batch):
@@ -67,7 +67,7 @@ class Encoder:
             unreadable = []
             for i, position in enumerate(batch["position"].tolist()):
                 key = str(self.pictures.shards.keys[position])
-                if batch["key"][i] != key:  # its place was taken by the next one, which has its own place
+                if batch["replaced"][i]:  # by the next one, which has its own place
                     unreadable.append(key)
                     continue
                 sample = {"__key__": key, "moments.npy": pack_array(moments[i].cpu().to(self.dtype))}
@@ -77,6 +77,11 @@ class Encoder:
                     sample["prompt_embeds.npy"] = pack_array(embeds[i].to(self.dtype))
                 yield sample
             on_batch(len(batch["key"]), unreadable)
+
+
+def _collate(samples: list[dict]) -> dict:
+    """A batch, and whether each place was taken by another picture; keys do not tell, for two tars may have the same ones."""
+    return {**collate(samples), "replaced": [bool(sample["skipped"]) for sample in samples]}
 
 
 def encode(args: argparse.Namespace) -> Path:

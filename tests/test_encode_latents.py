@@ -195,6 +195,17 @@ def test_unreadable_pictures_are_left_out(run, tmp_path, make_picture_shards, ti
         torch.testing.assert_close(latents[number]["moments"], moments, atol=1e-3, rtol=1e-3)
 
 
+def test_an_unreadable_picture_before_one_of_the_same_key(run, tmp_path, tiny_pictures):
+    """Tars of other origin may count from 0 each; a key does not tell whether the next picture stands in."""
+    shards, folder = ShardSet.open(tiny_pictures), tmp_path / "pictures"
+    folder.mkdir()
+    pictures = [shards.read(0, "png")[:100], shards.read(1, "png"), shards.read(2, "png")]
+    entries = [write_shard(folder / f"{n}.tar", [{"__key__": "0", "png": png, "txt": str(n)}]) for n, png in enumerate(pictures)]
+    write_manifest(folder, entries, kind="pictures")
+    latents = LatentSamples(run(tmp_path / "out", data=folder))
+    assert [latents[n]["caption"] for n in range(len(latents))] == ["1", "2"] and latents.shards.manifest["skipped"] == ["0"]
+
+
 def test_missing_captions_stay_missing(run, refused, tmp_path, tiny_pictures):
     """So that training on them is refused, as on the pictures."""
     shards, folder = ShardSet.open(tiny_pictures), tmp_path / "pictures"

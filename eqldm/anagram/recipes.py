@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -95,11 +96,14 @@ class Composition:
                 raise FileNotFoundError(f"--reference '{reference}' is no file: give a picture")
             size, content = sampler.side(options.image_size) * downsampling(sampler.vae), Path(reference).read_bytes()
             try:
-                picture = ImageOps.fit(read_picture(content), (size, size))
+                read = read_picture(content)
+                picture = ImageOps.fit(read, (size, size))
             except ValueError as error:
                 raise ValueError(
                     f"--reference '{reference}' is no picture that can be read ({error}): give a PNG, JPEG or WebP file"
                 ) from error
+            if "note" in read.info:
+                warnings.warn(f"--reference '{reference}': {read.info['note']}", stacklevel=2)
             self.held = {names.index(hold): picture_to_tensor(picture)[None]}
         sampler.check_parts([styled(prompt, options.style) for prompt in prompts], self.components, self.held, options)
         self.settings = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}
