@@ -42,7 +42,9 @@ def index_folder(folder: str | Path, overwrite: bool = False, *, quick: bool = F
         manifest = read_manifest(folder)
         if read_index(folder, manifest["shards"]) is None:
             write_index(folder, manifest["shards"])
-            _say(f"{folder}: index of {manifest['count']} samples in {len(manifest['shards'])} shards")
+            _say(
+                f"{folder}: index of {manifest['count']} samples in {len(manifest['shards'])} shards; what they hold is not checked (--overwrite)"
+            )
             return manifest
     tars = find_tars(folder)
     if (folder / MANIFEST).exists() and not overwrite:
@@ -218,7 +220,8 @@ def _say_found(
     total, what = manifest["count"], f"kind {manifest['kind']}"
     if extension:
         what += f", .{extension} of {_shape(size)}"
-    _say(f"{folder}: {total} samples in {len(reports)} shards, {what}; captions (.txt): {counts['txt']} of {total}")
+    captions = f"{counts['txt']} of {total}" + (", and training on text needs all" if counts["txt"] < total else "")
+    _say(f"{folder}: {total} samples in {len(reports)} shards, {what}; captions (.txt): {captions}")
     others = [ending for ending in PICTURE_EXTENSIONS if counts[ending] and ending != extension]
     if extension and others:
         _say(f"  not read: the pictures .{', .'.join(others)} that lie beside .{extension}")
