@@ -42,9 +42,8 @@ def index_folder(folder: str | Path, overwrite: bool = False, *, quick: bool = F
         manifest = read_manifest(folder)
         if read_index(folder, manifest["shards"]) is None:
             write_index(folder, manifest["shards"])
-            _say(
-                f"{folder}: index of {manifest['count']} samples in {len(manifest['shards'])} shards; what they hold is not checked (--overwrite)"
-            )
+            about = f"{manifest['count']} samples in {len(manifest['shards'])} shards"
+            _say(f"{folder}: index of {about}; what they hold is not checked (with --overwrite it is)")
             return manifest
     tars = find_tars(folder)
     if (folder / MANIFEST).exists() and not overwrite:
@@ -189,7 +188,7 @@ def _each(function: Callable, jobs: dict[str, Any], workers: int, about: str) ->
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tars"), TimeRemainingColumn()
     done = {}
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(about, total=len(jobs))
             with closing(run_jobs(jobs, function, workers)) as finished:
                 for name, result in finished:
