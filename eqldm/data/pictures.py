@@ -16,14 +16,10 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # raster formats that Pillow decodes by itself
-PICTURES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
-)  # fmt: skip
-if find_spec("pillow_heif"):  # an optional package
-    PICTURES += (".heic", ".heif")
+CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 MAX_PIXELS = 178_956_970  # of a picture: where Pillow, too, takes it for a decompression bomb (at 3 bytes, 512 MiB)
 # What Pillow raises of broken bytes: its decoders let the errors of the modules they use through
 CORRUPT = (
@@ -80,11 +76,17 @@ def read_picture(content: bytes) -> Image.Image:
 @cache
 def _formats() -> list[str]:
     Image.init()
-    if find_spec("pillow_heif"):
+    if find_spec("pillow_heif"):  # an optional package
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
-    return [name for name in (*FORMATS, "HEIF") if name in Image.OPEN]  # an older Pillow has no AVIF
+    missing = [name for name, codec in CODECS.items() if not features.check(codec)]  # Pillow may have been built without them
+    return [name for name in (*FORMATS, "HEIF") if name in Image.OPEN and name not in missing]
+
+
+def _endings() -> tuple[str, ...]:
+    """Those of the files that can be read here, in small letters."""
+    return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in _formats()))
 
 
 def _mute() -> None:
@@ -215,3 +217,6 @@ def _about(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no picture in a known format ({', '.join(_formats())})"
     return str(error) or type(error).__name__
+
+
+PICTURES = _endings()
