@@ -78,7 +78,13 @@ def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -
         return {}
     entries = {entry["name"]: entry for entry in old["shards"]} if old else {}
     whole = {name for name, entry in entries.items() if (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]}
+    whole -= {name for name, entry in entries.items() if any(map(_disk_failed, entry.get("skipped", [])))}
     return {name: entry for name, entry in entries.items() if name in whole and name in names}
+
+
+def _disk_failed(skipped: dict) -> bool:
+    """Whether a picture was skipped for an error of the disk or the network, as early versions did."""
+    return "[Errno " in skipped.get("reason", "")
 
 
 def _short(value) -> str:
@@ -86,14 +92,26 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *, workers: int = 1, overwrite: bool = False) -> dict:
+def make_folder(
+    folder: str | Path,
+    jobs: dict,
+    write: Callable,
+    about: dict,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    finish: Callable[[list[dict]], dict] | None = None,
+) -> dict:
     """Write one shard per job, and the manifest; returns the manifest.
 
     `jobs`: {tar name: argument of `write`}, in the order of the manifest. `write(job)` writes that tar and returns its
     entry, which may carry `skipped`, a list that is moved to the manifest. It must be picklable.
     `about["generator"]` holds all that the bytes depend on. A folder made with an equal generator is left as it is; if its
     making was interrupted, only the missing shards are made.
-    Raises: ValueError where the folder holds other shards; OSError where the disk is full (finished shards are kept).
+    `finish(entries)` is called when all shards are written: what it takes out of their entries for the manifest. Where it raises, the
+    shards are kept as finished ones.
+    Raises: ValueError where the folder holds other shards; OSError where the disk is full or a source cannot be read (finished shards are
+    kept).
     """
     folder = Path(folder)
     if workers < 1:
@@ -102,11 +120,18 @@ def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *,
     folder.mkdir(parents=True, exist_ok=True)
     done = _prepare(folder, about["generator"], list(jobs), overwrite)
     if (folder / MANIFEST).is_file():
-        console.print(f"{folder}: made already with the same options, nothing to do")
-        return read_manifest(folder)
+        manifest = read_manifest(folder)
+        lost = [item for item in manifest.get("skipped", []) if _disk_failed(item)]
+        if lost:
+            raise ValueError(
+                f"'{folder}' was made by an early version while files of its source could not be read: {len(lost)} pictures are missing, "
+                f"such as {lost[0]['file']} ({lost[0]['reason']}). Make it anew with --overwrite"
+            )
+        console.print(f"{folder}: made already with the same options, nothing to do", markup=False, soft_wrap=True)
+        return manifest
     if done:
-        console.print(f"{folder}: resuming, {len(done)} of {len(jobs)} shards are there")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn()
+        console.print(f"{folder}: resuming, {len(done)} of {len(jobs)} shards are there", markup=False, soft_wrap=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn()
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(str(folder), total=len(jobs), completed=len(done))
@@ -120,20 +145,19 @@ def make_folder(folder: str | Path, jobs: dict, write: Callable, about: dict, *,
                     progress.advance(task)
     except BrokenProcessPool as error:
         raise OSError(
-            f"a worker writing '{folder}' was killed (out of memory?). Finished shards are kept: run the same "
-            f"command again, with fewer --workers"
+            f"a worker writing '{folder}' was killed (out of memory, or a file that it read went away?). Finished shards are kept: "
+            f"run the same command again, with fewer --workers"
         ) from error
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise OSError(
-            f"no space left in '{folder}', after {len(done)} of {len(jobs)} shards. Finished shards are kept: "
-            f"free some space and run the same command again"
-        ) from error
+        after = f"after {len(done)} of {len(jobs)} shards. Finished shards are kept"
+        if error.errno in DISK_FULL:
+            raise OSError(f"no space left in '{folder}', {after}: free some space and run the same command again") from error
+        raise OSError(f"{error}: stopped {after}, run the same command again when that is mended") from error
     finally:
         for half in folder.glob("*.partial"):
             half.unlink()
     entries = [done[name] for name in jobs]
+    about |= finish(entries) if finish else {}
     skipped = [item for entry in entries for item in entry.pop("skipped", [])]
     for entry in entries:
         if entry["count"] == 0:
