@@ -6,8 +6,10 @@
     python data/make_shards.py --index FOLDER                               # no new shards: check tars of squares, write their manifest
 
 Captions come, in a folder, from a `.txt` beside each picture, or from a `metadata.jsonl` or `metadata.csv` (columns `file_name` and
-`text` or `caption`, as in Hugging Face's imagefolder); in tars from a sample's `.txt`, or the `caption` of its `.json`. What does not fit
-is skipped, counted by reason, and named in the manifest. The same input gives the same bytes, whatever `--workers`.
+`text` or `caption`, as in Hugging Face's imagefolder); in tars from a sample's `.txt`, or the `caption` of its `.json`. Of a list of
+captions one is drawn. What does not fit is skipped, counted by reason, and named in the manifest; what is left out is counted by reason
+and ending. A disk or network that fails stops the run, and the same command goes on. The same input gives the same bytes, whatever
+`--workers`.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from eqldm.data.captions import draw_caption, is_odd
 from eqldm.data.checking import index_folder
+from eqldm.data.listing import check_share, count_left_out, describe_left_out, left_out_list
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.pictures import UnfitPicture
-from eqldm.data.shards import MANIFEST, write_shard
-from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source
+from eqldm.data.shards import MANIFEST, read_index, write_shard
+from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source, UnfitCaption
 
 DEFAULT_QUALITY = 95  # of jpg and webp
 
@@ -62,26 +66,75 @@ def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, 
     return buffer.getvalue(), about
 
 
-def write_picture_shard(job: tuple, source: Source, options: dict) -> dict:
-    """Write one shard of `job = (tar path, what the source reads for it)`; entry with the `skipped` pictures."""
+def write_picture_shard(job: tuple, source: Source, options: dict, allow_left_out: bool) -> dict:
+    """Write one shard of `job = (tar path, what the source reads for it)`; entry with the `skipped` pictures and what was said of captions.
+
+    Raises: ValueError where a caption cannot be read, unless `allow_left_out`; as the source.
+    """
     path, part = job
-    skipped, without_caption = [], 0
+    skipped, notes, odd, left_out, counts = [], [], [], Counter(), Counter(without_caption=0, drawn_captions=0)
 
     def samples() -> Iterator[dict]:
-        nonlocal without_caption
-        for key, name, open_picture, caption in source.samples(part):
+        for sample in source.samples(part, left_out):
             try:
-                if caption is None and not options["allow_missing_captions"]:
+                if sample.unfit:
+                    raise UnfitPicture(sample.unfit)
+                captions = sample.captions()
+                if not captions and not options["allow_missing_captions"]:
                     raise UnfitPicture("no caption (or --allow-missing-captions)")
-                content, about = make_square(open_picture(), name, options)
+                picture = sample.picture()
+                content, about = make_square(picture, sample.name, options)
             except UnfitPicture as error:
-                skipped.append({"file": name, "reason": str(error)})
+                if isinstance(error, UnfitCaption) and not allow_left_out:
+                    way_out = "mend it, or pass --allow-left-out to skip such samples. Finished shards are kept"
+                    raise ValueError(f"{error}: {way_out}") from error
+                skipped.append({"file": sample.name, "reason": str(error)})
                 continue
-            without_caption += caption is None
-            yield {"__key__": key, options["format"]: content, "txt": caption or "", "json": about}
+            caption = draw_caption(captions, options["seed"], sample.name) or ""
+            counts.update(without_caption=not captions, drawn_captions=len(captions) > 1)
+            notes.extend([{"file": sample.name, "note": picture.info["note"]}] if "note" in picture.info else [])
+            odd.extend([sample.name] if is_odd(caption) else [])
+            yield {"__key__": sample.key, options["format"]: content, "txt": caption, "json": about}
 
     entry = write_shard(path, samples())
-    return {**entry, "skipped": skipped, "without_caption": without_caption}
+    return {**entry, **counts, "skipped": skipped, "notes": notes, "odd_captions": odd, "left_out": left_out_list(left_out)}
+
+
+def _finish(entries: list[dict], source: Source, allow_left_out: bool) -> dict:
+    """What the shards' entries say of all, for the manifest. Raises: ValueError where a large share is left out or corrupt."""
+    found = {name: [item for entry in entries for item in entry.get(name, [])] for name in ("left_out", "notes", "odd_captions")}
+    left_out = source.left_out + count_left_out(found["left_out"])
+    count, skipped = sum(entry["count"] for entry in entries), [item for entry in entries for item in entry["skipped"]]
+    if count and not allow_left_out:
+        corrupt = [item for item in skipped if item["reason"].startswith("corrupt")]
+        shown = f"corrupt, the first is {corrupt[0]['file']}: {corrupt[0]['reason']}" if corrupt else ""
+        others = sum(not item["reason"].startswith(("corrupt", "no picture")) for item in skipped)
+        check_share(left_out + Counter({(shown, "pictures"): len(corrupt)}), count + others, source)
+    for entry in entries:
+        for name in found:
+            entry.pop(name, None)
+    return {**found, "left_out": left_out_list(left_out)}
+
+
+def _say(manifest: dict, out: Path, keys: np.ndarray | None) -> None:
+    """Prints what was made of how much, and everything that was decided on the way. keys: of the samples, where they may repeat."""
+    skipped = manifest["skipped"]
+    reasons = Counter(item["reason"].split(":")[0] for item in skipped)
+    found = manifest["count"] + sum("not there" not in item["reason"] for item in skipped)
+    said = [f"{manifest['count']} pictures of {found}", f"skipped: {dict(reasons) if reasons else 'none'}"]
+    said += [f"left out: {describe_left_out(count_left_out(manifest.get('left_out', [])))}"]
+    for name, what in (("without_caption", "have an empty caption"), ("drawn_captions", "have one of several captions, by --seed")):
+        count = sum(entry.get(name, 0) for entry in manifest["shards"])
+        said += [f"{count} {what}"] if count else []
+    if odd := manifest.get("odd_captions"):
+        said += [f"{len(odd)} have captions with lost or unprintable characters, the first is {odd[0]}"]
+    if notes := manifest.get("notes"):
+        said += [f"{len(notes)} were not read as they state, the first is {notes[0]['file']}: {notes[0]['note']}"]
+    repeated = 0 if keys is None else len(keys) - len(np.unique(np.fromiter(map(hash, keys), np.int64, len(keys))))
+    said += [f"{repeated} have a key that an earlier one has (they stay apart by their place)"] if repeated else []
+    console.print(f"{out}: {'; '.join(said)}", markup=False, highlight=False, soft_wrap=True)
+    for item in skipped[:10]:
+        console.print(f"  skipped {item['file']}: {item['reason']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def make_shards(
@@ -97,6 +150,7 @@ def make_shards(
     seed: int = 0,
     upscale: bool = False,
     allow_missing_captions: bool = False,
+    allow_left_out: bool = False,
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict:
@@ -104,8 +158,11 @@ def make_shards(
 
     max_aspect: pictures whose longer side is more times the shorter one are skipped.
     shard_size: pictures in a shard; tars keep theirs.
-    Raises: ValueError before anything is written where options are wrong, a folder lacks captions or no picture is found;
-    after reading, where no picture could be used.
+    seed: of random crops, and of the caption that is drawn where a picture has several.
+    allow_left_out: go on where a large share of the pictures is left out or corrupt, and skip samples whose caption cannot be read.
+    Raises: ValueError before anything is written where options are wrong, a folder lacks captions, no picture is found or a large share
+    of them is left out; after reading, where a tar's caption cannot be read, a large share is corrupt, or no picture could be used.
+    OSError where the source cannot be read: what is finished is kept.
     """
     out = Path(out)
     if size < 1 or shard_size < 1:
@@ -118,6 +175,11 @@ def make_shards(
         raise ValueError(f"max-aspect is the longer side over the shorter one, at least 1, got {max_aspect}")
     if not isinstance(source, Source):
         source = PictureFolder.open(source, allow_missing_captions)
+    if isinstance(source, PictureFolder):
+        said = f"{len(source.names)} pictures in {source.listing.num_files} files; left out: {describe_left_out(source.left_out)}"
+        console.print(f"{source}: {said}", markup=False, highlight=False, soft_wrap=True)
+        if not allow_left_out:
+            check_share(source.left_out, len(source.names), source)
     options = {
         "size": size,
         "crop": crop,
@@ -128,16 +190,15 @@ def make_shards(
         "max_aspect": max_aspect,
         "allow_missing_captions": allow_missing_captions,
     }
-    generator = {"name": "make_shards", "version": 2, **options, "shard_size": shard_size, **source.describe()}
+    generator = {"name": "make_shards", "version": source.version, **options, "shard_size": shard_size, **source.describe()}
     names = ((f"pictures-{number:06d}.tar", part) for number, part in enumerate(source.parts(shard_size)))
     jobs = {name: (out / name, part) for name, part in names}
     about = {"kind": "pictures", "image_size": size, "generator": generator, "skipped": source.absent}
-    write = partial(write_picture_shard, source=source, options=options)
-    manifest = make_folder(out, jobs, write, about, workers=workers, overwrite=overwrite)
-    reasons = Counter(item["reason"].split(":")[0] for item in manifest["skipped"])
-    console.print(f"{out}: {manifest['count']} pictures; skipped: {dict(reasons) if reasons else 'none'}", highlight=False)
-    for item in manifest["skipped"][:10]:
-        console.print(f"  skipped {item['file']}: {item['reason']}", markup=False, highlight=False)
+    write = partial(write_picture_shard, source=source, options=options, allow_left_out=allow_left_out)
+    finish = partial(_finish, source=source, allow_left_out=allow_left_out)
+    manifest = make_folder(out, jobs, write, about, workers=workers, overwrite=overwrite, finish=finish)
+    index = read_index(out, manifest["shards"]) if isinstance(source, PictureTars) else None
+    _say(manifest, out, None if index is None else index["keys"])
     if manifest["count"] == 0:
         raise ValueError(f"none of the pictures of {source} could be used: see 'skipped' in {out / MANIFEST}")
     return manifest
@@ -159,10 +220,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, help=f"of jpg and webp, 1 to 100 (default {DEFAULT_QUALITY})")
     parser.add_argument("--max-aspect", type=float, help="skip pictures whose longer side is more times the shorter one")
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (--tars: as they are)")
-    parser.add_argument("--seed", type=int, default=0, help="of random crops")
+    parser.add_argument("--seed", type=int, default=0, help="of random crops, and of the caption drawn of several")
     parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
     parser.add_argument("--upscale", action="store_true", help="enlarge pictures that are too small, instead of skipping them")
     parser.add_argument("--allow-missing-captions", action="store_true", help="an empty caption where there is none")
+    parser.add_argument(
+        "--allow-left-out", action="store_true", help="go on where many pictures cannot be read; skip captions that cannot be read"
+    )
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args(argv)
     sources = [name for name in ("pictures", "tars", "dataset") if getattr(arguments, name)]
@@ -187,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

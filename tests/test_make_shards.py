@@ -85,6 +85,8 @@ def test_metadata_errors(tmp_path):
 
 
 def test_bytes_do_not_depend_on_workers(folder, tmp_path):
+    picture().save(folder / "several.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "several.png", "text": list("abcdefgh")}))
     for workers in (1, 2):
         make_shards(folder, tmp_path / str(workers), 16, crop="random", shard_size=2, workers=workers)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).rglob("*") if path.is_file()} for n in "12")

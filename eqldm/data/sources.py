@@ -1,31 +1,54 @@
 """Where pictures and their captions come from: a folder, tars of other origin, a data set of Hugging Face's.
 
-A source is cut into parts, one for each shard that is made of it; `samples(part)` reads one, in any process.
+A source is cut into parts, one for each shard that is made of it; `samples(part)` reads one, in any process. What is wrong with one picture
+is that picture's (`UnfitPicture`: skipped and counted); an error of the disk or the network is an OSError that names the file.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
+from eqldm.data.captions import captions_in, captions_of, decode_text, draw_caption, read_captions
+from eqldm.data.listing import DANGLING, PACKED, TARS, Listing, describe_left_out, holds_none, left_out_of_tar, list_folder, reading, shown
 from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
-from eqldm.data.shards import index_tar
+from eqldm.data.tars import read_tar
 
-Sample = tuple[str, str, Callable[[], Image.Image], str | None]  # key in the shard, name, what opens the picture, caption
+
+class UnfitCaption(UnfitPicture):
+    """A caption that is no text, or not as it was meant; its message names the sample."""
+
+
+class Sample(NamedTuple):
+    """What a source gives for one picture."""
+
+    key: str  # in the shard
+    name: str
+    picture: Callable[[], Image.Image]  # raises UnfitPicture
+    captions: Callable[[], list[str]]  # raises UnfitCaption
+    unfit: str | None = None  # why there is no picture
 
 
 class Source(ABC):
-    """Captioned pictures. `absent`: `{file, reason}` of those that are named and not there."""
+    """Captioned pictures.
 
+    `absent`: `{file, reason}` of those that are named and not there. `left_out`: how many files of each (reason, ending) are no samples.
+    `version`: of how they are read; it changes where the same source gives other samples than before.
+    """
+
+    version: int
     absent: list[dict] = []
+    left_out: Counter = Counter()
 
     @abstractmethod
     def describe(self) -> dict:
@@ -36,119 +59,180 @@ class Source(ABC):
         """What `samples` reads for each shard; to be pickled."""
 
     @abstractmethod
-    def samples(self, part: Any) -> Iterator[Sample]:
-        """The samples of a part. What opens a picture raises `UnfitPicture` where it cannot be read."""
+    def samples(self, part: Any, left_out: Counter) -> Iterator[Sample]:
+        """The samples of a part; counts by (reason, ending) what of its files is left out. Raises: OSError where it cannot be read."""
 
 
 @dataclass
 class PictureFolder(Source):
     """Pictures of a folder and its subfolders, with captions from side-car files or metadata."""
 
-    folder: Path
-    names: list[str]
-    captions: dict[str, str]
+    version = 2
+    listing: Listing
+    captions: dict[str, list[str]]
     absent: list[dict] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: str | Path, allow_missing_captions: bool = False) -> PictureFolder:
-        """Raises ValueError where pictures lack captions; as `find_pictures` and `read_captions`."""
-        folder = Path(folder)
-        names = find_pictures(folder)
-        captions, absent = read_captions(folder, names)
-        missing = [name for name in names if name not in captions]
+        """Raises ValueError where pictures lack captions; as `list_folder` and `read_captions`."""
+        listing = list_folder(folder)
+        if not listing.sizes:
+            raise ValueError(holds_none(listing, "pictures"))
+        captions, absent = read_captions(listing)
+        missing = [name for name in listing.sizes if name not in captions]
         if missing and not allow_missing_captions:
+            lost = f" ({len(absent)} captions are of none, such as {absent[0]['file']}: {absent[0]['reason']})" if absent else ""
             raise ValueError(
-                f"{len(missing)} of {len(names)} pictures in '{folder}' have no caption: {', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}. Put a .txt beside each, or a metadata.csv with file_name and text, "
+                f"{len(missing)} of {len(listing.sizes)} pictures in '{shown(listing.folder)}' have no caption: {', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}{lost}. Put a .txt beside each, or a metadata.csv with file_name and text, "
                 f"or pass --allow-missing-captions"
             )
-        return cls(folder, names, captions, absent)
+        return cls(listing, captions, absent)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pictures, relative to the folder, sorted."""
+        return list(self.listing.sizes)
+
+    @property
+    def left_out(self) -> Counter:
+        return self.listing.left_out
+
+    def caption(self, name: str, seed: int = 0) -> str:
+        """A picture's caption, of several the one that the seed draws; empty where there is none."""
+        return draw_caption(self.captions.get(name, []), seed, name) or ""
+
+    def read(self, name: str) -> bytes:
+        """A picture's file. Raises: OSError where it cannot be read, or has changed since the folder was listed."""
+        path = self.listing.path(name)
+        with reading(path):
+            content = path.read_bytes()
+        if len(content) != self.listing.sizes[name]:
+            raise OSError(
+                f"'{shown(path)}' has {len(content)} bytes now, and had {self.listing.sizes[name]} when its folder was listed: "
+                "is it still being copied?"
+            )
+        return content
 
     def describe(self) -> dict:
-        known = [(name, (self.folder / name).stat().st_size, self.captions.get(name, "")) for name in self.names]
+        captions = {name: found[0] if len(found) == 1 else found for name, found in self.captions.items()}
+        known = [(name, size, captions.get(name, "")) for name, size in self.listing.sizes.items()]
         return {"num_pictures": len(known), "source_sha256": _sha256(known)}
 
     def parts(self, shard_size: int) -> Iterable[tuple[int, list[str]]]:
-        return [(first, self.names[first : first + shard_size]) for first in range(0, len(self.names), shard_size)]
+        names = self.names
+        return [(first, names[first : first + shard_size]) for first in range(0, len(names), shard_size)]
 
-    def samples(self, part: tuple[int, list[str]]) -> Iterator[Sample]:
+    def samples(self, part: tuple[int, list[str]], left_out: Counter) -> Iterator[Sample]:
         first, names = part
         for number, name in enumerate(names, first):
-            yield f"{number:09d}", name, lambda name=name: read_picture((self.folder / name).read_bytes()), self.captions.get(name)
+            yield Sample(f"{number:09d}", name, partial(self._picture, name), partial(self.captions.get, name, []))
+
+    def _picture(self, name: str) -> Image.Image:
+        return read_picture(self.read(name))
 
     def __str__(self) -> str:
-        return f"'{self.folder}'"
+        return f"'{shown(self.listing.folder)}'"
 
 
 @dataclass
 class PictureTars(Source):
-    """Tars of samples, as img2dataset writes them: a picture, its caption as `.txt` or as `caption` of a `.json`.
+    """Tars of samples, as img2dataset writes them: a picture, its captions as `.txt` or as `caption` of a `.json`.
 
     img2dataset leaves a `.json` alone of what it could not fetch: such samples are skipped as `no picture`.
     """
 
-    folder: Path
-    names: list[str]
+    version = 3
+    listing: Listing
 
     @classmethod
     def open(cls, folder: str | Path) -> PictureTars:
-        """Raises FileNotFoundError where there is no tar."""
-        names = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.tar"))
-        if not names:
-            raise FileNotFoundError(f"'{folder}' holds no tars, wanted files that end in .tar")
-        return cls(Path(folder), names)
+        """Raises FileNotFoundError where there is no tar; OSError where a folder cannot be listed; ValueError where tars are packed."""
+        listing = list_folder(folder, TARS)
+        if not listing.sizes:
+            raise FileNotFoundError(holds_none(listing, "tars"))
+        lost = Counter({about: n for about, n in listing.left_out.items() if about[0] == PACKED or about == (DANGLING, ".tar")})
+        if lost:
+            raise ValueError(
+                f"'{shown(folder)}' holds more than its {len(listing.sizes)} tars: {describe_left_out(lost)} would be left out. "
+                "Unpack them, put back what the links lead to, or move them elsewhere"
+            )
+        return cls(listing)
+
+    @property
+    def left_out(self) -> Counter:
+        return self.listing.left_out
 
     def describe(self) -> dict:
-        known = [(name, (self.folder / name).stat().st_size) for name in self.names]
+        known = list(self.listing.sizes.items())
         return {"num_tars": len(known), "source_sha256": _sha256(known)}
 
     def parts(self, shard_size: int) -> Iterable[str]:
-        return self.names
+        return list(self.listing.sizes)
 
-    def samples(self, part: str) -> Iterator[Sample]:
-        with open(self.folder / part, "rb") as file:
-
-            def content(place: tuple[int, int]) -> bytes:
-                file.seek(place[0])
-                return file.read(place[1])
-
-            for sample in index_tar(self.folder / part):
-                key, name = sample["__key__"], f"{part}/{sample['__key__']}"
-                picture = next((extension for extension in sample if f".{extension}" in PICTURES), None)
-                caption = None
-                if "txt" in sample:
-                    caption = _text(content(sample["txt"]).decode(errors="replace"))
-                elif "json" in sample:
-                    caption = _caption_of(content(sample["json"]))
-                yield key, name, lambda picture=picture, sample=sample: _picture_of(sample, picture, content), caption
+    def samples(self, part: str, left_out: Counter) -> Iterator[Sample]:
+        path = self.listing.path(part)
+        with reading(path):
+            (found, ignored), file = read_tar(path), open(path, "rb")
+        left_out.update(left_out_of_tar(found, ignored))
+        with file:
+            if os.fstat(file.fileno()).st_size != self.listing.sizes[part]:
+                raise OSError(f"'{shown(path)}' has another size than when its folder was listed: is it still being copied?")
+            for sample in found:
+                key = sample.pop("__key__")
+                name = f"{part}/{key}"
+                picture = next((ending for ending in sample if f".{ending}" in PICTURES), None)
+                contents = {ending: partial(_content, file, place, f"{path}/{key}.{ending}") for ending, place in sample.items()}
+                captions = partial(_captions_of, contents, shown(path.parent / name))
+                unfit = None if picture else f"no picture: its files end in {', '.join(sorted(sample))}"
+                yield Sample(key, name, partial(_picture_of, contents.get(picture)), captions, unfit)
 
     def __str__(self) -> str:
-        return f"the tars of '{self.folder}'"
+        return f"the tars of '{shown(self.listing.folder)}'"
 
 
-def _picture_of(sample: dict, extension: str | None, content: Callable[[tuple[int, int]], bytes]) -> Image.Image:
-    if extension is None:
-        raise UnfitPicture(f"no picture: its files end in {', '.join(sorted(sample.keys() - {'__key__'}))}")
-    return read_picture(content(sample[extension]))
+def _content(file: BinaryIO, place: tuple[int, int], what: str) -> bytes:
+    """What lies at a (offset, size) of a tar. Raises: OSError where it cannot be read, or has become shorter."""
+    with reading(file.name):
+        file.seek(place[0])
+        content = file.read(place[1])
+    if len(content) != place[1]:
+        raise OSError(f"'{shown(file.name)}' ended while '{what}' was read: it has changed since its headers were read")
+    return content
 
 
-def _caption_of(content: bytes) -> str | None:
+def _picture_of(content: Callable[[], bytes]) -> Image.Image:
+    return read_picture(content())
+
+
+def _captions_of(contents: dict[str, Callable[[], bytes]], what: str) -> list[str]:
+    """The captions of a tar's sample: its .txt, or of its .json."""
+    ending = next((ending for ending in ("txt", "json") if ending in contents), None)
+    if ending is None:
+        return []
+    content, what = contents[ending](), f"'{what}.{ending}'"
     try:
-        found = json.loads(content)
-    except ValueError:
-        return None
-    return _text(found.get("caption") or found.get("text")) if isinstance(found, dict) else None
+        text = decode_text(content, what)
+        if ending == "txt":
+            return captions_of(text, what)
+        found = _json(text, what)
+        return captions_in(found, what) if isinstance(found, dict) else []
+    except ValueError as error:
+        raise UnfitCaption(f"caption: {error}") from error
 
 
-def _text(value: Any) -> str | None:
-    """A caption without the space around it; None for what is no text, or empty."""
-    return value.strip() or None if isinstance(value, str) else None
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON ({error})") from error
 
 
 @dataclass
 class SavedDataset(Source):
     """A data set of Hugging Face's `datasets`, as `save_to_disk` wrote it, with an image and a text column."""
 
+    version = 2
     folder: Path
     image_column: str
     text_column: str
@@ -157,14 +241,15 @@ class SavedDataset(Source):
 
     @classmethod
     def open(cls, folder: str | Path, image_column: str = "image", text_column: str = "text") -> SavedDataset:
-        """Raises FileNotFoundError where it is none; ValueError where it is of several splits, or lacks a column;
-        ModuleNotFoundError where `datasets` is not installed."""
+        """Raises FileNotFoundError where it is none; ValueError where it is of several splits, or lacks a column, or a column is of
+        another kind; ModuleNotFoundError where `datasets` is not installed."""
         rows = _load_dataset(folder)
         if isinstance(rows, dict):
             raise ValueError(f"'{folder}' holds the splits {', '.join(rows)}: give one, such as '{Path(folder) / next(iter(rows))}'")
         for option, column in (("image", image_column), ("text", text_column)):
             if column not in rows.column_names:
                 raise ValueError(f"'{folder}' has no column '{column}', only {', '.join(rows.column_names)}: give --{option}-column")
+        _check_columns(rows, image_column, text_column, folder)
         return cls(Path(folder), image_column, text_column, len(rows), rows._fingerprint)
 
     def describe(self) -> dict:
@@ -174,23 +259,50 @@ class SavedDataset(Source):
     def parts(self, shard_size: int) -> Iterable[tuple[int, int]]:
         return [(first, min(first + shard_size, self.count)) for first in range(0, self.count, shard_size)]
 
-    def samples(self, part: tuple[int, int]) -> Iterator[Sample]:
+    def samples(self, part: tuple[int, int], left_out: Counter) -> Iterator[Sample]:
         import datasets
 
         rows = _load_dataset(self.folder).cast_column(self.image_column, datasets.Image(decode=False))
         for number in range(*part):
-            row = rows[number]
+            with reading(self.folder):
+                row = rows[number]
+            what = f"'{shown(self.folder)}' row {number}, column '{self.text_column}'"
+            picture, captions = partial(_image_of, row[self.image_column]), partial(_captions_or_unfit, row[self.text_column], what)
             image = row[self.image_column]
-            yield f"{number:09d}", f"row {number}", lambda image=image: _image_of(image), _text(row[self.text_column])
+            unfit = None if image and (image["bytes"] or image["path"]) else "no picture"
+            yield Sample(f"{number:09d}", f"row {number}", picture, captions, unfit)
 
     def __str__(self) -> str:
-        return f"the data set '{self.folder}'"
+        return f"the data set '{shown(self.folder)}'"
 
 
-def _image_of(image: dict | None) -> Image.Image:
-    if not image or not (image["bytes"] or image["path"]):
-        raise UnfitPicture("no picture")
-    return read_picture(image["bytes"] or Path(image["path"]).read_bytes())
+def _check_columns(rows: Any, image_column: str, text_column: str, folder: str | Path) -> None:
+    """Raises: ValueError where the columns hold neither pictures nor texts."""
+    import datasets
+    import pyarrow.types as types
+
+    image, text = rows.features[image_column], rows.data.schema.field(text_column).type
+    if not isinstance(image, datasets.Image) and getattr(image, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+        raise ValueError(f"'{folder}': column '{image_column}' holds {str(image)[:100]}, wanted pictures: give --image-column")
+    inner = text.value_type if types.is_list(text) or types.is_large_list(text) or types.is_fixed_size_list(text) else text
+    if not (types.is_string(inner) or types.is_large_string(inner) or types.is_null(inner)):
+        holds = str(rows.features[text_column])[:100]
+        raise ValueError(f"'{folder}': column '{text_column}' holds {holds}, wanted texts, or lists of texts: give --text-column")
+
+
+def _captions_or_unfit(value: Any, what: str) -> list[str]:
+    try:
+        return captions_of(value, what)
+    except ValueError as error:
+        raise UnfitCaption(f"caption: {error}") from error
+
+
+def _image_of(image: dict) -> Image.Image:
+    if image["bytes"]:
+        return read_picture(image["bytes"])
+    with reading(image["path"]):
+        content = Path(image["path"]).read_bytes()
+    return read_picture(content)
 
 
 def _load_dataset(folder: str | Path):
@@ -200,69 +312,9 @@ def _load_dataset(folder: str | Path):
         raise ModuleNotFoundError(
             "--dataset needs Hugging Face's datasets, which is not installed: pip install 'eqldm[datasets]'"
         ) from error
-    return datasets.load_from_disk(str(folder))
+    with reading(folder):
+        return datasets.load_from_disk(str(folder))
 
 
 def _sha256(known: list) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def find_pictures(folder: Path) -> list[str]:
-    """Names of all pictures under a folder, relative to it, sorted; hidden files are left out.
-
-    Raises: FileNotFoundError where it is no folder; ValueError where it holds no picture.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"'{folder}' is not a folder: name the folder that holds the pictures")
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    names = sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
-    if not names:
-        raise ValueError(f"'{folder}' holds no pictures, wanted files that end in {', '.join(PICTURES)}")
-    return names
-
-
-def _metadata(path: Path) -> list[dict]:
-    """The rows of a metadata.jsonl or metadata.csv."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        rows = []
-        for number, line in enumerate(file, 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"'{path}' line {number} is not JSON ({error}): one JSON object per line is wanted") from error
-        return rows
-
-
-def read_captions(folder: Path, names: list[str]) -> tuple[dict[str, str], list[dict]]:
-    """Captions by picture name, and `{file, reason}` of the pictures that metadata names but the folder lacks.
-
-    Raises: ValueError where metadata lacks a column, or two sources give one picture different captions.
-    """
-    captions: dict[str, str] = {}
-    absent, present = [], set(names)
-
-    def add(name: str, caption: str | None, source: Path) -> None:
-        caption = (caption or "").strip()
-        if caption and captions.setdefault(name, caption) != caption:
-            raise ValueError(f"picture '{name}' has two captions, the second from '{source}': keep one of the two")
-
-    for name in names:
-        side_car = (folder / name).with_suffix(".txt")
-        if side_car.is_file():
-            try:
-                add(name, side_car.read_text(encoding="utf-8-sig"), side_car)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"caption '{side_car}' is not UTF-8 ({error}): save it as UTF-8") from error
-    for path in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
-        for row in _metadata(path):
-            column = next((column for column in ("text", "caption") if column in row), None)
-            if column is None or not row.get("file_name"):
-                raise ValueError(f"'{path}' has the columns {sorted(map(str, row))}, wanted 'file_name' and 'text' or 'caption'")
-            name = (path.parent.relative_to(folder) / row["file_name"]).as_posix()
-            if name in present:
-                add(name, row[column], path)
-            else:
-                absent.append({"file": name, "reason": f"named in {path.relative_to(folder).as_posix()}, but not there"})
-    return captions, absent

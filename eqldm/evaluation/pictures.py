@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from eqldm.data.listing import describe_left_out, num_lost
 from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.samples import MAX_SKIPS, PictureSamples, picture_to_tensor
-from eqldm.data.shards import hash_file, holds_shards
+from eqldm.data.shards import holds_shards
 from eqldm.data.sources import PictureFolder
 
 
@@ -24,12 +26,14 @@ class FolderSamples(Dataset):
     def __init__(self, folder: str | Path, image_size: int, limit: int):
         """Raises ValueError, FileNotFoundError where the folder holds no pictures."""
         self.source = PictureFolder.open(folder, allow_missing_captions=True)
+        if num_lost(self.source.left_out):
+            warnings.warn(f"{self.source}: left out {describe_left_out(self.source.left_out)}", stacklevel=2)
         names = sorted(self.source.names, key=lambda name: hashlib.sha256(name.encode()).digest())
         self.names, self.image_size = names[:limit], (image_size, image_size)
         digest = hashlib.sha256(f"{image_size}".encode())
         for name in self.names:
-            digest.update(f"{name}\n{self.source.captions.get(name, '')}\n".encode())
-            hash_file(digest, self.source.folder / name)
+            digest.update(f"{name}\n{self.source.caption(name)}\n".encode())
+            digest.update(self.source.read(name))
         self.digest = digest.hexdigest()  # of all that is shown
 
     def __len__(self) -> int:
@@ -40,7 +44,7 @@ class FolderSamples(Dataset):
         for _ in range(min(MAX_SKIPS, len(self))):
             name = self.names[number]
             try:
-                picture = read_picture((self.source.folder / name).read_bytes())
+                picture = read_picture(self.source.read(name))
                 if min(picture.size) < self.image_size[0]:
                     raise UnfitPicture("too small")
                 break
@@ -49,10 +53,9 @@ class FolderSamples(Dataset):
                 number = (number + 1) % len(self)
         else:
             size = self.image_size[0]
-            raise ValueError(f"'{self.source.folder}': {len(skipped)} pictures in a row cannot be read, or are below {size} x {size}")
+            raise ValueError(f"{self.source}: {len(skipped)} pictures in a row cannot be read, or are below {size} x {size}")
         x = picture_to_tensor(ImageOps.fit(picture, self.image_size, Image.Resampling.LANCZOS))
-        caption = self.source.captions.get(name, "")
-        return {"x": x, "caption": caption, "label": -1, "key": name, "position": position, "skipped": skipped}
+        return {"x": x, "caption": self.source.caption(name), "label": -1, "key": name, "position": position, "skipped": skipped}
 
 
 def open_pictures(data: str, image_size: int | None, limit: int) -> PictureSamples | FolderSamples:
