@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -23,7 +24,7 @@ from eqldm.data.listing import count_left_out, list_folder, num_lost
 from eqldm.data.making import UNFINISHED
 from eqldm.data.pictures import PICTURES
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
-from eqldm.data.sources import PictureFolder, PictureTars
+from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset
 
 make_shards_script = importlib.import_module("make_shards")
 make_shards, main = make_shards_script.make_shards, make_shards_script.main
@@ -534,3 +535,11 @@ def test_names_that_are_no_utf_8_work_in_any_locale(tmp_path):
     assert done.returncode == 0, done.stderr
     assert b"skipped \\xff.png: corrupt" in done.stderr
     assert read_manifest(tmp_path / "again") == read_manifest(out)
+
+
+def test_shards_of_a_folder_that_were_made_before_are_still_accepted(folder):
+    """The manifest knows a folder by names, sizes and captions, as it always did; tars do not tell how their captions were read."""
+    known = [[f"{n}.png", (folder / f"{n}.png").stat().st_size, f"picture {n}"] for n in range(6)]
+    source = PictureFolder.open(folder)
+    assert source.describe() == {"num_pictures": 6, "source_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
+    assert (source.version, SavedDataset.version, PictureTars.version) == (2, 2, 3)
