@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,9 +198,14 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
     """
     name = class_name or config.get("_class_name", "")
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if lacking := [package for package in getattr(kind, "_backends", ()) if find_spec(package) is None]:  # diffusers' stand-in for it
+        raise ValueError(f"{name} needs {' and '.join(lacking)}, which is not installed: pip install {' '.join(lacking)}")
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"'{name}' is no diffusers scheduler: wanted a class name such as DDIMScheduler")
-    scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    try:
+        scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:  # what it does not know, or lacks
+        raise ValueError(f"{name} cannot be made of its scheduler_config.json: {error}") from error
     stock = {"clip_sample": False, "steps_offset": 1}
     scheduler.register_to_config(**{key: value for key, value in stock.items() if key in scheduler.config})
     return scheduler

@@ -66,7 +66,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     seeds = list(range(args.seed, args.seed + args.num_samples))
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
     with Progress(transient=True) as progress:
-        task = progress.add_task("sampling", total=len(batches) * recipe.options.num_calls)
+        task = progress.add_task("sampling", total=len(batches) * sampler.num_calls(options))
         for batch in batches:
             made = recipe.sample(batch, lambda: progress.advance(task))
             pictures |= dict(zip(batch, made))

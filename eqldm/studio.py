@@ -107,7 +107,7 @@ def make(
         found.put(None)
 
     threading.Thread(target=work, daemon=True).start()
-    every = max(1, options.num_calls // PREVIEWS)
+    every = max(1, sampler.num_calls(options) // PREVIEWS)
     try:
         for number, each in enumerate(iter(found.get, None)):
             if isinstance(each, BaseException):

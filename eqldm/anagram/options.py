@@ -56,7 +56,7 @@ class Options:
 
     @property
     def num_calls(self) -> int:
-        """How often the UNet is called."""
+        """How often the UNet is called by a scheduler that does so once a step; see `Sampler.num_calls`."""
         calls = [self.times(k) for k in range(self.num_inference_steps - 1)] + [1]
         return sum(calls) + (sum(calls[self.second_begins :]) if self.upscale > 1 else 0)
 

@@ -16,7 +16,7 @@ from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
 from eqldm.anagram.factorized import sum_of_parts
 from eqldm.anagram.options import Options
-from eqldm.anagram.solvers import BLENDING, solver_for
+from eqldm.anagram.solvers import BLENDING, begin, objective_of, solver_for
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
@@ -37,20 +37,16 @@ def sample(
     """Latents z_0 [B, C, h, w] from z [B, C, h, w], unit-variance noise, or latents noised as the step number `first` wants them; the
     scheduler's timesteps must be set.
 
-    generators: one a sample, which any noise of the scheduler's steps is drawn from.  again: how often step k is done (see
-    `Options.time_travel`).
+    generators: one a sample, which any noise of the scheduler's steps is drawn from.  again: how often step k is done, of a scheduler
+    that calls the denoiser once a step (see `Options.time_travel`).
     """
     takes = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in takes else {}
-    if first:
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
-    else:
+    if not first:
         z = z * getattr(scheduler, "init_noise_sigma", 1.0)
-    steps = scheduler.timesteps
-    for k in range(first, len(steps)):
-        t = steps[k]
-        for left in reversed(range(again(k) if k + 1 < len(steps) else 1)):
+    steps = begin(scheduler, first)
+    for k, t in enumerate(steps):
+        for left in reversed(range(again(first + k) if k + 1 < len(steps) else 1)):
             scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
             z = scheduler.step(denoise(scaled, t), t, z, **extra).prev_sample
             if left:
@@ -189,7 +185,7 @@ class Sampler:
             if o.reduction == "alternate":
                 return alternating_views(guided, views, solver.timesteps)
             if o.reduction == "rectified":
-                return rectified_mean(guided, views, Objective.of(self.networks.scheduler), o.weights)
+                return rectified_mean(guided, views, objective_of(self.networks.scheduler), o.weights)
             return mean_of_views(guided, views, o.weights)
 
         def start(noise: Tensor) -> Tensor:
@@ -216,7 +212,7 @@ class Sampler:
 
         def denoiser(guided: Guidance, solver: SchedulerMixin) -> Denoiser:
             return sum_of_parts(
-                guided, components, Objective.of(self.networks.scheduler), references, self.vae if o.blend == "pixels" else None
+                guided, components, objective_of(self.networks.scheduler), references, self.vae if o.blend == "pixels" else None
             )
 
         return self.decode(self._run(prompts, seeds, side, o, denoiser, lambda noise: noise, on_step, watch), o.symmetrise)
@@ -261,7 +257,7 @@ class Sampler:
             z = start(draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device))
             denoise = denoiser(guided, solver)
             denoise = denoise if on_step is None else _counting(denoise, on_step)
-            denoise = denoise if watch is None else _watched(denoise, watch, Objective.of(self.networks.scheduler))
+            denoise = denoise if watch is None else _watched(denoise, watch, objective_of(self.networks.scheduler))
             z = sample(denoise, solver, z, generators, again=o.times)
             return z if o.upscale == 1 else self._refined(denoise, solver, z, generators, o)
 
@@ -269,14 +265,9 @@ class Sampler:
         """Latents [B, C, u h, u w] of a second, larger pass from those of the first."""
         z = torch.nn.functional.interpolate(z.float(), scale_factor=o.upscale, mode="bicubic")
         solver.set_timesteps(o.num_inference_steps, device=self.device)
-        first, steps = o.second_begins, solver.timesteps
-        if hasattr(solver, "set_begin_index"):
-            solver.set_begin_index(first)
-        noise = draw_noise(z.shape[1:], generators).to(z)
-        if hasattr(solver, "add_noise"):
-            z = solver.add_noise(z, noise, steps[first].expand(len(z)))
-        else:
-            z = solver.scale_noise(z, steps[first].expand(len(z)), noise)
+        first, noise = o.second_begins, draw_noise(z.shape[1:], generators).to(z)
+        t = begin(solver, first)[0].expand(len(z))
+        z = solver.add_noise(z, noise, t) if hasattr(solver, "add_noise") else solver.scale_noise(z, t, noise)
         return sample(denoise, solver, z, generators, first, o.times)
 
     @torch.no_grad()
@@ -287,13 +278,19 @@ class Sampler:
             return sum(view.inverse(decode(self.vae, view(z)).float()) for view in under).div(len(under)).clamp(-1, 1).cpu()
 
     def solver(self, o: Options) -> SchedulerMixin:
-        """The scheduler to sample with; its timesteps are not set. Raises ValueError where the options do not fit each other or the
-        model."""
+        """The scheduler to sample with. Raises ValueError where the options do not fit each other or the model."""
         has_latents = not isinstance(self.vae, Pixels)
         if o.symmetrise and not has_latents:
             raise ValueError("symmetrise: this is a pixel model, which decodes nothing")
         self.check_length(_listed(o.negative_prompt))
         return solver_for(self.networks.scheduler, o, has_latents)
+
+    def num_calls(self, o: Options) -> int:
+        """How often the UNet is called for a batch: some schedulers call it twice a step."""
+        solver = self.solver(o)
+        if solver.order == 1 and len(solver.timesteps) == o.num_inference_steps:
+            return o.num_calls
+        return len(solver.timesteps) + (len(begin(solver, o.second_begins)) if o.upscale > 1 else 0)
 
     def _embed(self, prompt: Prompt, count: int) -> Tensor:
         """[count, L, D] of one prompt, or of `count` prompts."""
