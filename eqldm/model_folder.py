@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -103,7 +103,7 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
     """As `load_vae`, and `Pixels` for a pixel model."""
     folder = Path(folder)
     if folder.is_file():
-        return read_single_file(folder)
+        return check_finite(read_single_file(folder), folder)
     folder = _vae_folder(folder)
     if _class_name(folder) == "Pixels":
         return Pixels().eval()
@@ -154,7 +154,7 @@ def load_network(kind: type, folder: Path, **options) -> nn.Module:
     """A network in eval mode, strictly: diffusers and transformers only log what is missing or left over.
 
     Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes, that are cut off, or
-    settings that name code; OSError where the folder holds no safetensors.
+    NaN or infinite, or settings that name code; OSError where the folder holds no safetensors.
     """
     check_settings(folder)
     try:
@@ -165,7 +165,28 @@ def load_network(kind: type, folder: Path, **options) -> nn.Module:
     faults = [f"{name}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' * (len(keys) > 5)}" for name, keys in found.items() if keys]
     if faults:
         raise ValueError(f"the weights in '{folder}' do not fit its config.json ({kind.__name__}): {'; '.join(faults)}")
-    return network.eval()
+    return check_finite(network.eval(), folder)
+
+
+def check_finite(network: nn.Module, folder: Path) -> nn.Module:
+    """The network, if all of its weights are finite. folder: that it comes from, or a file. Raises ValueError that names those which are
+    not, and their file."""
+    weights = {name: w for name, w in network.state_dict().items() if w.is_floating_point()}
+    broken = [name for name, w in weights.items() if not bool(w.sum().isfinite()) and not bool(w.isfinite().all())]
+    if broken:
+        files = [path for path in sorted(folder.glob("*.safetensors")) if broken[0] in _names_in(path)] or [folder]
+        more = f" and {len(broken) - 3} more" * (len(broken) > 3)
+        raise ValueError(
+            f"'{files[0]}' holds NaN or infinite weights, in {len(broken)} of {len(weights)} tensors: {', '.join(broken[:3])}{more}. "
+            "Its training diverged, or the file is damaged: take another checkpoint"
+        )
+    return network
+
+
+def _names_in(path: Path) -> set[str]:
+    """Of the tensors in a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
 
 
 def check_settings(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import time
@@ -72,7 +73,9 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
             pictures |= dict(zip(batch, made))
             batch_of |= dict.fromkeys(batch, batch)
             if chooser:  # the best so far are on the disk at any time
-                scores |= dict(zip(batch, chooser(recipe.faces(made)).tolist()))
+                scores |= dict(zip(batch, found := chooser(recipe.faces(made)).tolist()))
+                if not all(map(math.isfinite, found)):
+                    raise ValueError(f"--keep: of the seeds {batch[0]} to {batch[-1]} some score is {found}: none can be chosen")
                 best = sorted(scores, key=scores.get, reverse=True)[: args.keep]
                 for seed in pictures.keys() - set(best):
                     del pictures[seed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -183,6 +184,21 @@ def test_schedulers_are_made_by_the_name_in_their_config(tmp_path):
 
 
 @torch.no_grad()
+def test_weights_that_are_not_finite_are_told_by_name(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    for part, name, value, load in (
+        ("unet", "conv_in.weight", "nan", load_unet), ("vae", "decoder.conv_out.bias", "inf", load_vae),
+        ("text_encoder", "final_layer_norm.weight", "-inf", load_text),
+    ):  # fmt: skip
+        (path,) = (folder / part).glob("*.safetensors")
+        weights = load_file(path)
+        full = next(key for key in weights if key.endswith(name))
+        weights[full].view(-1)[0] = float(value)
+        save_file(weights, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{path.name}' holds NaN or infinite weights, in 1 of .* tensors: .*{name}. .* another check"):
+            load(folder)
+
+
 def test_latents_are_normalised_as_stock_pipelines_do(make_tiny_vae):
     vae = make_tiny_vae(scaling_factor=0.5, shift_factor=0.2)
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -25,6 +25,7 @@ from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View
 from eqldm.views.components import Component, check_components
 
+BROKEN = "the weights are broken (take another checkpoint), or values too large for the precision (--precision 32-true)"
 Prompt = str | Sequence[str]
 """One prompt for all samples, or one for each."""
 
@@ -38,13 +39,15 @@ def sample(
     scheduler's timesteps must be set.
 
     generators: one a sample, which any noise of the scheduler's steps is drawn from.  again: how often step k is done, of a scheduler
-    that calls the denoiser once a step (see `Options.time_travel`).
+    that calls the denoiser once a step (see `Options.time_travel`).  Raises ValueError, which names the step, where latents become NaN or
+    infinite.
     """
     takes = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in takes else {}
     if not first:
         z = z * getattr(scheduler, "init_noise_sigma", 1.0)
-    steps = begin(scheduler, first)
+    steps, sound = begin(scheduler, first), torch.ones(len(z), dtype=torch.bool, device=z.device)
+    lasted = torch.zeros(len(z), dtype=torch.long, device=z.device)  # of each sample, the steps after which all was finite
     for k, t in enumerate(steps):
         for left in reversed(range(again(first + k) if k + 1 < len(steps) else 1)):
             scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
@@ -52,6 +55,13 @@ def sample(
             if left:
                 kept = scheduler.alphas_cumprod[t.long().cpu()] / scheduler.alphas_cumprod[steps[k + 1].long().cpu()]
                 z = kept.sqrt().to(z) * z + (1 - kept).sqrt().to(z) * draw_noise(z.shape[1:], generators).to(z)
+        sound = sound & z.isfinite().flatten(1).all(1)
+        lasted += sound  # looked at in the end: a GPU is not waited for at each step
+    if (k := int(lasted.min())) < len(steps):
+        raise ValueError(
+            f"sampling: after step {first + k + 1} (timestep {float(steps[k]):g}) the latents of {int((lasted <= k).sum())} of {len(z)} "
+            f"are NaN or infinite: {BROKEN}"
+        )
     return z
 
 
@@ -272,10 +282,15 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, z: Tensor, symmetrise: bool = False, views: Sequence[View] = (IDENTITY,)) -> Tensor:
-        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU: the mean over views V of V^-1 D(V z). symmetrise: see `Options`."""
+        """Pictures [B, 3, H, W], clamped to [-1, 1], on the CPU: the mean over views V of V^-1 D(V z). symmetrise: see `Options`.
+
+        Raises ValueError where the VAE gives NaN or infinite values."""
         under = dict.fromkeys(element @ view for view in views for element in (D4 if symmetrise else (IDENTITY,)))
         with self.computing():
-            return sum(view.inverse(decode(self.vae, view(z)).float()) for view in under).div(len(under)).clamp(-1, 1).cpu()
+            x = sum(view.inverse(decode(self.vae, view(z)).float()) for view in under).div(len(under)).cpu()
+        if bad := int((~x.isfinite().flatten(1).all(1)).sum()):
+            raise ValueError(f"decoding: of {len(x)} pictures the VAE makes {bad} with NaN or infinite values: {BROKEN}")
+        return x.clamp(-1, 1)
 
     def solver(self, o: Options) -> SchedulerMixin:
         """The scheduler to sample with. Raises ValueError where the options do not fit each other or the model."""

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eqldm.atomic import replace_folder
-from eqldm.model_folder import PRETRAINED, weights_hash
+from eqldm.model_folder import PRETRAINED, check_finite, weights_hash
 from eqldm.weights import read_json, read_weights
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -120,6 +120,7 @@ class Judge:
         except RuntimeError as error:
             fault = " ".join(str(error).split())[:200]
             raise ValueError(f"the weights in '{folder}' are not those of its config.json: {fault}") from error
+        check_finite(network, folder)
         return cls(network, image_size)
 
     @property

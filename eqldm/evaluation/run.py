@@ -170,7 +170,10 @@ class Evaluation:
         real = None if self.values is None else RealPictures.of(self.values)
         result.hashes = {"vae": vae_hash(vae)} | ({"unet": weights_hash(sampler.networks.unet)} if sampler else {})
         for name, question, summarise in self.questions(entry, vae, sampler):
-            values = self.ask(question, folder, entry.name)
+            try:
+                values = self.ask(question, folder, entry.name)
+            except ValueError as error:
+                raise ValueError(f"{name} of '{entry.name}': {error}") from error
             if values is None or real is None:
                 complete = False
                 continue
