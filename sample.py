@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     add("--clip", metavar="FOLDER", help="a CLIP of transformers, for --keep")
     add("--animate", nargs="+", default=[], choices=["mp4", "gif", "webp"], help="each picture moving from view to view")
     add("--num-inference-steps", type=int, default=30, help="default: 30")
-    add("--guidance-scale", type=float, nargs="+", default=[5.0], help="one, or one for each prompt; 1 is unguided (default: 5)")
+    add("--guidance-scale", type=float, nargs="+", default=[5.0], help="one, or one for each prompt; up to 1 is unguided (default: 5)")
     add("--guidance-rescale", type=float, default=0.0, help="0 to 1, against too much contrast")
     add("--reduction", default="mean", help="of the views: mean, weighted (--weights), rectified (keeps the noise's variance), alternate")
     add("--weights", type=float, nargs="+", help="of the views")

@@ -173,6 +173,11 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
         ({"upscale": 2, "num_inference_steps": 1}, "upscale needs two steps or more"),
         ({"reduction": "alternate", "num_inference_steps": 1}, "1 steps show only so many of 2 views"),
         ({"guidance_scale": float("nan")}, "guidance_scale: got nan, wanted finite numbers"),
+        ({"guidance_scale": -1.0}, "guidance_scale: got -1.0, wanted finite numbers, none below 0"),
+        ({"guidance_scale": [3.0, float("inf")]}, "wanted finite numbers, none below 0"),
+        ({"negative_prompt": "picture 1", "guidance_scale": 0.5}, "negative_prompt means nothing without guidance"),
+        ({"negative_prompt": ["", "picture 1"], "guidance_scale": [3.0, 0.5]}, "'picture 1' means nothing where guidance_scale is 0.5"),
+        ({"guidance_rescale": 0.5, "guidance_scale": [0.0, 1.0]}, "guidance_rescale means nothing without guidance"),
         ({"reduction": "weighted", "weights": [float("inf"), 1]}, "wanted one for each, finite"),
         ({"upscale_strength": 1.0}, "upscale_strength: got 1.0, wanted above 0, below 1"),
         ({"style": "a " * 9}, "is longer than the model's 8 tokens"),
@@ -243,6 +248,33 @@ def test_each_prompt_may_have_its_own_guidance(sampler):
     same = sampler.latents(PROMPTS, VIEWS, [0, 1], **{**FAST, "guidance_scale": [3.0, 5.0], "negative_prompt": ["", PROMPTS[1]]})
     torch.testing.assert_close(other, same, atol=1e-4, rtol=1e-4)
     assert float((other - one).abs().mean()) > 1e-3
+
+
+def test_up_to_1_is_unguided_and_prompted(sampler):
+    """As in diffusers: 0 does not draw without the prompt, and 0.5 nothing in between."""
+    one, *others = (sampler.latents(PROMPTS, VIEWS, [0], **{**FAST, "guidance_scale": scale}) for scale in (1.0, 0.0, 0.5, [0.0, 1.0]))
+    assert all(torch.equal(one, other) for other in others)
+    mixed = [sampler.latents(PROMPTS, VIEWS, [0], **{**FAST, "guidance_scale": [3.0, scale]}) for scale in (0.0, 1.0)]
+    assert torch.equal(*mixed)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e30])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_is_not_finite_stops_the_run(tiny_model_folder, factor, precision):
+    """Broken weights, and values that are too large for the precision; the step is named, and no picture is made."""
+    broken = Sampler.open(tiny_model_folder, "cpu", precision)
+
+    def spoil(module, inputs, output):
+        if inputs[1] < 500:
+            output.sample.mul_(factor).mul_(factor)
+
+    handle = broken.networks.unet.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"after step 3 \(timestep \d+\) the latents of 2 of 2 are NaN or infinite: .*--precision 32-true"):
+        broken(PROMPTS, VIEWS, [0, 1], **FAST)
+    handle.remove()
+    broken.vae.decoder.conv_out.bias.data.fill_(factor).mul_(factor)
+    with pytest.raises(ValueError, match="decoding: of 2 pictures the VAE makes 2 with NaN or infinite values"):
+        broken(PROMPTS, VIEWS, [0, 1], **FAST)
 
 
 def test_a_style_goes_before_each_prompt(sampler):

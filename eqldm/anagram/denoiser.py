@@ -28,7 +28,8 @@ class Guidance:
     """Classifier-free guidance of one UNet under N prompts: `guided(z [n, B, C, h, w], t, prompts)`, n prompt numbers.
 
     prompt_embeds: [N, L, D], or [N, B, L, D] where each sample has its own.  negative_embeds: [L, D], or [N, L, D], one a prompt.
-    scale: of all, or one a prompt; 1 of all is unguided, and costs half. Source: arXiv 2207.12598, eq. 6.
+    scale: of all, or one a prompt; up to 1 it is the prompted estimate alone, as in diffusers, and costs half where all are.
+    Source: arXiv 2207.12598, eq. 6.
     rescale: how far (0 to 1) a guided output is brought back to the standard deviation of the prompted one, against too much contrast.
     Source: arXiv 2305.08891, eq. 15 and 16.
     """
@@ -55,12 +56,13 @@ class Guidance:
         embeds = (embeds if embeds.ndim == 4 else embeds[:, None]).expand(n, batch, -1, -1).flatten(0, 1)
         rows = z.flatten(0, 1)
         scales = [self.scales[i] for i in prompts]
-        if set(scales) == {1.0}:
+        if max(scales) <= 1:
             return self.unet(rows, t, embeds).sample.unflatten(0, (n, batch))
         negative = self.negative_embeds[list(prompts)][:, None].expand(-1, batch, -1, -1).flatten(0, 1)
         outputs = self.unet(torch.cat([rows, rows]), t, torch.cat([negative, embeds])).sample
         plain, prompted = outputs.unflatten(0, (2, n, batch))
-        guided = plain + torch.tensor(scales).to(plain).view(n, 1, 1, 1, 1) * (prompted - plain)
+        scale = torch.tensor(scales).to(plain).view(n, 1, 1, 1, 1)
+        guided = torch.where(scale > 1, plain + scale * (prompted - plain), prompted)
         if not self.rescale:
             return guided
         wanted, found = (each.std((2, 3, 4), keepdim=True) for each in (prompted, guided))

@@ -20,7 +20,7 @@ class Options:
 
     num_inference_steps: int = 30
     guidance_scale: float | Sequence[float] = 5.0
-    """Of all prompts, or one for each; 1 is unguided."""
+    """Of all prompts, or one for each; up to 1 it is unguided: the estimate under the prompt alone, as in diffusers."""
     guidance_rescale: float = 0.0
     """0 to 1, against too much contrast; see `Guidance`."""
     negative_prompt: str | Sequence[str] = ""
@@ -92,7 +92,7 @@ class Options:
             "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
             "upscale": (self.upscale >= 1, "at least 1"),
             "upscale_strength": (0 < self.upscale_strength < 1, "above 0, below 1"),
-            "guidance_scale": (all(map(math.isfinite, self.guidance_scales)), "finite numbers"),
+            "guidance_scale": (all(0 <= scale < math.inf for scale in self.guidance_scales), "finite numbers, none below 0"),
         }
         for name, (fits, what) in wanted.items():
             if not fits:
@@ -102,8 +102,8 @@ class Options:
         for name, default, without in (
             ("upscale_strength", 0.5, self.upscale == 1 and "upscale"),
             ("travel_band", (0.2, 0.8), self.time_travel == 1 and "time_travel"),
-            ("negative_prompt", "", set(self.guidance_scales) == {1.0} and "guidance (guidance_scale is 1)"),
-            ("guidance_rescale", 0.0, set(self.guidance_scales) == {1.0} and "guidance (guidance_scale is 1)"),
+            ("negative_prompt", "", max(self.guidance_scales, default=1) <= 1 and "guidance (a guidance_scale above 1)"),
+            ("guidance_rescale", 0.0, max(self.guidance_scales, default=1) <= 1 and "guidance (a guidance_scale above 1)"),
         ):
             if without and getattr(self, name) != default:
                 raise ValueError(f"{name} means nothing without {without}: leave it out")
@@ -118,6 +118,10 @@ class Options:
             if isinstance(value, Sequence) and not isinstance(value, str) and len(value) != num_views:
                 both = "" if name == "weights" else " for all, or one"
                 raise ValueError(f"{name}: got {len(value)} for {num_views} views, wanted one{both} for each")
+        if not isinstance(self.negative_prompt, str):
+            for text, scale in zip(self.negative_prompt, list(self.guidance_scales) * (1 if len(self.guidance_scales) > 1 else num_views)):
+                if text and scale <= 1:
+                    raise ValueError(f"negative_prompt '{text}' means nothing where guidance_scale is {scale:g}: leave it empty (\"\")")
         if self.weights is not None:
             shares_of(self.weights, num_views)
         if self.blend == "pixels":
