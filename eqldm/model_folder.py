@@ -145,9 +145,19 @@ def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """The tokenizer and the text encoder (float32, eval mode) of a model folder. Raises as `load_network`."""
     folder = check_model_folder(folder, ("tokenizer", "text_encoder"))
     check_settings(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except ValueError as error:
+        raise ValueError(f"'{folder / 'tokenizer'}' cannot be read: {error}") from error
     # Not to load them: for transformers to list them, and raise here, as for any other weights
-    return tokenizer, load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
+    text_encoder = load_network(CLIPTextModel, folder / "text_encoder", dtype=torch.float32, ignore_mismatched_sizes=True)
+    if tokenizer.model_max_length > (most := text_encoder.config.max_position_embeddings):
+        stated = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else "none"  # what transformers takes for none is larger
+        raise ValueError(
+            f"'{folder / 'tokenizer'}' states a model_max_length of {stated}, but the text encoder reads {most} tokens: set it to {most} "
+            "in tokenizer_config.json"
+        )
+    return tokenizer, text_encoder
 
 
 def load_network(kind: type, folder: Path, **options) -> nn.Module:

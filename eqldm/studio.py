@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import re
 import shutil
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,11 +65,26 @@ class Made:
         return command(self.settings, self.batch)
 
 
-@lru_cache(maxsize=2)
 def sampler_of(model: str) -> tuple[Sampler, Mapping[str, str]]:
-    """A model, and the hashes of its weights; opened once."""
+    """A model, and the hashes of its weights; opened once, and again where the folder has changed since."""
+    files = sorted(path for path in Path(model).rglob("*") if path.is_file())
+    return _opened(model, tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@lru_cache(maxsize=2)
+def _opened(model: str, files: tuple) -> tuple[Sampler, Mapping[str, str]]:
     sampler = Sampler.open(model, precision="auto")
     return sampler, hashes(sampler)
+
+
+def told(error: Exception) -> str:
+    """What the page says of an error: the line that sample.py would print, of one that was not foreseen what it was and where more is."""
+    if isinstance(error, ValueError | OSError):
+        text = " ".join(str(error).split())
+    else:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (not foreseen; the terminal of the studio shows where)"
+    return "**error: " + re.sub(r"([\\`*_\[\]<>#~|])", r"\\\1", text) + "**"  # as it is, not as Markdown
 
 
 def lines(text: str) -> list[str]:
@@ -88,6 +105,7 @@ def make(
     recipe = Composition(sampler, prompts, asked, options) if isinstance(asked, str) else Anagram(sampler, prompts, asked, options)
     settings = record(model, recipe, known, dict.fromkeys(SWITCHES, False))
     stop, shows = stop or threading.Event(), released(recipe)
+    every = max(1, sampler.num_calls(options) // PREVIEWS)  # before the thread, which a tokenizer that both use would confuse
 
     def made(pictures: Tensor) -> list[Made]:
         return [Made(x, seed, shows, settings, seeds) for seed, x in zip(seeds, pictures)]
@@ -107,7 +125,6 @@ def make(
         found.put(None)
 
     threading.Thread(target=work, daemon=True).start()
-    every = max(1, sampler.num_calls(options) // PREVIEWS)
     try:
         for number, each in enumerate(iter(found.get, None)):
             if isinstance(each, BaseException):
@@ -139,7 +156,19 @@ def sides_of(made: Made) -> int:
 
 
 def export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
-    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each batch; returns one archive of all."""
+    """Writes PNG, JSON, perhaps MP4 and a gallery, a folder for each batch; returns one archive of all.
+
+    Raises OSError that says what to do where it cannot be written; nothing is left then."""
+    try:
+        return _export(kept, folder, films)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.zip").unlink(missing_ok=True)
+        why = error.strerror or str(error)
+        raise OSError(f"'{folder.parent}' cannot be written to ({why}): make room, or start the studio with TMPDIR=DIR") from error
+
+
+def _export(kept: Sequence[Made], folder: Path, films: bool) -> Path:
     groups: dict[str, list[Made]] = {}
     for made in kept:
         groups.setdefault(json.dumps([made.settings, made.batch]), []).append(made)
@@ -183,8 +212,8 @@ def build(model: str):
             yield gr.skip(), pictures, f"{len(seeds)} pictures. Click those that are to be kept."
         except Stopped:
             yield gr.skip(), [] if formed else gr.skip(), "Stopped" + (": these are half-formed, none can be kept." if formed else ".")
-        except (ValueError, OSError, RuntimeError) as error:  # the last: out of memory, and the like
-            yield gr.skip(), [] if formed else gr.skip(), f"**{error}**"
+        except Exception as error:  # else the page would say no more than "Error"
+            yield gr.skip(), [] if formed else gr.skip(), told(error)
 
     def begin(request: gr.Request):
         running.setdefault(request.session_hash, []).append(threading.Event())
@@ -194,7 +223,8 @@ def build(model: str):
             event.set()
 
     def keep(pictures, kept, chosen: gr.SelectData):
-        made = pictures[chosen.index // sides_of(pictures[0])] if pictures else None
+        number = chosen.index // sides_of(pictures[0]) if pictures else 0
+        made = pictures[number] if number < len(pictures) else None  # not whole yet
         if made is not None:
             others = [other for other in kept if (other.command, other.seed) != (made.command, made.seed)]
             kept = others if len(others) < len(kept) else [*kept, made]
@@ -205,8 +235,8 @@ def build(model: str):
             return None, "Nothing is kept yet: click a picture first."
         try:
             return str(export(kept, Path(tempfile.mkdtemp()) / "anagrams", films)), f"{len(kept)} pictures"
-        except OSError as error:
-            return None, f"**{error}**"
+        except Exception as error:
+            return None, told(error)
 
     known = ", ".join([*SIMPLE, *(form.text(name) for name, form in FORMS.items())])
     with gr.Blocks(title="eqldm studio", analytics_enabled=False) as page:

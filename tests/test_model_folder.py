@@ -199,6 +199,21 @@ def test_weights_that_are_not_finite_are_told_by_name(tiny_model_folder, tmp_pat
             load(folder)
 
 
+@pytest.mark.parametrize(("path", "content", "message"), [
+    ("scheduler/scheduler_config.json", "{", "scheduler_config.json' is no JSON file"),
+    ("scheduler/scheduler_config.json", "[]", "scheduler_config.json' holds a JSON list, wanted an object"),
+    ("scheduler/scheduler_config.json", '{"_class_name": "DDIMScheduler", "beta_schedule": "odd"}', "DDIMScheduler cannot be made"),
+    ("vae/config.json", "{", "config.json' is no JSON"),
+    ("text_encoder/model.safetensors", "short", "text_encoder"),
+    ("tokenizer/tokenizer_config.json", "{}", "tokenizer' states a model_max_length of none, but the text encoder reads 8 tokens"),
+])  # fmt: skip
+def test_a_damaged_file_is_told_by_name(tiny_model_folder, tmp_path, path, content, message):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / path).write_text(content)
+    with pytest.raises((ValueError, OSError), match=message):
+        Sampler.open(folder, "cpu")
+
+
 def test_latents_are_normalised_as_stock_pipelines_do(make_tiny_vae):
     vae = make_tiny_vae(scaling_factor=0.5, shift_factor=0.2)
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

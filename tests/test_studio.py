@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +109,65 @@ def test_an_error_while_sampling_is_not_lost(model, monkeypatch):
     monkeypatch.setattr(Sampler, "decode", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         list(make(model, PROMPTS, VIEWS, [0]))
+
+
+def test_flow_matching_folders_form_too(make_model_folder, tmp_path, monkeypatch):
+    """What sample.py samples, the studio does."""
+    folder = make_model_folder(tmp_path / "flow", _class_name="FlowMatchEulerDiscreteScheduler", shift=2.0)
+    monkeypatch.setattr(studio, "sampler_of", lambda folder: (Sampler.open(folder, "cpu"), {"vae_hash": "0", "unet_hash": "1"}))
+    *steps, last = make(str(folder), PROMPTS, VIEWS, [4])
+    distances = [float((step[0].x - last[0].x).abs().mean()) for step in steps]
+    assert len(steps) == 6 and distances[-1] < distances[0]
+
+
+def test_a_model_that_changed_is_opened_again(make_model_folder, tmp_path):
+    folder = make_model_folder(tmp_path / "model")
+    first, found = studio.sampler_of(str(folder)), studio.sampler_of(str(folder))
+    assert found[0] is first[0]
+    make_model_folder(folder, seed=1)
+    assert studio.sampler_of(str(folder))[1] != first[1]
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        studio.sampler_of(str(folder))
+
+
+def test_every_error_is_told_on_the_page(model, monkeypatch, capsys):
+    """With the line that sample.py prints; what was not foreseen, with what it was and where more is."""
+    pytest.importorskip("gradio")
+    page = studio.build(model)
+    functions = {each.fn.__name__: each.fn for each in page.fns.values() if each.fn}
+    request = SimpleNamespace(session_hash="x")
+    asked = dict(zip(
+        ("model", "prompts", "kind", "views", "parts", "seed", "count", "steps", "scale", "negative", "style", "scheduler", "reduction",
+         "blend", "travel", "upscale"),
+        (model, "\n".join(PROMPTS), studio.VIEWS, "identity\nrotate_180", "hybrid:0.1", 0, 1, 2, 3.0, "", "", studio.OWN, "mean",
+         "latents", 1, 1),
+    ))  # fmt: skip
+
+    def note(**changes) -> str:
+        functions["begin"](request)
+        *_, (_, _, text) = functions["sample"](*{**asked, **changes}.values(), request)
+        return text
+
+    assert note().startswith("1 pictures. Click")
+    for changes, message in (
+        ({"model": "nowhere"}, "**error: model folder 'nowhere' does not exist: give a diffusers pipeline folder, such as RUN/model**"),
+        ({"seed": None}, "**error: First seed: wanted a number, got none**"),
+        ({"seed": -1}, "error: --seed -1: wanted 0 to 2^63"),
+        ({"prompts": ""}, "error: one prompt for each view: got 0 prompts"),
+        ({"views": "identity\npatch_permute:3"}, "patch\\_permute:3' needs sides divisible by 3"),
+        ({"kind": studio.PARTS, "parts": "colour"}, "error: components"),
+        ({"negative": "x", "scale": 1.0}, "error: negative\\_prompt means nothing without guidance"),
+        ({"seed": float("inf")}, "**error: OverflowError: cannot convert float infinity to integer (not foreseen; the terminal of the"),
+    ):
+        assert message in note(**changes)
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr(Sampler, "decode", lambda *a, **k: {}["lost"])
+    assert "**error: KeyError: 'lost' (not foreseen" in note()
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(studio, "write_picture", lambda *a: (_ for _ in ()).throw(full))
+    kept = [SimpleNamespace(x=None, seed=0, settings={}, batch=[0], command="")]
+    assert "(No space left on device): make room, or start the studio with TMPDIR=DIR" in functions["take"](kept, False)[1]
 
 
 def test_what_is_taken_away(model, tmp_path):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,9 +114,19 @@ class Sampler:
             parts = {**vars(self.networks), "vae": self.vae, "safety_checker": None, "feature_extractor": None}
             StableDiffusionPipeline(**parts, requires_safety_checker=False).enable_model_cpu_offload(device=self.device)
 
-    def computing(self):
-        """The context that networks compute in, of the precision."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-mixed" else nullcontext()
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The context that networks compute in, of the precision. Raises ValueError where the memory does not suffice."""
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16-mixed" else nullcontext():
+                yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise ValueError(
+                f"out of memory on {self.device}: sample fewer pictures together (--batch-size), smaller ones, or with "
+                "--attention-slicing, --tiled or --offload"
+            ) from error
 
     @property
     def latent_side(self) -> int:
