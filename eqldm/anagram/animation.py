@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eqldm.anagram.render import caption_font
+from eqldm.anagram.captions import caption
 from eqldm.data.samples import tensor_to_picture
 from eqldm.views import View
 from eqldm.views.components import Component
@@ -150,12 +150,10 @@ def _with_prompt(picture: Image.Image, prompt: str, strength: float) -> Image.Im
     size = max(14, picture.width // 22)
     whole = Image.new("RGB", (picture.width, picture.height + 2 * size), PAPER)
     whole.paste(picture)
-    font = caption_font(size)
-    while font.getlength(prompt) > picture.width - size and len(prompt) > 2:
-        prompt = prompt[:-2].rstrip() + "…"
+    (text,), font = caption(prompt, size, picture.width - size)
     colour = tuple(round(paper + strength * (ink - paper)) for paper, ink in zip(PAPER, INK))
     draw = ImageDraw.Draw(whole)
-    draw.text((picture.width / 2, picture.height + 0.8 * size), prompt, colour, font, anchor="mm")
+    draw.text((picture.width / 2, picture.height + 0.8 * size), text, colour, font, anchor="mm")
     return whole
 
 

@@ -9,10 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from eqldm.anagram.captions import caption
 from eqldm.anagram.render import picture_sheet
 from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.judge import ANSWERS, LETTERS
@@ -155,7 +157,8 @@ def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Imag
     shown = axes.imshow(rates.numpy(), cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(len(LETTERS)), list(LETTERS))
     axes.set_yticks(range(len(LETTERS)), list(LETTERS))
-    axes.set_title(f"{title}: {float(rates.nanmean()):.1%}")
+    (text, *_), font = caption(f"{title}: {float(rates.nanmean()):.1%}", 12)
+    axes.set_title(text.replace("$", r"\$"), fontproperties=FontProperties(fname=font.path, size=12))
     axes.set_ylabel(views[0])
     axes.set_xlabel(views[1])
     for pair, style in (("AV", "-"), ("DK", "--")) if list(views) == ["identity", "rotate_180"] else ():
