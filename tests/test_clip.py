@@ -45,6 +45,19 @@ def test_similarities_are_those_of_the_model(folder):
     assert clip.temperature == pytest.approx(1 / 14.2857, rel=1e-3)
 
 
+def test_words_that_clip_does_not_read_are_told_once(folder, capsys):
+    clip = Clip(folder)
+    capsys.readouterr()
+    long = "a red letter b on blue horse village"
+    for _ in range(2):
+        assert clip.texts([long, "a horse", long])[0].tolist() == pytest.approx(
+            clip.texts(["a red letter b on blue"])[0].tolist(), abs=1e-5
+        )
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith(f"note: CLIP reads {clip.limit} of 10 tokens of 'a red letter b on blue horse village")
+    assert told[0].endswith("its score knows nothing of 'horse village'")
+
+
 def test_alignment_and_concealment_closed_form():
     similarities = torch.tensor([[[0.3, 0.1], [0.2, 0.4]], [[0.1, 0.3], [0.3, 0.2]]])
     assert alignment(similarities).tolist() == pytest.approx([0.3, 0.1])

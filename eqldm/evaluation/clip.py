@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ class Clip:
         self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.hash = weights_hash(self.network, config_hash(self.processor.to_dict()))
+        self.limit = min(self.tokenizer.model_max_length, self.network.config.text_config.max_position_embeddings)
+        self._told: set[str] = set()  # texts of which it was said that they are cut
 
     @property
     def temperature(self) -> float:
@@ -42,9 +45,21 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
-        """[N, D]; what is longer than CLIP reads is cut, as in its own evaluation."""
-        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.network.device)
+        """[N, D]; what is longer than CLIP reads is cut, as in its own evaluation, and told once."""
+        self._tell_cut(texts)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
+        tokens = tokens.to(self.network.device)
         return _unit(self.network.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]))
+
+    def _tell_cut(self, texts: list[str]) -> None:
+        """Says on stderr, once of each text, which words of it CLIP does not read."""
+        for text in dict.fromkeys(texts):
+            tokens = self.tokenizer(text, verbose=False).input_ids
+            if len(tokens) > self.limit and text not in self._told:
+                self._told.add(text)
+                left = self.tokenizer.decode(tokens[self.limit - 1 : -1]).strip()
+                how_much = f"{self.limit} of {len(tokens)} tokens of '{text[:60]}{'…' * (len(text) > 60)}'"
+                print(f"note: CLIP reads {how_much}: its score knows nothing of '{left}'", file=sys.stderr)
 
 
 def _unit(features) -> Tensor:

@@ -140,7 +140,10 @@ class Evaluation:
             raise ValueError(f"pictures of '{self.args.data}' are {size[0]} x {size[1]}: '{entry.folder}' takes multiples of f = {factor}")
         if sampler is not None:
             if "fit" in self.asked:
-                Objective.of(sampler.networks.scheduler)
+                try:
+                    Objective.of(sampler.networks.scheduler)
+                except ValueError as error:
+                    raise ValueError(f"fit by '{entry.text}': {error}; or leave fit out of --metrics") from error
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
             options = Options(**self._sampling(entry))
