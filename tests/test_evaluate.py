@@ -467,6 +467,18 @@ def test_options_that_do_not_fit_are_told_first(run, tiny_model_folder, tmp_path
         run(tiny_model_folder, judge=tiny_model_folder / "text_encoder")
 
 
+def test_a_model_that_samples_no_numbers_is_named(run, tiny_model_folder, make_model_folder, tmp_path):
+    """Where figures would be means of NaN: the others are measured, and kept."""
+    folder = make_model_folder(tmp_path / "model")
+    (path,) = (folder / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    save_file(weights | {"conv_out.bias": torch.full_like(weights["conv_out.bias"], 1e38)}, path, {"format": "pt"})
+    with pytest.raises(SystemExit, match="error: generation of 'large': sampling: after step 1 .* are NaN or infinite"):
+        run(tiny_model_folder, f"large={folder}", more=["--metrics", "generation"])
+    with pytest.raises(SystemExit, match="guidance_scale: got -1.0, wanted finite numbers, none below 0"):
+        run(f"{tiny_model_folder}@guidance_scale=-1", more=["--metrics", "generation"])
+
+
 def test_nothing_to_ask(run, vae_alone):
     with pytest.raises(SystemExit, match="no model holds a UNet, so there is nothing to ask"):
         run(vae_alone, more=["--metrics", "fit"])
