@@ -16,7 +16,7 @@ import timm
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from conftest import TINY_UNET
@@ -473,7 +473,7 @@ def test_a_model_that_samples_no_numbers_is_named(run, tiny_model_folder, make_m
     (path,) = (folder / "unet").glob("*.safetensors")
     weights = load_file(path)
     save_file(weights | {"conv_out.bias": torch.full_like(weights["conv_out.bias"], 1e38)}, path, {"format": "pt"})
-    with pytest.raises(SystemExit, match="error: generation of 'large': sampling: after step 1 .* are NaN or infinite"):
+    with pytest.raises(SystemExit, match="error: generation of 'large': sampling: after step [12] .* are NaN or infinite"):
         run(tiny_model_folder, f"large={folder}", more=["--metrics", "generation"])
     with pytest.raises(SystemExit, match="guidance_scale: got -1.0, wanted finite numbers, none below 0"):
         run(f"{tiny_model_folder}@guidance_scale=-1", more=["--metrics", "generation"])

@@ -133,7 +133,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float | None, most_
     """Lines that are as wide at most, broken at spaces where there are some."""
     if width is None or font.getlength(text) <= width:
         return [text]
-    lines = []
+    lines: list[str] = []
     while text and len(lines) < most_lines - 1 and font.getlength(text) > width:
         end = _fitting(text, font, width)
         at_space = text.rfind(" ", 0, end + 1)

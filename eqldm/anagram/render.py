@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from eqldm.anagram.captions import caption
@@ -39,7 +39,7 @@ def picture_sheet(rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str], c
     return sheet
 
 
-def _width(label: tuple[list[str], object]) -> int:
+def _width(label: tuple[list[str], ImageFont.FreeTypeFont]) -> int:
     """In pixels."""
     lines, font = label
     return int(max(font.getlength(text) for text in lines))

@@ -165,7 +165,7 @@ class Sampler:
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError where a prompt is longer than the model takes."""
-        for cut in too_long(self.networks.tokenizer, prompts):
+        for cut in too_long(self.networks.tokenizer, list(prompts)):
             limit = self.networks.tokenizer.model_max_length
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
 
@@ -297,7 +297,7 @@ class Sampler:
         Raises ValueError where the VAE gives NaN or infinite values."""
         under = dict.fromkeys(element @ view for view in views for element in (D4 if symmetrise else (IDENTITY,)))
         with self.computing():
-            x = sum(view.inverse(decode(self.vae, view(z)).float()) for view in under).div(len(under)).cpu()
+            x = torch.as_tensor(sum(view.inverse(decode(self.vae, view(z)).float()) for view in under)).div(len(under)).cpu()
         if bad := int((~x.isfinite().flatten(1).all(1)).sum()):
             raise ValueError(f"decoding: of {len(x)} pictures the VAE makes {bad} with NaN or infinite values: {BROKEN}")
         return x.clamp(-1, 1)

@@ -158,7 +158,7 @@ def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Imag
     axes.set_xticks(range(len(LETTERS)), list(LETTERS))
     axes.set_yticks(range(len(LETTERS)), list(LETTERS))
     (text, *_), font = caption(f"{title}: {float(rates.nanmean()):.1%}", 12)
-    axes.set_title(text.replace("$", r"\$"), fontproperties=FontProperties(fname=font.path, size=12))
+    axes.set_title(text.replace("$", r"\$"), fontproperties=FontProperties(fname=str(font.path), size=12))
     axes.set_ylabel(views[0])
     axes.set_xlabel(views[1])
     for pair, style in (("AV", "-"), ("DK", "--")) if list(views) == ["identity", "rotate_180"] else ():
