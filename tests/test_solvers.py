@@ -134,6 +134,7 @@ def test_a_flow_may_be_stated_in_either_way():
     ("FlowMatchEulerDiscreteScheduler", "flow_prediction", {}, {"scheduler": "ddim"}, "'ddim' cannot sample a flow model: use dpm"),
     ("FlowMatchEulerDiscreteScheduler", "flow_prediction", {"use_dynamic_shifting": True}, {}, "with use_dynamic_shifting: true"),
     ("FlowMatchEulerDiscreteScheduler", "flow_prediction", {}, {"blend": "pixels"}, r"cannot use FlowMatchEuler.*: use dpm\+\+ or unipc"),
+    ("UniPCMultistepScheduler", "flow_prediction", {}, {"time_travel": 2}, "would remember: leave it out for a flow model"),
     ("HeunDiscreteScheduler", "epsilon", {}, {"time_travel": 2}, "which HeunDiscreteScheduler would remember: use ddim or ddpm"),
     ("HeunDiscreteScheduler", "epsilon", {}, {"reduction": "alternate"}, "alternate .* HeunDiscreteScheduler calls the UNet several times"),
     ("PNDMScheduler", "epsilon", {"skip_prk_steps": False}, {"upscale": 2}, "skip_prk_steps: false can only begin with noise: use ddim"),

@@ -16,7 +16,7 @@ from eqldm.anagram.blending import blend_pictures, blended_in_pixels
 from eqldm.anagram.denoiser import Denoiser, Guidance, alternating_views, mean_of_views, rectified_mean
 from eqldm.anagram.factorized import sum_of_parts
 from eqldm.anagram.options import Options
-from eqldm.anagram.solvers import BLENDING, begin, objective_of, solver_for
+from eqldm.anagram.solvers import BLENDING, begin, is_flow, objective_of, solver_for
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
@@ -258,7 +258,8 @@ class Sampler:
                 raise ValueError(f"a reference of shape {tuple(x.shape)}: wanted (1, 3, {size}, {size})")
         solver = self.solver(o)
         if held and type(solver).__name__ not in (*BLENDING, "DDPMScheduler"):
-            raise ValueError(f"a part cannot be held with {type(solver).__name__}: use ddim, ddpm, dpm++ or unipc")
+            use = "dpm++ or unipc" if is_flow(self.networks.scheduler) else "ddim, ddpm, dpm++ or unipc"
+            raise ValueError(f"a part cannot be held with {type(solver).__name__}: use {use}")
         return side
 
     def _run(

@@ -115,7 +115,8 @@ def _check_options(solver: SchedulerMixin, o: Options, has_latents: bool, blendi
     """Raises ValueError where a scheduler, whose timesteps are set, does not serve these options."""
     name, warming = type(solver).__name__, isinstance(solver, PNDMScheduler) and not solver.config.skip_prk_steps
     if o.time_travel > 1 and name not in TRAVELLING:
-        raise ValueError(f"time travel does a step again, which {name} would remember: use ddim or ddpm")
+        way_out = "leave it out for a flow model" if is_flow(solver) else "use ddim or ddpm"
+        raise ValueError(f"time travel does a step again, which {name} would remember: {way_out}")
     if o.reduction == "alternate" and (solver.order > 1 or warming):
         raise ValueError(f"reduction=alternate shows a view a step, but {name} calls the UNet several times: use euler, ddim or dpm++")
     if o.upscale > 1 and warming:
