@@ -36,7 +36,7 @@ from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
-from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
+from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
 
 STATISTICS_MOMENTUM = 0.9  # of the running latent statistics, which the consistency term uses
@@ -305,7 +305,7 @@ def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ())
     checkpoint = prepare_run(config)
     unused = module.discriminator is not None
     trainer = make_trainer(config, automatic_accumulation=False, callbacks=callbacks, unused_parameters=unused)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    fit(trainer, module, data, checkpoint)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
         vae = module.vae.eval().to(trainer.strategy.root_device)  # Lightning has moved it to the CPU

@@ -20,7 +20,7 @@ from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
-from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
+from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.training.zero import ZERO
 
 
@@ -165,7 +165,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     module = LatentDiffusion(config, vae, networks)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True, callbacks=callbacks)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    fit(trainer, module, data, checkpoint)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
         module.export(folder, run_card(config, f"A UNet trained on the latents of the VAE of `{config.vae}`.", trainer))

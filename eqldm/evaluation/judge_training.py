@@ -22,7 +22,7 @@ from eqldm.data.order import position_generator
 from eqldm.evaluation.judge import LETTERS, NO_LETTER, make_network, save_judge
 from eqldm.training.callbacks import check_finite
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
-from eqldm.training.trainer import make_optimizer, make_schedule, make_trainer
+from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4
 
 READS_AS = {  # symmetry: {letter: the letter that it reads as when turned by it}
@@ -110,7 +110,7 @@ def train_judge(config: JudgeConfig) -> Path:
     module = JudgeTraining(config, network)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    fit(trainer, module, data, checkpoint)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
         about = {"architecture": config.architecture, "args": args, "image_size": data.train_samples.image_size[0]}

@@ -14,14 +14,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from eqldm.data.order import position_seed
-from eqldm.weights import read_pickle
-
-
-def not_written(path: Path, error: Exception) -> OSError:
-    """What to raise where a checkpoint could not be written."""
-    return OSError(
-        f"checkpoint '{path}' could not be written ({error}). The one before it is kept: make room and start the same command again"
-    )
+from eqldm.training.checkpoints import not_written, read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
-        return read_pickle(path)
+        return read_checkpoint(Path(path))
 
 
 STOPPED = 75

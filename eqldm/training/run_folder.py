@@ -28,15 +28,13 @@ from eqldm.atomic import recover_folder
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.model_card import model_card
-from eqldm.training.zero import ABOUT
-from eqldm.weights import read_pickle
+from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
 INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
 RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
              "run.dir", "data.num_workers", "data.micro_batch_size", *INPUTS)  # fmt: skip
-LAST = Path("checkpoints") / "last.ckpt"
 DONE = "done.json"
 INPUTS_FILE = "inputs.json"
 FORMAT = 2  # to be raised by a change after which a run begun before must not go on: other buffers, losses or draws
@@ -45,14 +43,16 @@ FORMAT = 2  # to be raised by a change after which a run begun before must not g
 def prepare_run(config: StageConfig) -> Path | None:
     """Write what a run folder states about the run; the checkpoint to resume from, or None for a fresh run.
 
-    Raises ValueError where the folder holds a run with other options, or one that is past run.num_steps.
+    Raises ValueError where the folder holds a run with other options, one that is past run.num_steps, or a checkpoint that cannot be used.
     """
     folder = Path(config.run.dir)
     recover_folder(folder / LAST)
-    checkpoint = folder / LAST if (folder / LAST).exists() else None
+    checkpoint = newest_checkpoint(folder)
     if checkpoint:
         _check_same_run(config)
         step = checkpoint_step(checkpoint)
+        if checkpoint != folder / LAST:
+            rank_zero_only(print)(f"run folder '{folder}' has no {LAST}: it goes on from the checkpoint kept at step {step}", flush=True)
         if step > config.run.num_steps:
             raise ValueError(
                 f"run folder '{folder}' holds a run at step {step}, past run.num_steps={config.run.num_steps}: set at least "
@@ -116,16 +116,6 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Optimizer steps taken at a checkpoint, a file or ZeRO's folder."""
-    if checkpoint.is_dir():
-        return json.loads((checkpoint / ABOUT).read_text())["global_step"]
-    found = read_pickle(checkpoint, mmap=True)
-    if not isinstance(found, dict) or "global_step" not in found:
-        raise ValueError(f"'{checkpoint}' is no checkpoint of a run: it states no global_step")
-    return found["global_step"]
 
 
 def _check_same_run(config: StageConfig) -> None:

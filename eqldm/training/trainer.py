@@ -20,7 +20,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from eqldm.config import OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
-from eqldm.training.run_folder import LAST, checkpoint_step
+from eqldm.training.checkpoints import LAST, check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.speed import Throughput, resolved_precision
 from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
 
@@ -124,9 +124,17 @@ def make_trainer(
     )
 
 
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
+    """Trains to the last step, from the checkpoint where there is one. Raises ValueError where that is of other networks."""
+    if checkpoint is not None and checkpoint.is_file():  # ZeRO's shards are checked as they are read
+        check_fits(checkpoint, module)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+
+
 def _loggers(folder: Path) -> list[CSVLogger | TensorBoardLogger]:
     """The CSV and TensorBoard logs of a run. A resumed run goes on with them from its checkpoint's step."""
-    start = checkpoint_step(folder / LAST) if (folder / LAST).exists() else 0
+    newest = newest_checkpoint(folder)
+    start = checkpoint_step(newest) if newest else 0
     table, rows = folder / "logs" / "metrics.csv", []
     if table.exists():
         with open(table, newline="") as file:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
-from eqldm.training.callbacks import check_finite, not_written
+from eqldm.training.callbacks import check_finite
+from eqldm.training.checkpoints import ABOUT, UNREADABLE, not_written, read_about, unreadable_shards
 from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
-ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
 AVERAGE = "ema"  # among the optimizer's state
 BUCKET = 50_000_000  # gradients reduced at once, of each of two buffers; DeepSpeed's 500 million would take gigabytes
 LIVE = 100_000_000  # weights that stage 3 keeps gathered; DeepSpeed's thousand million are more than Stable Diffusion's UNet has
@@ -97,14 +97,17 @@ class ZeRO(DeepSpeedStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
-        about = json.loads((Path(checkpoint_path) / ABOUT).read_text())
+        about = read_about(Path(checkpoint_path))
         if about["processes"] != self.world_size:
             raise ValueError(
                 f"checkpoint '{checkpoint_path}' is of {about['processes']} processes, now there are {self.world_size}: ZeRO's shards "
                 f"resume with as many as wrote them (run.devices x run.num_nodes)"
             )
-        check_checkpoint(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        try:
+            check_checkpoint(Path(checkpoint_path))
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        except UNREADABLE as error:
+            raise unreadable_shards(Path(checkpoint_path), error) from error
 
 
 def check_checkpoint(folder: Path) -> None:

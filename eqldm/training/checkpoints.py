@@ -1,0 +1,160 @@
+"""Checkpoints of a run: where they lie, how one is read, and what is said of one that cannot be read or written.
+
+A checkpoint is a file of tensors and plain values; under ZeRO a folder of shards with `about.json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from eqldm.atomic import DISK_FULL
+from eqldm.weights import DAMAGED, read_pickle
+
+LAST = Path("checkpoints") / "last.ckpt"
+ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
+PARTS = {"global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"}  # of every checkpoint file
+UNREADABLE = (*DAMAGED, pickle.UnpicklingError)  # what DeepSpeed raises of such shards
+
+
+def step_checkpoint(step: int) -> Path:
+    """Where, in a run folder, the checkpoint of a step is kept."""
+    return LAST.with_name(f"step-{step:09d}.ckpt")
+
+
+def kept_checkpoints(run: Path) -> dict[int, Path]:
+    """The checkpoints that a run folder keeps besides the newest, by their step, in order."""
+    found = {re.fullmatch(r"step-(\d+)\.ckpt", path.name): path for path in (run / LAST).parent.glob("step-*.ckpt")}
+    return dict(sorted((int(match[1]), path) for match, path in found.items() if match))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint from which a run goes on: `LAST`, where that is gone the newest of those kept, else None."""
+    if (run / LAST).exists():
+        return run / LAST
+    return next(reversed(kept_checkpoints(run).values()), None)
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:
+    """The step and the path of a checkpoint of a run folder, the newest where no step is given.
+
+    Raises FileNotFoundError that says which steps there are; ValueError, OSError as `checkpoint_step`.
+    """
+    kept, newest = kept_checkpoints(run), newest_checkpoint(run)
+    if newest is None:
+        raise FileNotFoundError(f"run folder '{run}' holds no checkpoint ('{LAST}'): it has not come to its first, or is no run folder")
+    if step in kept:
+        return step, kept[step]
+    last = checkpoint_step(newest)
+    if step is None or step == last:
+        return last, newest
+    steps = ", ".join(map(str, sorted({*kept, last})))
+    raise FileNotFoundError(f"run folder '{run}' holds no checkpoint of step {step}, it has those of {steps} (run.keep_every keeps more)")
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Optimizer steps taken at a checkpoint, a file or ZeRO's folder. Raises as `read_whole` and `read_about`."""
+    return (read_about(checkpoint) if checkpoint.is_dir() else read_whole(checkpoint))["global_step"]
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """A checkpoint file, its tensors on the CPU, or left in the file until they are used (mmap).
+
+    Raises ValueError, with what to do, where it is damaged, no checkpoint, or would have to run code; OSError where it cannot be read.
+    """
+    if path.is_dir():
+        raise ValueError(f"checkpoint '{path}' is a folder, wanted a file (ZeRO's are folders: run.strategy). {_way_out(path)}")
+    try:
+        checkpoint = read_pickle(path, mmap=mmap and zipfile.is_zipfile(path))
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek to where a cut file would have had its table
+            raise OSError(f"checkpoint '{path}' cannot be read: {error}. {_way_out(path)}") from error
+        raise ValueError(f"checkpoint '{path}' cannot be used: {_fault(path, error.__cause__ or error)}. {_way_out(path)}") from error
+    return checkpoint
+
+
+def read_whole(path: Path) -> dict:
+    """As `read_checkpoint` with mmap, of a run of ours. Raises ValueError for other files of tensors too."""
+    checkpoint = read_checkpoint(path, mmap=True)
+    if not isinstance(checkpoint, dict) or not PARTS <= checkpoint.keys():
+        names = [str(name) for name in checkpoint][:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"checkpoint '{path}' is not one of a run: it holds {names}. {_way_out(path)}")
+    return checkpoint
+
+
+def read_about(path: Path) -> dict:
+    """The step and the processes of ZeRO's checkpoint folder. Raises ValueError, with what to do, where it is none or not whole."""
+    try:
+        about = json.loads((path / ABOUT).read_text())
+        whole = {"global_step", "processes"} <= about.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"checkpoint '{path}' is a folder without a whole {ABOUT}, none of ZeRO's ({error}). {_way_out(path)}") from error
+    empty = [file.name for file in path.rglob("*.pt") if not file.stat().st_size]
+    if not whole or empty:
+        raise ValueError(f"checkpoint '{path}' is not whole: {empty[0] if empty else ABOUT} lacks its contents. {_way_out(path)}")
+    return about
+
+
+def unreadable_shards(path: Path, error: Exception) -> ValueError:
+    """What to raise where DeepSpeed cannot read the shards of a checkpoint folder."""
+    return ValueError(f"checkpoint '{path}' cannot be used: {_line(error)}. {_way_out(path)}")
+
+
+def check_fits(checkpoint: Path, module: nn.Module) -> None:
+    """Raises ValueError where a checkpoint file holds other weights, or others' shapes, than the module."""
+    found, wanted = read_whole(checkpoint)["state_dict"], module.state_dict()
+    shapes = [{name: tuple(value.shape) for name, value in state.items()} for state in (found, wanted)]
+    other = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+    if other:
+        got, want = (each.get(other[0], "none") for each in shapes)
+        raise ValueError(
+            f"checkpoint '{checkpoint}' is of other networks: {len(other)} weights differ, such as {other[0]} (got {got}, wanted {want}). "
+            f"{_way_out(checkpoint)}"
+        )
+
+
+def not_written(path: Path, error: Exception) -> OSError:
+    """What to raise where a checkpoint could not be written. torch may put a RuntimeError of its own before or behind the file's error."""
+    reason = next((found for found in _chain(error) if isinstance(found, OSError)), error)
+    full = isinstance(reason, OSError) and reason.errno in DISK_FULL
+    then = "make room and start the same command again" if full else "when that is mended, the same command goes on"
+    return OSError(f"checkpoint '{path}' could not be written ({_line(reason)}). The one before it is kept: {then}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fault(path: Path, error: BaseException) -> str:
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if not head:
+        return "it is empty (0 bytes)"
+    if isinstance(error, pickle.UnpicklingError) and (head[:1] == b"\x80" or "GLOBAL" in str(error)):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"more than tensors and plain values{f' ({found[1]})' if found else ''}"
+        return f"it holds {what}; opening it could run code, which is refused (weights_only)"
+    return "it is cut or damaged" if head.startswith(b"PK") else "it is no file of torch's"
+
+
+def _way_out(path: Path) -> str:
+    run = path.parent.parent
+    others = [step for step, kept in kept_checkpoints(run).items() if kept != path]
+    if path != run / LAST:
+        return "Give another" + (f" (there are those of steps {', '.join(map(str, others))})" if others else "")
+    if others:
+        return f"Move it away, and the same command goes on from the one kept at step {others[-1]}"
+    return "Move it away to start anew in this folder (run.keep_every keeps earlier ones for such a case)"
