@@ -2,6 +2,9 @@
 
 CONFIG is a YAML file of configs/. Overrides are dotted: run.dir=runs/vae optimizer.learning_rate=1e-4. The same command
 resumes a stopped run. dry_run=true prints the resolved options, and as comments what the run will need, and stops.
+
+Ctrl-C ends a run after the step at hand, with a checkpoint and exit status 130; a second one ends it at once. SIGTERM and SIGUSR1 do as the
+first, with exit status 75.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import sys
 import yaml
 
 from eqldm.config import load_config, to_yaml
+from eqldm.training.stopping import listen
 
 
 def main() -> None:
@@ -90,4 +94,5 @@ def _train(config):
 
 
 if __name__ == "__main__":
+    listen("before the first step: nothing is lost, the same command starts the run or goes on with it")
     main()

@@ -14,14 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.model_folder import load_vae
-from eqldm.training.callbacks import STOPPED, AtomicCheckpointIO, check_finite
+from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, prepare_run
 from eqldm.training.speed import Utilisation
+from eqldm.training.stopping import INTERRUPTED, STOPPED
 from eqldm.training.trainer import learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +192,17 @@ def test_logs_go_on_where_the_checkpoint_was(configured, tmp_path, monkeypatch):
 def train(folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), str(folder / "tiny.yaml"), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
+
+
+def until(process: subprocess.Popen, start: str) -> str:
+    """The output of a process up to a line that begins so."""
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith(start):
+            break
+    return output
 
 
 def test_a_killed_process_goes_on(configured, tmp_path):
@@ -220,12 +232,9 @@ def test_a_run_that_is_told_to_stop_saves_its_step(configured, tmp_path, number,
     """Far from any checkpoint that is due; the same command goes on, and ends where a run ends that nothing stopped."""
     options = ["run.checkpoint_every=1000", "run.val_every=1000", "optimizer.schedule=constant", f"data.micro_batch_size={4 // processes}"]
     configured()  # writes tiny.yaml
-    process, output = train(tmp_path, *options, "run.num_steps=1000", f"run.devices={processes}"), ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("step 3/"):
-            process.send_signal(number)
-            break
+    process = train(tmp_path, *options, "run.num_steps=1000", f"run.devices={processes}")
+    output = until(process, "step 3/")
+    process.send_signal(number)
     output += process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED, output
     step = AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"]
@@ -237,6 +246,108 @@ def test_a_run_that_is_told_to_stop_saves_its_step(configured, tmp_path, number,
     if processes == 1:  # two round otherwise (see test_autoencoder.py)
         whole = load_vae(train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))).state_dict()
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_to_the_whole_group_loses_nothing(configured, tmp_path, number):
+    """As a terminal and a scheduler send it: the reader processes get it too. Twice, as under torchrun, which hands it on."""
+    options = ["data.num_workers=2", "run.checkpoint_every=1000", "run.val_every=3", "optimizer.schedule=constant"]
+    configured()  # writes tiny.yaml
+    process = train(tmp_path, *options, "run.num_steps=1000")
+    output = until(process, "step 3/")
+    for _ in range(2):
+        os.killpg(process.pid, number)
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == (INTERRUPTED if number == signal.SIGINT else STOPPED), output
+    assert "Traceback" not in output and "DataLoader worker" not in output, output
+    assert ("Ctrl-C: after the step at hand a checkpoint is saved; another" in output) is (number == signal.SIGINT)
+    step = AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"]
+    assert 3 <= step < 1000 and f"stopped by {number.name} at step {step}, with a checkpoint: the same command goes on" in output
+
+    options.append(f"run.num_steps={step + 2}")
+    model = load_vae(train_autoencoder(configured(*options))).state_dict()
+    whole = load_vae(train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))).state_dict()
+    assert all(torch.equal(model[name], whole[name]) for name in whole)
+    for name in ("train/loss", "val/reconstruction/psnr"):  # no row of the log is lost either, and none is moved
+        assert rows(tmp_path / "run", name) == rows(tmp_path / "whole", name) != {}
+
+
+def rows(run: Path, name: str) -> dict[int, float]:
+    with open(run / "logs" / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+class Tell(pl.Callback):
+    """Sends this process a signal from a hook, at a step."""
+
+    def __init__(self, hook: str, step: int, number: int = signal.SIGINT):
+        setattr(self, hook, lambda trainer, *_: os.kill(os.getpid(), number) if trainer.global_step == step else None)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "words"),
+    [
+        ("on_train_batch_start", 0, "stopped by SIGINT before the first step: nothing to save"),
+        ("on_validation_start", 2, "stopped by SIGINT at step 2, with a checkpoint: the same command goes on from there"),
+        ("on_validation_start", 4, "stopped by SIGINT at step 4, with a checkpoint: the same command exports the model"),
+    ],
+)
+def test_stopped_between_steps(configured, tmp_path, capsys, hook, step, words):
+    """Before the first, while it validates, at the last; the signal's handlers are put back."""
+    options, before = ["run.num_steps=4", "run.val_every=2", "run.checkpoint_every=4"], signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        train_autoencoder(configured(*options), [Tell(hook, step)])
+    assert caught.value.code == INTERRUPTED and words in capsys.readouterr().out
+    assert (tmp_path / "run" / LAST).exists() is (step > 0) and not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    train_autoencoder(configured(*options))
+    assert list(rows(tmp_path / "run", "val/reconstruction/psnr")) == [1, 3] and (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prepare_run", "save_model_folder"])
+def test_stopped_before_the_steps_and_while_exporting(configured, tmp_path, name):
+    """No traceback, what it was at, and the same command ends the run."""
+    configured()  # writes tiny.yaml
+    script = tmp_path / "told.py"
+    script.write_text(
+        "import runpy, sys, time, eqldm.autoencoder.module as module\n"
+        f"module.{name} = lambda *_, **__: print('here', flush=True) or time.sleep(60)\n"
+        f"sys.argv = {['train.py', str(tmp_path / 'tiny.yaml')]}\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    for number, status in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, STOPPED)):
+        process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        output = until(process, "here")
+        process.send_signal(number)
+        output += process.communicate(timeout=60)[0]
+        where = "before the first step: nothing is lost" if name == "prepare_run" else "after the last step, while the model was exported"
+        assert process.returncode == status and f"stopped by {number.name} {where}" in output and "Traceback" not in output, output
+    train_autoencoder(configured())
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_at_once(configured, tmp_path):
+    configured()  # writes tiny.yaml
+    script = tmp_path / "second.py"
+    script.write_text(
+        "import runpy, sys, time, eqldm.training.callbacks as callbacks\n"
+        "callbacks.GradientGuard.on_train_batch_start = lambda *_: print('here', flush=True) or time.sleep(60)\n"
+        f"sys.argv = {['train.py', str(tmp_path / 'tiny.yaml'), 'data.num_workers=1']}\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    until(process, "here")
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(10)
+    assert process.returncode == -signal.SIGINT
+    process.stdout.read()  # ends when the reader process, which holds it too, has found its parent gone
 
 
 def test_errors_of_train_are_one_line(configured, tmp_path, monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -69,8 +73,29 @@ class ShardData(pl.LightningDataModule):
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=workers > 0,
+            worker_init_fn=leave_signals_to_the_training,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def leave_signals_to_the_training(worker: int) -> None:
+    """Of a reader process: it reads on when Ctrl-C or a scheduler tells the whole process group to stop, for the step at hand needs it.
+
+    The training process ends it when that is done, by SIGTERM if need be, which it obeys from that process alone.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class SkippedReport(pl.Callback):

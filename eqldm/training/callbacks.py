@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from eqldm.data.order import position_seed
+from eqldm.training import stopping
 from eqldm.training.checkpoints import not_written, read_checkpoint
 
 
@@ -41,53 +43,77 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-STOPPED = 75
-"""The exit status of a run that was told to stop and has saved what it had: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
-
-
 class SaveLast(Checkpoint):
     """Saves `last.ckpt` every so many optimizer steps and at the last one; only the newest is kept.
 
-    SIGTERM and SIGUSR1 (a scheduler's warning that time is up), sent to any of the processes, end the run after its current optimizer
-    step with a checkpoint and the exit status `STOPPED`.
+    SIGINT, SIGTERM and SIGUSR1, sent to any of the processes, end the run after its current optimizer step (and the validation that is due
+    there) with a checkpoint and the exit status of `stopping.status`.
 
     A `Checkpoint`, so Lightning calls it after all other callbacks: the saved EMA has seen the step.
     micro_batches: of an optimizer step, in one process.
     """
 
     def __init__(self, path: Path, every: int, micro_batches: int):
-        self.path, self.every, self.micro_batches, self.seen_step = path, every, micro_batches, None
+        self.path, self.every, self.micro_batches = path, every, micro_batches
+        self.seen_step = self.saved_step = None
+        self.between_steps = True
         self.told: signal.Signals | None = None
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        # Lightning accumulates and validates by its count of batches: state it in the micro-batches of this run, which
-        # may be others than those of the run that it resumes
+        # Lightning accumulates, validates and logs by its counts of batches and steps: state them as at the end of the checkpoint's step,
+        # in the micro-batches of this run, which may be others than those of the run that it resumes
         batches = checkpoint["global_step"] * self.micro_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for count in (progress["total"], progress["current"]):
+        loops = checkpoint["loops"]["fit_loop"]
+        for count in (loops["epoch_loop.batch_progress"]["total"], loops["epoch_loop.batch_progress"]["current"]):
             count.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self.seen_step = trainer.global_step  # after a resumption, do not save the same step again
+        self.seen_step = self.saved_step = trainer.global_step  # after a resumption, do not save the same step again
         if threading.current_thread() is threading.main_thread():  # no other may; Lightning puts the old handlers back
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, self._tell)
+            for number in stopping.SIGNALS:
+                signal.signal(number, partial(self._tell, trainer.is_global_zero))
 
-    def _tell(self, number: int, frame) -> None:
-        self.told = signal.Signals(number)
+    def _tell(self, aloud: bool, number: int, frame) -> None:
+        self.told = self.told or signal.Signals(number)
+        if number == signal.SIGINT:
+            stopping.let_a_second_end_it()
+            if aloud:
+                stopping.say("\nCtrl-C: after the step at hand a checkpoint is saved; another one ends the run at once, without")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         if step == self.seen_step:  # a micro-batch that completes no step
             return
-        self.seen_step = step
-        told = trainer.strategy.reduce_boolean_decision(self.told is not None, all=False)  # all must stop at one step
-        if told or step % self.every == 0 or step == trainer.max_steps:
-            trainer.save_checkpoint(self.path)
-        if told and step < trainer.max_steps:
-            by = self.told.name if self.told else "a signal to another process"
-            rank_zero_only(print)(f"stopped by {by} at step {step}, with a checkpoint: the same command goes on from there", flush=True)
-            raise SystemExit(STOPPED)
+        self.seen_step, self.between_steps = step, True
+        if step % self.every == 0 or step == trainer.max_steps:
+            self._save(trainer, step)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        # Here, where the step before is validated and logged: at its end its row of the log would be lost
+        if self.between_steps:
+            self.between_steps = False
+            self._end_if_told(trainer, "the same command goes on from there")
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._end_if_told(trainer, "the same command exports the model")
+
+    def _end_if_told(self, trainer, then: str) -> None:
+        # All must stop at one step, and with one status
+        told = torch.tensor(int(self.told or 0), device=trainer.strategy.root_device)
+        told, step = int(trainer.strategy.reduce(told, reduce_op="max")), trainer.global_step
+        if not told:
+            return
+        if step != self.saved_step:
+            self._save(trainer, step)
+        by = signal.Signals(told)
+        words = f"at step {step}, with a checkpoint: {then}" if step else "before the first step: nothing to save"
+        rank_zero_only(print)(f"stopped by {by.name} {words}", flush=True)
+        raise SystemExit(stopping.status(by))
+
+    def _save(self, trainer, step: int) -> None:
+        trainer.save_checkpoint(self.path)
+        self.saved_step = step
 
 
 class EMA(EMAWeightAveraging):

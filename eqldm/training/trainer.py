@@ -22,6 +22,7 @@ from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import LAST, check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.speed import Throughput, resolved_precision
+from eqldm.training.stopping import listen, listening
 from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
 
 
@@ -129,6 +130,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     if checkpoint is not None and checkpoint.is_file():  # ZeRO's shards are checked as they are read
         check_fits(checkpoint, module)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if listening():
+        listen("after the last step, while the model was exported: the same command exports it")
 
 
 def _loggers(folder: Path) -> list[CSVLogger | TensorBoardLogger]:
