@@ -118,6 +118,9 @@ def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
     average = bool(config.optimizer.ema_decay)
     counts = {name: (_count(network), _count(network, trained=True)) for name, network in networks.items()}
     disk = {"a checkpoint": 4.0 * (kept * (1 + average) + 2 * sum(trained for _, trained in counts.values()))}
+    if config.run.keep_every:
+        kept = config.run.num_steps // config.run.keep_every
+        disk[f"{kept} kept, the newest and the one being written"] = (kept + 2) * disk["a checkpoint"]
     if makes_latents:
         disk |= _latent_disk(networks["vae"], networks["text_encoder"].config, size)
     return Budget(

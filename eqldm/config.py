@@ -60,7 +60,10 @@ class RunConfig:
     val_every: int = 500
     """Optimizer steps between validations."""
     checkpoint_every: int = 500
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints, of which the newest is kept."""
+    keep_every: Optional[int] = None
+    """Optimizer steps between checkpoints that are kept besides the newest, a multiple of checkpoint_every; None: none is. Each takes the
+    disk that `dry_run=true` states."""
     channels_last: bool = False
     """Keep weights and pictures in channels-last layout: faster on GPUs, slower on CPUs."""
     compile: bool = False
@@ -363,12 +366,17 @@ def _check_weights(config: AutoencoderConfig) -> None:
 def _check_run(config: StageConfig) -> None:
     data, run = config.data, config.run
     counts = {"data": ("image_size", "batch_size", "micro_batch_size", "shuffle_shards", "val_samples"),
-              "run": ("devices", "num_nodes", "num_steps", "log_every", "val_every", "checkpoint_every")}  # fmt: skip
+              "run": ("devices", "num_nodes", "num_steps", "log_every", "val_every", "checkpoint_every", "keep_every")}  # fmt: skip
     for section, names in counts.items():
         for name in names:
             value = getattr(getattr(config, section), name)
             if value is not None and value < 1:
                 raise ValueError(f"{section}.{name}: got {value}, wanted at least 1")
+    if run.keep_every is not None and run.keep_every % run.checkpoint_every:
+        raise ValueError(
+            f"run.keep_every: got {run.keep_every}, wanted a multiple of run.checkpoint_every={run.checkpoint_every}, or null to keep the "
+            "newest checkpoint alone"
+        )
     if data.num_workers < 0:
         raise ValueError(f"data.num_workers: got {data.num_workers}, wanted 0 (read in the training process) or more")
     processes = run.devices * run.num_nodes

@@ -103,6 +103,8 @@ def test_a_checkpoint_is_as_large_as_told(tiny, tmp_path, tiny_pictures):
         train_diffusion(config)
         held = tensor_bytes(torch.load(tmp_path / name / LAST, weights_only=True))
         assert held == pytest.approx(budget(config).disk["a checkpoint"], rel=0.05), name
+    need = budget(tiny("run.num_steps=4000", "run.checkpoint_every=500", "run.keep_every=1000"))
+    assert need.disk["4 kept, the newest and the one being written"] == 6 * need.disk["a checkpoint"]
 
 
 def test_shards_tell_the_size(tiny, tiny_pictures):

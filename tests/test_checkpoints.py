@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from eqldm.training.checkpoints import (
     checkpoint_step,
     find_checkpoint,
     kept_checkpoints,
+    link_checkpoint,
     newest_checkpoint,
     not_written,
     read_about,
@@ -155,14 +158,73 @@ def test_only_a_full_disk_asks_for_room():
     assert "could not be written (cannot pickle a lock)" in said and "make room" not in said
 
 
-def test_a_run_names_its_broken_checkpoint_and_goes_on_from_the_one_kept(make_picture_shards, write_tiny_options, tmp_path, capsys):
-    path = write_tiny_options(tmp_path / "tiny.yaml", make_picture_shards(tmp_path / "shards", count=8, size=16), num_steps=2)
-    run = tmp_path / "run"
-    train_autoencoder(load_config(path))
-    os.link(run / LAST, run / step_checkpoint(2))
-    (run / LAST).unlink()
+@pytest.fixture(scope="module")
+def tiny(make_picture_shards, write_tiny_options, tmp_path_factory) -> Path:
+    """A config of five steps of stage 1, with a checkpoint of each; give it a run.dir."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shards = make_picture_shards(folder / "shards", count=8, size=16)
+    return write_tiny_options(folder / "tiny.yaml", shards, num_steps=5, checkpoint_every=1)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_every_so_many_steps_a_checkpoint_is_kept(tiny, tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for steps in (4, 5):  # 4 is kept and the newest: one file of two names
+        config = load_config(tiny, [f"run.dir={tmp_path / 'run'}", f"run.num_steps={steps}", "run.keep_every=2"])
+        with nullcontext() if links or steps == 5 else pytest.warns(UserWarning, match="no hard links .* kept checkpoints are copied"):
+            train_autoencoder(config)
+        last = tmp_path / "run" / LAST
+        assert contents(last.parent) == ["last.ckpt", "step-000000002.ckpt", "step-000000004.ckpt"]
+        kept = kept_checkpoints(tmp_path / "run")
+        assert [checkpoint_step(path) for path in kept.values()] == [2, 4] and checkpoint_step(last) == steps
+        assert kept[4].samefile(last) is (links and steps == 4)
+
+
+def test_a_full_disk_while_a_checkpoint_is_kept_leaves_those_before(tiny, tmp_path, monkeypatch):
+    config = load_config(tiny, [f"run.dir={tmp_path / 'run'}", "run.keep_every=2"])
+    link = os.link
+
+    def full(source, target):
+        if source.name == step_checkpoint(4).name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        with pytest.raises(OSError, match="last.ckpt' could not be written .*No space left.*: make room"):
+            train_autoencoder(config)
+    assert checkpoint_step(tmp_path / "run" / LAST) == 3
+    train_autoencoder(config)
+    assert contents((tmp_path / "run" / LAST).parent) == ["last.ckpt", "step-000000002.ckpt", "step-000000004.ckpt"]
+
+
+def test_folders_of_shards_are_linked_file_by_file(tmp_path):
+    folder, target = tmp_path / step_checkpoint(2), tmp_path / LAST
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / ABOUT).write_text('{"global_step": 2, "processes": 1}')
+    (folder / "checkpoint" / "states.pt").write_bytes(b"x")
+    target.mkdir()
+    (target / "of the one before").touch()
+    link_checkpoint(folder, target)
+    assert checkpoint_step(target) == 2 and contents(target) == ["about.json", "checkpoint"]
+    assert (target / "checkpoint" / "states.pt").samefile(folder / "checkpoint" / "states.pt")
+    assert contents(target.parent) == ["last.ckpt", "step-000000002.ckpt"]
+
+
+def test_a_run_names_its_broken_checkpoint_and_goes_on_from_the_one_kept(tiny, tmp_path, capsys):
+    run, where = tmp_path / "run", f"run.dir={tmp_path / 'run'}"
+    train_autoencoder(load_config(tiny, [where, "run.num_steps=2", "run.keep_every=2"]))
+    (run / LAST).unlink()  # the file has another name too
     write(run / LAST, "cut")
-    more = load_config(path, ["run.num_steps=3"])
+    more = load_config(tiny, [where, "run.num_steps=3"])
     with pytest.raises(ValueError, match="last.ckpt' cannot be used: it is cut or damaged. Move it away, and .* kept at step 2"):
         train_autoencoder(more)
     (run / LAST).unlink()

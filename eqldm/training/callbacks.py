@@ -14,9 +14,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from eqldm.config import RunConfig
 from eqldm.data.order import position_seed
 from eqldm.training import stopping
-from eqldm.training.checkpoints import not_written, read_checkpoint
+from eqldm.training.checkpoints import LAST, link_checkpoint, not_written, read_checkpoint, step_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,17 +45,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SaveLast(Checkpoint):
-    """Saves `last.ckpt` every so many optimizer steps and at the last one; only the newest is kept.
+    """Saves `last.ckpt` every `checkpoint_every` optimizer steps and at the last one, in the place of the one before; those of every
+    `keep_every` steps are kept besides, one file under two names (`step-000002000.ckpt`).
 
     SIGINT, SIGTERM and SIGUSR1, sent to any of the processes, end the run after its current optimizer step (and the validation that is due
     there) with a checkpoint and the exit status of `stopping.status`.
 
     A `Checkpoint`, so Lightning calls it after all other callbacks: the saved EMA has seen the step.
-    micro_batches: of an optimizer step, in one process.
+    folder: of the run.  micro_batches: of an optimizer step, in one process.
     """
 
-    def __init__(self, path: Path, every: int, micro_batches: int):
-        self.path, self.every, self.micro_batches = path, every, micro_batches
+    def __init__(self, folder: Path, run: RunConfig, micro_batches: int):
+        self.folder, self.every, self.keep_every, self.micro_batches = folder, run.checkpoint_every, run.keep_every, micro_batches
         self.seen_step = self.saved_step = None
         self.between_steps = True
         self.told: signal.Signals | None = None
@@ -112,8 +114,15 @@ class SaveLast(Checkpoint):
         raise SystemExit(stopping.status(by))
 
     def _save(self, trainer, step: int) -> None:
-        trainer.save_checkpoint(self.path)
-        self.saved_step = step
+        self.saved_step, last = step, self.folder / LAST
+        if not self.keep_every or step % self.keep_every:
+            trainer.save_checkpoint(last)
+            return
+        kept = self.folder / step_checkpoint(step)
+        trainer.save_checkpoint(kept)
+        if trainer.is_global_zero:
+            link_checkpoint(kept, last)
+        trainer.strategy.barrier()
 
 
 class EMA(EMAWeightAveraging):

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import re
+import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
-from eqldm.atomic import DISK_FULL
+from eqldm.atomic import DISK_FULL, replace_folder
 from eqldm.weights import DAMAGED, read_pickle
 
 LAST = Path("checkpoints") / "last.ckpt"
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
 PARTS = {"global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"}  # of every checkpoint file
+NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 UNREADABLE = (*DAMAGED, pickle.UnpicklingError)  # what DeepSpeed raises of such shards
 
 
@@ -40,6 +44,42 @@ def newest_checkpoint(run: Path) -> Path | None:
     if (run / LAST).exists():
         return run / LAST
     return next(reversed(kept_checkpoints(run).values()), None)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Puts a checkpoint, a file or ZeRO's folder, in the target's place as well: by hard links, or copied where the file system has none.
+
+    Raises OSError where it could not be written; what stood at the target is then still there.
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        if source.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            for file in (file for file in source.rglob("*") if file.is_file()):
+                there = partial / file.relative_to(source)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, there)
+            replace_folder(target, partial)
+        else:
+            partial.unlink(missing_ok=True)
+            _link(source, partial)
+            os.replace(partial, target)
+    except OSError as error:
+        raise not_written(target, error) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        warnings.warn(
+            f"the file system of '{source.parent}' has no hard links ({error.strerror}): kept checkpoints are copied", stacklevel=2
+        )
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:

@@ -1,8 +1,8 @@
 """The run folder: what a run states about itself, and what it resumes from.
 
 A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
-`logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` (a file; under ZeRO a folder) and, at the end, the exported model under `model/`
-and `done.json`.
+`logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` (a file; under ZeRO a folder), with run.keep_every earlier ones beside it
+(`step-000002000.ckpt`), and, at the end, the exported model under `model/` and `done.json`.
 The same command resumes: it finds `last.ckpt`, checks that options and inputs are the same, and goes on at its step; of a run that
 is done it gives the model at once.
 """
@@ -34,7 +34,7 @@ from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 # have moved: they are known by their contents (see `input_digests`).
 INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
 RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
-             "run.dir", "data.num_workers", "data.micro_batch_size", *INPUTS)  # fmt: skip
+             "run.keep_every", "run.dir", "data.num_workers", "data.micro_batch_size", *INPUTS)  # fmt: skip
 DONE = "done.json"
 INPUTS_FILE = "inputs.json"
 FORMAT = 2  # to be raised by a change after which a run begun before must not go on: other buffers, losses or draws

@@ -20,7 +20,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from eqldm.config import OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
-from eqldm.training.checkpoints import LAST, check_fits, checkpoint_step, newest_checkpoint
+from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.speed import Throughput, resolved_precision
 from eqldm.training.stopping import listen, listening
 from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
@@ -87,7 +87,7 @@ def make_trainer(
         LearningRateMonitor("step"),
         *callbacks,
         *averaging,
-        SaveLast(folder / LAST, run.checkpoint_every, micro),
+        SaveLast(folder, run, micro),
         RichProgressBar(refresh_rate=10 if sys.stderr.isatty() else 0),
     ]
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
