@@ -15,7 +15,7 @@ import time
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="model folder (a diffusers pipeline); default: the shipped glyphs-eq")
+    add("--model", help="model folder (a diffusers pipeline), or RUN@STEP: a run's checkpoint; default: the shipped glyphs-eq")
     add("--prompts", nargs="+", help="one for each view; default, with glyphs-eq and two views: the letter A, the letter V")
     add("--views", nargs="+", help="one for each prompt, the upright one too (default: identity rotate_180)")
     add("--components", metavar="NAME", help="parts in place of views: hybrid:0.05 (low, high), hybrid:0.08:0.03, colour, motion:0.3")

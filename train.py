@@ -58,8 +58,10 @@ def _needs(config) -> list[str]:
     if config.stage == "judge":
         return []
     from eqldm.budget import budget, report
+    from eqldm.run_model import with_models
 
     try:
+        config = with_models(config)
         return report(config, budget(config))
     except (ValueError, OSError) as error:
         return [f"what it will need cannot be told yet: {error}"]
@@ -73,7 +75,9 @@ def _train(config):
         return train_judge(config)
     import torch
 
-    callbacks = []
+    from eqldm.run_model import with_models
+
+    config, callbacks = with_models(config), []
     if config.run.accelerator != "cpu" and torch.cuda.is_available():
         from eqldm.budget import operations
         from eqldm.training.speed import Utilisation

@@ -29,6 +29,7 @@ from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, 
 from eqldm.diffusion.conditioning import encode_prompts
 from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
 from eqldm.processes import pick_device, process_rank, processes_here
+from eqldm.run_model import opened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -183,7 +184,7 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="shard folder of pictures, or the address of one")
-    parser.add_argument("--model", required=True, help="model folder whose VAE encodes")
+    parser.add_argument("--model", required=True, help="model folder, or RUN@STEP, whose VAE encodes")
     parser.add_argument("--out", required=True, help="shard folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
     parser.add_argument("--prompt-embeds", action="store_true", help="store the captions' embeddings too")
@@ -191,8 +192,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="encode under bf16 autocast: faster, rounds the latents")
+    args = parser.parse_args()
     try:
-        print(encode(parser.parse_args()))
+        args.model, args.text_model = opened(args.model), args.text_model and opened(args.text_model)
+        print(encode(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -35,6 +35,7 @@ from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER
 from eqldm.markdown import markdown
 from eqldm.model_folder import check_model_folder, check_settings, downsampling, unet_arguments, vae_arguments
+from eqldm.run_model import with_models
 from eqldm.training.speed import GPUS
 from eqldm.training.zero import BUCKET, LIVE, ZERO
 
@@ -407,6 +408,7 @@ def main() -> None:
             raise ValueError(
                 f"config '{args.config}': stage is 'judge', a small network that is not counted: wanted autoencoder or diffusion"
             )
+        config = with_models(config)
         print("\n".join(report(config, budget(config))))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

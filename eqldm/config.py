@@ -162,7 +162,8 @@ class AutoencoderConfig:
     init: Literal["scratch", "pretrained"] = "scratch"
     """Start from `architecture` with random weights, or from `model`."""
     model: Optional[str] = None
-    """Model folder, AutoencoderKL folder, or single file of LDM's layout (.safetensors, .ckpt) to start from."""
+    """Model folder, AutoencoderKL folder, or single file of LDM's layout (.safetensors, .ckpt) to start from; RUN@STEP: a checkpoint of
+    another run, the average of its weights."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers' AutoencoderKL, for init: scratch."""
     crop_size: Optional[int] = None
@@ -229,10 +230,10 @@ class DiffusionConfig:
     """Start from `unet` and `text_encoder` below with random weights, or from `model`. scratch_unet: from the model's text encoder and
     tokenizer, and a random UNet."""
     model: Optional[str] = None
-    """Model folder whose UNet, text encoder, tokenizer and scheduler to start from."""
+    """Model folder, or RUN@STEP, whose UNet, text encoder, tokenizer and scheduler to start from."""
     vae: str = MISSING
-    """Model folder (or single file) of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the UNet
-    learns pictures themselves (from picture shards)."""
+    """Model folder (single file, or RUN@STEP) of the VAE whose latents are learnt; latent shards of another VAE are refused. `pixels`: the
+    UNet learns pictures themselves (from picture shards)."""
     adapt: Literal["full", "lora"] = "full"
     """Train all of the UNet, or low-rank updates: merged in RUN/model, and by themselves in RUN/lora, for diffusers' load_lora_weights."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)

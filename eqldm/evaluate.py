@@ -4,8 +4,9 @@
     python -m eqldm.evaluate swap=sd15@vae=eq-vae --metrics fit --data SHARDS --out DIR      does this UNet fit this VAE?
     torchrun --nproc-per-node 8 -m eqldm.evaluate ...      (or srun: each process takes every n-th batch)
 
-A model is `[NAME=]FOLDER[@OPTION=VALUE,...]`: a diffusers folder, whole or with a VAE alone (what needs a UNet is then not asked), and
-how it is put together and sampled: vae (the folder of another VAE), blend, reduction, scheduler, guidance_scale, num_inference_steps.
+A model is `[NAME=]FOLDER[@OPTION=VALUE,...]`: a diffusers folder, whole or with a VAE alone (what needs a UNet is then not asked), or
+RUN@STEP, a checkpoint of a run; and how it is put together and sampled: vae (the folder of another VAE), blend, reduction, scheduler,
+guidance_scale, num_inference_steps.
 
 Writes DIR/report.html (one file, opens offline), DIR/report.md, and for each model DIR/NAME/metrics.json and pictures. What was measured is
 kept in DIR: the same command goes on where it was stopped, and one that asks for more takes what is there of the same pictures, options,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
 from eqldm.evaluation.run import QUESTIONS, Evaluation
 from eqldm.processes import pick_device, process_rank
+from eqldm.run_model import opened
 
 FULL = {"num_images": 512, "num_letters": 256, "num_pairs": "128", "num_inference_steps": 20}
 QUICK = {"num_images": 128, "num_letters": 64, "num_pairs": "32", "num_inference_steps": 10}
@@ -37,6 +40,7 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     """(The path of the report, or None where other processes are still at work; whether weights were missing)."""
     rank, world = place = process_rank()
     entries = parse_entries([*([args.baseline] if args.baseline else []), *args.models])
+    entries = [replace(entry, folder=opened(entry.folder), vae=entry.vae and opened(entry.vae)) for entry in entries]
     evaluation = Evaluation(args, entries, place)
     evaluation.prepare(entries)  # before anything long
     results: dict[str, Result] = {}

@@ -7,21 +7,30 @@ made them: export a VAE before its latents are encoded, or encode anew.
 
 writes the VAE alone in the original layout of LDM (kl-f8) and, beside it, what an LDM config must say of it. Programs that know
 no other scale than Stable Diffusion's take a VAE with that --scale-factor; the latents that a UNet sees are the same.
+
+    python -m eqldm.export RUN[@STEP] --out DIR [--weights ema|raw]
+
+writes the model of a run of train.py at one of its checkpoints (the newest without STEP; run.keep_every keeps earlier ones), as the run's
+own end does and in its dtype: at the last step of a finished run it is RUN/model again. Of low-rank updates DIR/lora holds them alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
+from eqldm.atomic import replace_folder
 from eqldm.autoencoder.fold import fold_map
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
+from eqldm.run_model import export_checkpoint, parse_run
 from eqldm.single_file import WRITTEN, write_single_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,8 +41,7 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
 
     Raises: ValueError where weights overflow, or where `out` is `model`, holds something else or is named as a file; as the loaders.
     """
-    if out.suffix in WRITTEN:
-        raise ValueError(f"--out '{out}' would be a folder: give --single-file for a file, or a folder's name")
+    _check_folder(out)
     check_replaceable(out, model)
     parts = {"vae": load_autoencoder(model)}
     if (model / "unet").is_dir():
@@ -42,7 +50,10 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
         if name in parts:
             _in_dtype(parts[name], dtype, f"{name}/ of '{model}'")
     card = carried_card(model, f"stored in {str(dtype).removeprefix('torch.')} (`python -m eqldm.export`).")
-    return save_model_folder(out, card, **parts)
+    save_model_folder(out, card, **parts)
+    if (model / "lora").is_dir():
+        shutil.copytree(model / "lora", out / "lora")
+    return out
 
 
 def export_single_file(model: Path, out: Path, dtype: torch.dtype, scale_factor: float | None = None) -> Path:
@@ -64,6 +75,11 @@ def export_single_file(model: Path, out: Path, dtype: torch.dtype, scale_factor:
     return write_single_file(_in_dtype(vae, dtype, f"'{model}'"), out)
 
 
+def _check_folder(out: Path) -> None:
+    if out.suffix in WRITTEN:
+        raise ValueError(f"--out '{out}' would be a folder: give --single-file for a file, or a folder's name")
+
+
 def _in_dtype(network: nn.Module, dtype: torch.dtype, name: str) -> nn.Module:
     network = network.to(dtype)
     if not all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values()):
@@ -71,21 +87,56 @@ def _in_dtype(network: nn.Module, dtype: torch.dtype, name: str) -> nn.Module:
     return network
 
 
+def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
+    """Write the model of a run's checkpoint as the arguments say. Raises as `export_checkpoint` and the others here."""
+    if not args.single_file:
+        _check_folder(args.out)
+        check_replaceable(args.out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as made:
+        model = Path(made) / args.out.name
+        step = export_checkpoint(run, step, model, args.weights, args.inputs)
+        print(f"step {step} of '{run}'", file=sys.stderr)
+        if not (model / "vae").is_dir() and (args.single_file or args.dtype not in (None, "float16")):
+            raise ValueError(f"'{run}' trained a judge, which is one folder of float16: leave out --single-file and --dtype")
+        if args.single_file:
+            return export_single_file(model, args.out, DTYPES[args.dtype or "float16"], args.scale_factor)
+        if args.dtype in (None, "float32") or not (model / "vae").is_dir():
+            replace_folder(args.out, model)
+            return args.out
+        return export(model, args.out, DTYPES[args.dtype])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone")
+    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone; RUN or RUN@STEP: a run's checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write; a file for --single-file")
     parser.add_argument("--single-file", action="store_true", help="write the VAE alone, in LDM's layout")
     parser.add_argument("--scale-factor", type=float, help="for --single-file: scale of the latents (default: the VAE's own)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored weights")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the stored weights (default: float16; of a run's checkpoint as the run's own end)"
+    )
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of a run: their average (default, where it keeps one), or as trained")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        default=[],
+        metavar="OPTION=PATH",
+        help="inputs of a run that have moved: data.train=, data.val=, model=, vae=",
+    )
     args = parser.parse_args()
     try:
-        if args.single_file:
-            print(export_single_file(args.model, args.out, DTYPES[args.dtype], args.scale_factor))
-        elif args.scale_factor is not None:
+        if args.scale_factor is not None and not args.single_file:
             raise ValueError("--scale-factor is for --single-file: a model folder states its own")
-        else:
-            print(export(args.model, args.out, DTYPES[args.dtype]))
+        if run := parse_run(args.model):
+            print(export_run(args, *run))
+            return
+        if args.weights or args.inputs:
+            raise ValueError(f"--weights and --inputs are for a run's checkpoint (RUN@STEP), and '{args.model}' is none")
+        dtype = DTYPES[args.dtype or "float16"]
+        print(
+            export_single_file(args.model, args.out, dtype, args.scale_factor) if args.single_file else export(args.model, args.out, dtype)
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

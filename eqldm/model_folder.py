@@ -82,8 +82,9 @@ def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Pa
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         held = [part for part in PARTS if (folder / part).is_dir()] or ["none of its parts"]
+        run = ". It is a run folder: give its model/, or with @STEP one of its checkpoints" if (folder / "config.yaml").is_file() else ""
         raise FileNotFoundError(
-            f"'{folder}' is no model folder with {', '.join(parts)}: it lacks {', '.join(missing)} (holds {', '.join(held)})"
+            f"'{folder}' is no model folder with {', '.join(parts)}: it lacks {', '.join(missing)} (holds {', '.join(held)}){run}"
         )
     return folder
 
@@ -251,6 +252,9 @@ def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> P
     partial = folder.with_name(folder.name + ".partial")
     recover_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
+    if backend := getattr(parts.get("tokenizer"), "backend_tokenizer", None):  # else its file holds how it was called last
+        backend.no_padding()
+        backend.no_truncation()
     if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
         for name, part in parts.items():
             part.save_pretrained(partial / name, safe_serialization=True)

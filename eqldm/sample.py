@@ -27,6 +27,7 @@ from eqldm.data.samples import tensor_to_picture
 from eqldm.evaluation.clip import Clip, alignment
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
+from eqldm.run_model import opened
 
 DEFAULT = "glyphs-eq"
 """The shipped model that samples where none is given."""
@@ -50,7 +51,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     check_seeds(args.seed, args.num_samples)
     options = options_of(args)
     options.check(len(args.prompts))  # before the model is opened, which takes time
-    model = str(args.model or PRETRAINED / DEFAULT)
+    model = str(opened(args.model) if args.model else PRETRAINED / DEFAULT)
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
     recipe = recipe_of(args, sampler, options)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
+from eqldm.run_model import opened
 
 
 def swap(model: Path, vae: Path, out: Path) -> Path:
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     args = parser.parse_args()
     try:
-        print(swap(args.model, args.vae, args.out))
+        print(swap(opened(args.model), opened(args.vae), args.out))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

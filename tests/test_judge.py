@@ -14,6 +14,7 @@ from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.evaluation.judge import ANSWERS, Judge, save_judge
 from eqldm.evaluation.judge_training import READS_AS, UNCERTAIN, JudgeTraining, train_judge, turned_label
+from eqldm.run_model import export_checkpoint
 from eqldm.training.run_folder import LAST
 from eqldm.views import D4
 
@@ -69,6 +70,8 @@ def test_two_steps_export_and_reading(configured, shards):
     assert torch.allclose(judge.network.get_classifier()(features).softmax(1), probabilities, atol=1e-6)
     assert judge(torch.nn.functional.interpolate(x, scale_factor=4)).shape == (12,)  # pictures of another size
     assert train_judge(config) == folder  # a finished run is left alone
+    export_checkpoint(Path(config.run.dir), None, folder.with_name("again"))
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in folder.with_name("again").iterdir())
 
 
 def test_it_learns(configured, shards):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from eqldm.config import load_config
 from eqldm.diffusion.module import train_diffusion
+from eqldm.run_model import export_checkpoint
+from eqldm.training.checkpoints import step_checkpoint
 from eqldm.training.run_folder import LAST, checkpoint_step
 from eqldm.training.zero import ZERO, AdamWEMA, zero_config
 from runs import logged, weights
@@ -151,7 +153,7 @@ def test_groups_of_weights_frozen_ones_and_an_export_that_was_missed(options, tm
         "lora": ["adapt=lora", "lora.rank=2", "optimizer.clip_norm=1"],
     }[trained]
     run, one = tmp_path / "run", train_diffusion(load_config(options, [f"run.dir={tmp_path / 'one'}", *more])).parent
-    chosen = [*more, f"run.strategy={strategy}"]
+    chosen = [*more, f"run.strategy={strategy}", "run.checkpoint_every=1", "run.keep_every=2"]
     script = tmp_path / "sharded.py"  # stage 3 leaves small weights whole
     script.write_text(
         "import train, eqldm.training.trainer as t\n"
@@ -169,6 +171,16 @@ def test_groups_of_weights_frozen_ones_and_an_export_that_was_missed(options, tm
         if not again:  # as if killed in its export
             (run / "done.json").unlink()
             shutil.rmtree(run / "model")
+    for kind in ("ema", "raw"):  # in one process, without the run's strategy
+        for step in (2, 3):
+            export_checkpoint(run, step, tmp_path / f"{kind}-{step}", kind)
+    assert all(torch.equal(value, weights(tmp_path / "ema-3")[name]) for name, value in weights(run / "model").items())
+    for other in ("ema-2", "raw-3", "raw-2"):
+        assert not all(torch.equal(value, weights(tmp_path / other)[name]) for name, value in weights(run / "model").items())
+    shard = run / step_checkpoint(2) / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="step-000000002.ckpt' cannot be used: "):
+        export_checkpoint(run, 2, tmp_path / "cut")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.training.callbacks import check_finite
-from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
+from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
 
@@ -282,14 +282,14 @@ def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
     return vae.train()
 
 
-def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ()) -> Path:
-    """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
+ABOUT = "An autoencoder trained so that its latents turn with the picture, with normalised latents (scaling_factor 1)."
 
-    Raises: ValueError where the pictures are not square; as the data module, `build_vae`, `prepare_run`;
-    FloatingPointError from the NaN guard.
+
+def prepare_autoencoder(config: AutoencoderConfig) -> tuple[Autoencoder, ShardData]:
+    """What stage 1 trains, as it starts, and its data.
+
+    Raises: ValueError where the pictures are not square, or too small for the discriminator; as the data module, `build_vae`.
     """
-    if done := finished_model(config):
-        return done
     data = ShardData(config)
     for samples in (data.train_samples, data.val_samples):
         height, width = samples.image_size
@@ -298,26 +298,41 @@ def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ())
                 f"pictures of '{samples.shards.folder}' are {height} x {width} px, wanted squares: make the shards with "
                 "data/make_shards.py --size"
             )
-    vae = build_vae(config, data.train_samples.image_size[0])
-    module = Autoencoder(config, vae)
+    module = Autoencoder(config, build_vae(config, data.train_samples.image_size[0]))
     if module.discriminator is not None:
         _check_discriminator(config, module.discriminator, config.crop_size or data.train_samples.image_size[0])
+    return module, data
+
+
+def export_autoencoder(module: Autoencoder, data: ShardData, device: torch.device, folder: Path, card: str) -> Path:
+    """Write the module's VAE as a model folder, folded as the options say, its latents measured on the device."""
+    config, vae = module.config, module.vae.eval().to(device)
+    if config.fold.num_images:
+        align = load_vae(config.fold.align_to).to(device) if config.fold.align_to else None
+        keep_origin = config.equivariance.negate_prob > 0  # an offset would end D(-z) = -D(z)
+        fold_channels(vae, data.train_samples, config.fold.num_images, align, keep_origin)
+    return save_model_folder(folder, card, vae=vae.cpu())
+
+
+def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ()) -> Path:
+    """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
+
+    Raises: as `prepare_autoencoder`, `prepare_run`; FloatingPointError from the NaN guard.
+    """
+    if done := finished_model(config):
+        return done
+    module, data = prepare_autoencoder(config)
     checkpoint = prepare_run(config)
     unused = module.discriminator is not None
     trainer = make_trainer(config, automatic_accumulation=False, callbacks=callbacks, unused_parameters=unused)
     fit(trainer, module, data, checkpoint)
-    folder = Path(config.run.dir) / "model"
+    run, device = Path(config.run.dir), trainer.strategy.root_device
     if trainer.is_global_zero:
-        vae = module.vae.eval().to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
-        if config.fold.num_images:
-            align = load_vae(config.fold.align_to).to(vae.device) if config.fold.align_to else None
-            keep_origin = config.equivariance.negate_prob > 0  # an offset would end D(-z) = -D(z)
-            fold_channels(vae, data.train_samples, config.fold.num_images, align, keep_origin)
-        about = "An autoencoder trained so that its latents turn with the picture, with normalised latents (scaling_factor 1)."
-        save_model_folder(folder, run_card(config, about, trainer), vae=vae.cpu())
-        finish_run(config)
+        card = run_card(config, run, ABOUT, config.run.num_steps, hardware(config, device))
+        export_autoencoder(module, data, device, run / "model", card)  # Lightning has moved it to the CPU
+        finish_run(config, trainer)
     trainer.strategy.barrier()
-    return folder
+    return run / "model"
 
 
 def _check_discriminator(config: AutoencoderConfig, discriminator: PatchDiscriminator, image_size: int) -> None:

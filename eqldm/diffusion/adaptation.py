@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,11 +93,24 @@ def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     """Writes the low-rank updates as `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads."""
+    about = unet.peft_config["default"].to_dict()  # its alpha
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers={name: weight.contiguous() for name, weight in get_peft_model_state_dict(unet).items()},
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),  # its alpha
+        unet_lora_adapter_metadata={name: sorted(value) if isinstance(value, set) else value for name, value in about.items()},
     )
+    _order_header(folder / "pytorch_lora_weights.safetensors")
+
+
+def _order_header(path: Path) -> None:
+    """Puts the header of a safetensors file in one order: safetensors writes its metadata in another one each time."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # as the format wants it
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    partial.replace(path)
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

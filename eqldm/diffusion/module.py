@@ -19,7 +19,7 @@ from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
-from eqldm.training.run_folder import finish_run, finished_model, prepare_run, run_card
+from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.training.zero import ZERO
 
@@ -110,10 +110,10 @@ class LatentDiffusion(pl.LightningModule):
         loss = self.denoising_loss(batch, 0, self.unweighted)
         self.log("val/loss", loss.mean(), batch_size=len(loss), sync_dist=True, prog_bar=True)
 
-    def export(self, folder: Path, card: str | None = None) -> Path:
-        """Write the whole model folder, low-rank updates merged, and these by themselves under `lora` beside it."""
+    def export(self, folder: Path, card: str, lora: Path) -> Path:
+        """Write the whole model folder, low-rank updates merged, and these by themselves to the folder `lora`."""
         if self.config.adapt == "lora":
-            save_lora(self.unet, folder.parent / "lora")
+            save_lora(self.unet, lora)
             merge_lora(self.unet)
         return save_model_folder(
             folder,
@@ -138,13 +138,11 @@ def draw(batch: dict, z: Tensor, seed: int, objective: Objective, caption_dropou
     return torch.stack(times).to(z.device), torch.stack(noises).to(z), captions
 
 
-def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> Path:
-    """Runs stage 2, or resumes it; exports the EMA weights to `RUN/model`, a folder stock diffusers opens. Returns it.
+def prepare_diffusion(config: DiffusionConfig) -> tuple[LatentDiffusion, ShardData]:
+    """What stage 2 trains, as it starts, and its data.
 
-    Raises: as the data module, `build_networks`, `prepare_run`; FloatingPointError from the NaN guard.
+    Raises: ValueError where they, the VAE or the options do not fit each other; as the data module, `build_networks`.
     """
-    if done := finished_model(config):
-        return done
     vae = Pixels() if config.vae == "pixels" else load_vae(config.vae)
     if vae.config.get("shift_factor"):
         raise ValueError(
@@ -162,16 +160,32 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     cut = too_long(networks.tokenizer, config.sample_prompts)
     if cut:
         raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
-    module = LatentDiffusion(config, vae, networks)
+    return LatentDiffusion(config, vae, networks), data
+
+
+def about(config: DiffusionConfig) -> str:
+    """What the card says of the model."""
+    return f"A UNet trained on the latents of the VAE of `{config.vae}`."
+
+
+def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> Path:
+    """Runs stage 2, or resumes it; exports the EMA weights to `RUN/model`, a folder stock diffusers opens. Returns it.
+
+    Raises: as `prepare_diffusion`, `prepare_run`; FloatingPointError from the NaN guard.
+    """
+    if done := finished_model(config):
+        return done
+    module, data = prepare_diffusion(config)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True, callbacks=callbacks)
     fit(trainer, module, data, checkpoint)
-    folder = Path(config.run.dir) / "model"
+    run = Path(config.run.dir)
     if trainer.is_global_zero:
-        module.export(folder, run_card(config, f"A UNet trained on the latents of the VAE of `{config.vae}`.", trainer))
-        finish_run(config)
+        card = run_card(config, run, about(config), config.run.num_steps, hardware(config, trainer.strategy.root_device))
+        module.export(run / "model", card, run / "lora")
+        finish_run(config, trainer)
     trainer.strategy.barrier()
-    return folder
+    return run / "model"
 
 
 def _image_size(samples, vae: AutoencoderKL | Pixels) -> int:

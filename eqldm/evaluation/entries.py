@@ -3,6 +3,7 @@
 eqldm/pretrained/glyphs-eq
 swap=eqldm/pretrained/glyphs-base@vae=eqldm/pretrained/glyphs-eq      another VAE in the place of its own
 blend=eqldm/pretrained/glyphs-base@blend=pixels,scheduler=dpm++
+early=runs/ldm@2000                                                   a run at one of its checkpoints, RUN@STEP
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def parse_entry(text: str) -> Entry:
     if Path(text).exists():
         return Entry("", Path(text), None, {})
     head, _, given = text.partition("@")
+    if step := re.match(r"(\d+|last)(?:[@,]|$)", given):  # a checkpoint of a run: RUN@STEP, RUN@STEP@OPTION=VALUE
+        head, given = f"{head}@{step[1]}", given[step.end() :]
     name, equals, model = head.partition("=")
     if not equals:
         name, model = "", head

@@ -95,26 +95,33 @@ class JudgeTraining(pl.LightningModule):
         self.log("val/turned_accuracy", right.mean(), batch_size=len(wanted), sync_dist=True)
 
 
-def train_judge(config: JudgeConfig) -> Path:
-    """Trains the judge, or resumes; writes `RUN/model` and returns it. Raises as the other stages, and ValueError where
-    the pictures carry no labels."""
-    if done := finished_model(config):
-        return done
+def prepare_judge(config: JudgeConfig) -> tuple[JudgeTraining, ShardData]:
+    """What the stage trains, as it starts, and its data. Raises as the data module, and ValueError where the pictures carry no labels."""
     data = ShardData(config)
     for folder, samples in ((config.data.train, data.train_samples), (config.data.val, data.val_samples)):
         if samples[0]["label"] < 0:
             raise ValueError(f"data set '{folder}' has no labels: the judge learns from glyph shards (data/glyphs.py)")
     torch.manual_seed(config.run.seed)
-    args = dict(config.architecture_args)
-    network = make_network(config.architecture, args)
-    module = JudgeTraining(config, network)
+    return JudgeTraining(config, make_network(config.architecture, dict(config.architecture_args))), data
+
+
+def export_judge(module: JudgeTraining, data: ShardData, folder: Path) -> None:
+    """Write the judge's folder."""
+    config, size = module.config, data.train_samples.image_size[0]
+    save_judge(folder, module.network, {"architecture": config.architecture, "args": dict(config.architecture_args), "image_size": size})
+
+
+def train_judge(config: JudgeConfig) -> Path:
+    """Trains the judge, or resumes; writes `RUN/model` and returns it. Raises as the other stages and `prepare_judge`."""
+    if done := finished_model(config):
+        return done
+    module, data = prepare_judge(config)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True)
     fit(trainer, module, data, checkpoint)
     folder = Path(config.run.dir) / "model"
     if trainer.is_global_zero:
-        about = {"architecture": config.architecture, "args": args, "image_size": data.train_samples.image_size[0]}
-        save_judge(folder, module.network, about)
-        finish_run(config)
+        export_judge(module, data, folder)
+        finish_run(config, trainer)
     trainer.strategy.barrier()
     return folder

@@ -114,7 +114,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
     try:
         checkpoint = read_pickle(path, mmap=mmap and zipfile.is_zipfile(path))
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek to where a cut file would have had its table
+        if not damaged(error):
             raise OSError(f"checkpoint '{path}' cannot be read: {error}. {_way_out(path)}") from error
         raise ValueError(f"checkpoint '{path}' cannot be used: {_fault(path, error.__cause__ or error)}. {_way_out(path)}") from error
     return checkpoint
@@ -140,6 +140,11 @@ def read_about(path: Path) -> dict:
     if not whole or empty:
         raise ValueError(f"checkpoint '{path}' is not whole: {empty[0] if empty else ABOUT} lacks its contents. {_way_out(path)}")
     return about
+
+
+def damaged(error: Exception) -> bool:
+    """Whether what torch.load raised is of the file's contents, and not of opening it."""
+    return not isinstance(error, OSError) or error.errno == errno.EINVAL  # that is a seek to where a cut file would have had its table
 
 
 def unreadable_shards(path: Path, error: Exception) -> ValueError:

@@ -9,6 +9,7 @@ is done it gives the model at once.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
 import json
@@ -34,7 +35,8 @@ from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 # have moved: they are known by their contents (see `input_digests`).
 INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
 RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
-             "run.keep_every", "run.dir", "data.num_workers", "data.micro_batch_size", *INPUTS)  # fmt: skip
+             "run.keep_every", "run.compile", "run.dir", "data.num_workers", "data.micro_batch_size", "gradient_checkpointing",
+             "sample_prompts", *INPUTS)  # fmt: skip
 DONE = "done.json"
 INPUTS_FILE = "inputs.json"
 FORMAT = 2  # to be raised by a change after which a run begun before must not go on: other buffers, losses or draws
@@ -77,31 +79,48 @@ def finished_model(config: StageConfig) -> Path | None:
     return folder / "model"
 
 
-@rank_zero_only
-def finish_run(config: StageConfig) -> None:
-    """Note in the run folder that the model there holds all of the run's steps."""
-    write_json(Path(config.run.dir) / DONE, {"num_steps": config.run.num_steps})
+def finish_run(config: StageConfig, trainer: pl.Trainer) -> None:
+    """Note in the run folder that the model there holds all of the run's steps, and what they were computed on."""
+    if trainer.is_global_zero:
+        done = {"num_steps": config.run.num_steps, "hardware": hardware(config, trainer.strategy.root_device)}
+        write_json(Path(config.run.dir) / DONE, done)
 
 
-def run_card(config: StageConfig, about: str, trainer: pl.Trainer) -> str:
-    """The card of the model that a run exports, with the metrics of its last validation."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    folder, run = Path(config.run.dir), config.run
+def hardware(config: StageConfig, device: torch.device) -> str:
+    """The devices of a run, for its card."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.processor() or platform.machine()})"
+    return f"{config.run.num_nodes * config.run.devices} x {name}"
+
+
+def run_card(config: StageConfig, folder: Path, about: str, step: int, on: str | None = None) -> str:
+    """The card of the model that a run has trained for so many steps, with the metrics of its last validation until then.
+
+    folder: of the run, wherever it lies now.  on: its `hardware`, None where that is not known any more.
+    """
+    run = config.run
     commit = (folder / "git.txt").read_text().strip() if (folder / "git.txt").exists() else "unknown"
     changed = (folder / "git.diff").exists() and (folder / "git.diff").read_text()
     facts = {
         "data": f"`{config.data.train}`",
         "command": f"`{(folder / 'command.txt').read_text().strip()}`",
         "commit of eqldm": commit + (" and changes that are not committed" if changed else ""),
-        "training": f"{run.num_steps} steps of {config.data.batch_size}, seed {run.seed}",
-        "hardware": f"{run.num_nodes * run.devices} x {_device_name(trainer.strategy.root_device)}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "training": f"{step} steps of {config.data.batch_size}, seed {run.seed}",
+        **({"hardware": on} if on else {}),
+        "versions": ", ".join(f"{name} {version}" for name, version in json.loads((folder / "versions.json").read_text()).items()),
     }
-    return model_card(folder.name, about, facts, metrics, to_yaml(config), getattr(config, "model", None))
+    return model_card(folder.name, about, facts, _validated(folder, step), to_yaml(config), getattr(config, "model", None))
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.processor() or platform.machine()})"
+def _validated(folder: Path, step: int) -> dict[str, float]:
+    """The metrics that the run's log holds of the last validation at a step or before."""
+    table = folder / "logs" / "metrics.csv"
+    if not table.exists():
+        return {}
+    with open(table, newline="") as file:  # the row of a step counts those before it
+        rows = [(int(row["step"]), {name: float(value) for name, value in row.items() if name.startswith("val/") and value})
+                for row in csv.DictReader(file)]  # fmt: skip
+    steps = [at for at, metrics in rows if metrics and at < step]
+    return {name: value for at, metrics in rows if steps and at == steps[-1] for name, value in metrics.items()}
 
 
 @rank_zero_only
@@ -120,27 +139,47 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
 
 def _check_same_run(config: StageConfig) -> None:
     folder = Path(config.run.dir)
+    for name in ("config.yaml", INPUTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"run folder '{folder}' holds checkpoints and no {name}: put it back, or use another run.dir")
     # Options that are younger than the run had their defaults' effect
     before = OmegaConf.merge(OmegaConf.create(to_yaml(type(config)())), OmegaConf.create((folder / "config.yaml").read_text()))
     changed = _differences(before, OmegaConf.create(to_yaml(config)))
     if changed:
+        there = _flat(OmegaConf.to_container(before))
+        free = ", ".join(name for name in RESUMABLE if name in there and name not in (*INPUTS, "run.dir"))
         raise ValueError(
-            f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir, or "
-            "remove the folder to start anew"
+            f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir{_from_its_weights(config)}, "
+            f"or remove the folder to start anew. What may change is how a run goes and not what it computes: {free}; where its inputs "
+            "lie; and with optimizer.schedule=constant a larger run.num_steps"
         )
-    before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
-    version = before.pop("format", 1)
+    version = json.loads((folder / INPUTS_FILE).read_text()).get("format", 1)
     if version != FORMAT:
         raise ValueError(
             f"run folder '{folder}' was begun by another version of eqldm (format {version}, now {FORMAT}): go on with the commit in "
-            "its git.txt, or use another run.dir"
+            f"its git.txt, or use another run.dir{_from_its_weights(config)}"
         )
-    other = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    if other:
+    if other := changed_inputs(config, folder):
         raise ValueError(
             f"run folder '{folder}' holds a run on other inputs: the contents of {', '.join(other)} have changed. Use another "
-            "run.dir, or remove the folder to start anew"
+            f"run.dir{_from_its_weights(config)}, or remove the folder to start anew"
         )
+
+
+def _from_its_weights(config: StageConfig) -> str:
+    """How a new run starts from the weights of the one in run.dir."""
+    folder, newest = Path(config.run.dir), newest_checkpoint(Path(config.run.dir))
+    if newest is None or config.stage == "judge":  # which starts from none
+        return ""
+    drop = ", ".join(name for name in ("architecture", "unet", "text_encoder", "scheduler") if getattr(config, name, None))
+    without = f", without {drop}" if drop else ""  # which the model brings
+    return f" (to start there from this run's weights: init=pretrained model={folder}@{checkpoint_step(newest)}{without})"
+
+
+def changed_inputs(config: StageConfig, folder: Path) -> list[str]:
+    """The names of the inputs whose contents are others than when the run in the folder began. Raises as `input_digests`."""
+    before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
+    return [name for name in sorted((before.keys() | now.keys()) - {"format"}) if before.get(name) != now.get(name)]
 
 
 def input_digests(config: StageConfig) -> dict[str, str]:
@@ -149,17 +188,17 @@ def input_digests(config: StageConfig) -> dict[str, str]:
     Raises FileNotFoundError where one is missing.
     """
     flat = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-    return {name: _digest(flat[name]) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
+    return {name: _digest(name, flat[name]) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
 
 
-def _digest(source: str) -> str:
+def _digest(name: str, source: str) -> str:
     digest, folder = hashlib.sha256(), Path(source)
     if holds_shards(source):
         digest.update(json.dumps([entry["sha256"] for entry in read_manifest(source)["shards"]]).encode())
         return digest.hexdigest()[:16]
     weights = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     if not weights:
-        raise FileNotFoundError(f"'{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
+        raise FileNotFoundError(f"{name}: '{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
     for path in weights:
         digest.update(path.relative_to(folder).as_posix().encode())
         hash_file(digest, path)

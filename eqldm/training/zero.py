@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytorch_lightning as pl
 import torch
@@ -23,11 +26,13 @@ from torch import Tensor, nn
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite
-from eqldm.training.checkpoints import ABOUT, UNREADABLE, not_written, read_about, unreadable_shards
+from eqldm.training.checkpoints import ABOUT, UNREADABLE, damaged, not_written, read_about, unreadable_shards
 from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
 AVERAGE = "ema"  # among the optimizer's state
+# In a shard, the flat weights, and the optimizer's state of each of them: of stages 1 and 2, and of 3
+WEIGHTS_AND_STATES = (("single_partition_of_fp32_groups", "base_optimizer_state"), ("fp32_flat_groups", "optimizer_state_dict"))
 BUCKET = 50_000_000  # gradients reduced at once, of each of two buffers; DeepSpeed's 500 million would take gigabytes
 LIVE = 100_000_000  # weights that stage 3 keeps gathered; DeepSpeed's thousand million are more than Stable Diffusion's UNet has
 
@@ -106,20 +111,26 @@ class ZeRO(DeepSpeedStrategy):
         try:
             check_checkpoint(Path(checkpoint_path))
             return super().load_checkpoint(checkpoint_path, weights_only)
-        except UNREADABLE as error:
+        except (*UNREADABLE, OSError) as error:
+            if not damaged(error):
+                raise
             raise unreadable_shards(Path(checkpoint_path), error) from error
 
 
 def check_checkpoint(folder: Path) -> None:
     """Raises ValueError, naming the file, where a checkpoint holds more than DeepSpeed writes: DeepSpeed opens it with Python's own pickle,
     which would run it."""
+    for path in sorted(folder.rglob("*.pt")):
+        _read_shard(path)
+
+
+def _read_shard(path: Path) -> dict:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        for path in sorted(folder.rglob("*.pt")):
-            read_pickle(path, mmap=True)
+        return read_pickle(path, mmap=True)
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -221,6 +232,45 @@ def whole_weights(module: nn.Module, state: str | None = None) -> dict[str, Tens
             if main:
                 weights[name] = whole.detach().to("cpu", torch.float32, copy=True)
     return weights
+
+
+def shard_weights(checkpoint: Path, average: bool) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint folder by name, or their average, in float32 on the CPU, in this process alone.
+
+    Put together by DeepSpeed's own `zero_to_fp32`, which knows weights only: the average has their layout, so it is given a copy of the
+    shards with one in the place of the other.
+    Raises ValueError, with what to do, where a shard cannot be used.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    read_about(checkpoint)
+    try:
+        check_checkpoint(checkpoint)
+        with TemporaryDirectory() as copied, redirect_stdout(sys.stderr):
+            shards = _averages_for_weights(checkpoint / "checkpoint", Path(copied)) if average else checkpoint / "checkpoint"
+            return get_fp32_state_dict_from_zero_checkpoint(shards.parent, tag=shards.name)
+    except (*UNREADABLE, OSError) as error:
+        if not damaged(error):
+            raise
+        raise unreadable_shards(checkpoint, error) from error
+
+
+def _averages_for_weights(shards: Path, folder: Path) -> Path:
+    """The shards' copy under `folder`, with the average in the place of the weights."""
+    copy = folder / shards.name
+    copy.mkdir()
+    for file in shards.iterdir():
+        if not file.name.endswith("_optim_states.pt"):
+            (copy / file.name).symlink_to(file.resolve())
+            continue
+        saved = _read_shard(file)
+        optimizer = saved["optimizer_state_dict"]
+        weights, states = WEIGHTS_AND_STATES[optimizer["zero_stage"] == 3]
+        of = optimizer.pop(states)["state"]
+        # What has taken no step yet, as in boundary steps, has no average but itself
+        optimizer[weights] = [of.get(number, {}).get(AVERAGE, weight) for number, weight in enumerate(optimizer[weights])]
+        torch.save(saved, copy / file.name)
+    return copy
 
 
 def _put(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,169 @@
+"""The model of a run at one of its checkpoints, written `RUN@STEP`, or `RUN@last`: exported as the run's own end does.
+
+What is not in a checkpoint (the frozen VAE, a tokenizer, the pictures that latents are normalised over) comes from the run's inputs, which
+are known by their contents: one that has moved is found by its option (`inputs`), one that has changed is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eqldm.atomic import write_whole
+from eqldm.config import StageConfig, load_config
+from eqldm.training.checkpoints import LAST, check_fits, find_checkpoint, kept_checkpoints, read_whole
+from eqldm.training.run_folder import DONE, INPUTS, changed_inputs, run_card
+from eqldm.training.zero import shard_weights
+
+Weights = Literal["ema", "raw"]
+STEP = re.compile(r"(.+)@(\d+|last)")
+MADE_FROM = "checkpoint.json"  # in a folder of RUN/models: the checkpoint that it was exported from
+
+
+def parse_run(model: str | Path) -> tuple[Path, int | None] | None:
+    """The run folder and the step of `RUN@STEP`, `RUN@last` or `RUN`, the step of the last two None; None for what is no such thing."""
+    named = None if Path(model).exists() else STEP.fullmatch(str(model))
+    if named:
+        return Path(named[1]), None if named[2] == "last" else int(named[2])
+    folder = Path(model)
+    return (folder, None) if (folder / LAST).exists() or kept_checkpoints(folder) else None
+
+
+def opened(model: str | Path) -> Path:
+    """The folder of a model: of `RUN@STEP` one under RUN/models, exported now unless that is done; any other path as it is.
+
+    Several processes may do so at once. Raises as `export_checkpoint`.
+    """
+    if Path(model).exists() or not (found := parse_run(model)):
+        return Path(model)
+    run, step = found
+    if step is not None and step not in kept_checkpoints(run):  # the newest, perhaps, or one that was the newest when it was exported
+        folder = _exported(run, step)
+        if (folder / MADE_FROM).is_file():
+            return folder
+    step, checkpoint = find_checkpoint(run, step)
+    folder, stamp = _exported(run, step), _stamp(checkpoint)
+    if (folder / MADE_FROM).is_file() and json.loads((folder / MADE_FROM).read_text()) == stamp:
+        return folder
+    partial = folder.with_name(f".{folder.name}-{platform.node()}-{os.getpid()}")
+    try:
+        export_checkpoint(run, step, partial)
+        write_whole(partial / MADE_FROM, lambda path: path.write_text(json.dumps(stamp) + "\n"))
+        if folder.exists() and json.loads((folder / MADE_FROM).read_text()) != stamp:  # of another run that lay here
+            shutil.rmtree(folder)
+        if not folder.exists():
+            partial.rename(folder)
+    except OSError:
+        if not (folder / MADE_FROM).is_file():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"'{model}': the average of its weights, exported to '{folder}'", file=sys.stderr, flush=True)
+    return folder
+
+
+def _exported(run: Path, step: int) -> Path:
+    return run / "models" / f"step-{step:09d}"
+
+
+def _stamp(checkpoint: Path) -> dict[str, int]:
+    file = checkpoint / "about.json" if checkpoint.is_dir() else checkpoint
+    return {"bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+
+
+def with_models(config: StageConfig) -> StageConfig:
+    """The options, where they name models as `RUN@STEP` with their folders in place. Raises as `opened`."""
+    for part, name in ((config, "model"), (config, "vae"), (getattr(config, "fold", None), "align_to")):
+        model = getattr(part, name, None)
+        if model and STEP.fullmatch(model) and not Path(model).exists():
+            setattr(part, name, str(opened(model)))
+    return config
+
+
+def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights | None = None, inputs: list[str] = ()) -> int:
+    """Writes the model of a run at a step, None for the newest, to `out`; low-rank updates by themselves to its lora/. Returns the step.
+
+    weights: the average or the trained ones; None for what the run's end exports, the average where there is one.
+    inputs: `option=path` of those that have moved.
+    Raises: FileNotFoundError where there is no run, no such step (it says which there are) or no input; ValueError where an input has
+    changed, the run keeps no average, or the checkpoint is none or does not fit; OSError.
+    """
+    config = _run_config(run, inputs)
+    step, checkpoint = find_checkpoint(run, step)
+    found = checkpoint_weights(config, checkpoint, weights)
+    about = " The weights that were trained, not their average." if weights == "raw" and config.optimizer.ema_decay else ""
+    done = json.loads((run / DONE).read_text()) if (run / DONE).is_file() else {}
+    card = {"config": config, "folder": run, "step": step, "on": done.get("hardware")}
+    if config.stage == "autoencoder":
+        from eqldm.autoencoder.module import ABOUT, export_autoencoder, prepare_autoencoder
+
+        module, data = prepare_autoencoder(config)
+        _load(module, checkpoint, found)
+        device = torch.device("cuda" if config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+        export_autoencoder(module, data, device, out, run_card(about=ABOUT + about, **card))
+    elif config.stage == "diffusion":
+        from eqldm.diffusion.module import about as trained_on
+        from eqldm.diffusion.module import prepare_diffusion
+
+        module, data = prepare_diffusion(config)
+        _load(module, checkpoint, found)
+        lora = out.with_name(f".{out.name}-lora")
+        module.export(out, run_card(about=trained_on(config) + about, **card), lora)
+        if lora.exists():
+            lora.rename(out / "lora")
+    else:
+        from eqldm.evaluation.judge_training import export_judge, prepare_judge
+
+        module, data = prepare_judge(config)
+        _load(module, checkpoint, found)
+        export_judge(module, data, out)
+    return step
+
+
+def _run_config(run: Path, inputs: list[str]) -> StageConfig:
+    if other := [item for item in inputs if item.partition("=")[0] not in INPUTS]:
+        raise ValueError(
+            f"got '{other[0]}': what may be named anew are a run's inputs that have moved, {', '.join(INPUTS)}, as option=path"
+        )
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"'{run}' is no run folder: it holds no config.yaml")
+    config = load_config(run / "config.yaml", inputs)
+    try:
+        changed = changed_inputs(config, run)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. It is an input of the run '{run}', as seen from where that was started: go there, or say where it lies (option=path)"
+        ) from error
+    if changed:
+        raise ValueError(f"the contents of {', '.join(changed)} are others than when the run '{run}' began: give those, as option=path")
+    return config
+
+
+def checkpoint_weights(config: StageConfig, checkpoint: Path, weights: Weights | None) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, on the CPU; None for the average where there is one.
+
+    Raises ValueError for the average of a run without, or where the checkpoint cannot be used.
+    """
+    averaged = bool(config.optimizer.ema_decay)
+    if weights == "ema" and not averaged:
+        raise ValueError("the run keeps no average of its weights (optimizer.ema_decay=0): export the trained ones, raw")
+    average = averaged and weights != "raw"
+    if checkpoint.is_dir():
+        return shard_weights(checkpoint, average)
+    found = read_whole(checkpoint)
+    return found["current_model_state"] if averaged and not average else found["state_dict"]
+
+
+def _load(module: torch.nn.Module, checkpoint: Path, found: dict[str, Tensor]) -> None:
+    if checkpoint.is_file():
+        check_fits(checkpoint, module)
+    module.load_state_dict(found)
