@@ -145,6 +145,8 @@ class VAELossConfig:
     """Channels of the discriminator's first layer."""
     discriminator_layers: int = 3
     """Strided layers of the discriminator."""
+    discriminator_learning_rate: Optional[float] = None
+    """Peak learning rate of the discriminator's AdamW, whose other options and schedule are the autoencoder's; None: as its rate too."""
 
 
 @dataclass
@@ -360,6 +362,13 @@ def _check_weights(config: AutoencoderConfig) -> None:
     for name, value in weights.items():
         if value < 0:
             raise ValueError(f"{name}: got {value}, wanted 0 or more")
+    rate = loss.discriminator_learning_rate
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ValueError(f"loss.discriminator_learning_rate: got {rate}, wanted above 0, or null for optimizer.learning_rate")
+    if rate is not None and not loss.adversarial_weight:
+        raise ValueError(
+            f"loss.discriminator_learning_rate={rate} is of a discriminator, and loss.adversarial_weight=0 builds none: set it, or drop this"
+        )
     if not any((loss.l1_weight, loss.l2_weight, loss.gradient_weight, loss.perceptual_weight)):
         raise ValueError("no reconstruction loss: set loss.l1_weight, l2_weight, gradient_weight or perceptual_weight above 0")
 

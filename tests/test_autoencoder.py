@@ -142,8 +142,8 @@ def test_fine_tuning_with_everything_on(plain, configured):
                         "run.precision=bf16-mixed")  # fmt: skip
     vae = load_vae(train_autoencoder(config))
     assert all(w.isfinite().all() for w in vae.state_dict().values())
-    for name in ("loss", "l1", "l2", "gradient", "kl", "consistency", "adversarial", "adaptive_weight", "discriminator",
-                 "grad_norm_vae", "grad_norm_discriminator", "latent_std"):  # fmt: skip
+    for name in ("loss", "l1", "l2", "gradient", "kl", "consistency", "adversarial", "adaptive_weight", "discriminator", "logits_real",
+                 "logits_fake", "discriminator_accuracy", "grad_norm_vae", "grad_norm_discriminator", "latent_std"):  # fmt: skip
         assert list(rows(config, f"train/{name}")) == [0, 1], name
     assert rows(config, "train/consistency")[0] == 0 < rows(config, "train/consistency")[1]  # the variance is measured first
     assert rows(config, "val/reconstruction/psnr") and rows(config, "val/equivariance/rotate_90/latent_error")
@@ -152,11 +152,13 @@ def test_fine_tuning_with_everything_on(plain, configured):
 def test_eqvae_paper_with_gan(configured):
     config = configured("paper", "equivariance.preset=eqvae_paper", *GAN, "loss.adversarial_start=0", "run.num_steps=4")
     assert load_vae(train_autoencoder(config))
-    assert all(value > 0 for value in rows(config, "train/discriminator").values())
+    losses, accuracy = (rows(config, f"train/{name}").values() for name in ("discriminator", "discriminator_accuracy"))
+    assert all(value > 0 for value in losses) and all(0 <= value <= 1 for value in accuracy)
 
 
 def test_gan_from_a_later_step_counts_optimizer_steps(configured):
-    config = configured("late", *GAN, *MICRO, "run.num_steps=4", "optimizer.schedule=linear", "run.checkpoint_every=3")
+    options = [*GAN, *MICRO, "run.num_steps=4", "optimizer.schedule=linear", "run.checkpoint_every=3"]
+    config = configured("late", *options, "loss.discriminator_learning_rate=5e-4")
     train_autoencoder(config)
     state = checkpoint(config)
     generator, discriminator = state["optimizer_states"]
@@ -168,6 +170,21 @@ def test_gan_from_a_later_step_counts_optimizer_steps(configured):
     assert list(rows(config, "train/discriminator")) == [2, 3]
     rates = rows(config, "lr-AdamW")
     assert [rates[step] for step in range(4)] == pytest.approx([1e-3, 2e-3, 2e-3 * (0.01 + 0.99 * 2 / 3), 2e-3 * (0.01 + 0.99 / 3)])
+    assert rows(config, "lr-AdamW-1") == pytest.approx({step: rate / 4 for step, rate in rates.items()})
+
+
+def test_the_discriminators_figures_are_of_real_and_of_fake_pictures(configured):
+    """Means over all patches of groups of unlike size, by hand."""
+    module = Autoencoder(configured("figures", *GAN, "loss.adversarial_start=0"), AutoencoderKL(sample_size=32, **TINY["architecture"]))
+    torch.manual_seed(1)
+    pairs = [(torch.rand(count, 3, 32, 32), torch.rand(count, 3, 32, 32) * 2 - 1) for count in (1, 3)]
+    fake, real = (module.discriminator(torch.cat(pictures)).detach() for pictures in zip(*pairs))
+    terms = module._discriminator_terms(pairs)
+    assert float(terms["logits_real"]) == pytest.approx(float(real.mean()), abs=1e-6)
+    assert float(terms["logits_fake"]) == pytest.approx(float(fake.mean()), abs=1e-6)
+    right = torch.cat([real > 0, fake < 0]).float().mean()
+    assert float(terms["discriminator_accuracy"]) == pytest.approx(float(right), abs=1e-6)
+    assert float(terms["discriminator"].detach()) == pytest.approx(float((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [

@@ -114,6 +114,8 @@ OWN = {
         *[([f"loss.{name}_weight=-1"], f"loss.{name}_weight: got -1.0, wanted 0 or more")
           for name in ("l1", "l2", "gradient", "perceptual", "kl", "adversarial")],
         *[([f"equivariance.{name}_weight=-1"], f"equivariance.{name}_weight: got -1.0") for name in ("implicit", "consistency")],
+        (["loss.discriminator_learning_rate=0", "loss.adversarial_weight=1"], "discriminator_learning_rate: got 0.0, wanted above 0"),
+        (["loss.discriminator_learning_rate=1e-4"], "discriminator_learning_rate=0.0001 is of a discriminator, and .* builds none"),
         (["loss.l1_weight=0", "loss.l2_weight=0", "loss.adversarial_weight=1"], "no reconstruction loss: set loss.l1_weight"),
         (["fold.num_images=-1"], "fold.num_images: got -1"),
         (["fold.num_images=0", "fold.align_to=m"], "fold.align_to needs pictures to align on"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -76,8 +77,11 @@ class Autoencoder(pl.LightningModule):
         return self.trainer.global_step
 
     def configure_optimizers(self):
-        pairs = [self.vae] + ([self.discriminator] if self.discriminator is not None else [])
-        optimizers = [make_optimizer(network.parameters(), self.config.optimizer) for network in pairs]
+        options = self.config.optimizer
+        optimizers = [make_optimizer(self.vae.parameters(), options)]
+        if self.discriminator is not None:
+            rate = self.config.loss.discriminator_learning_rate or options.learning_rate
+            optimizers.append(make_optimizer(self.discriminator.parameters(), replace(options, learning_rate=rate)))
         return optimizers, [make_schedule(optimizer, self.config) for optimizer in optimizers]
 
     def on_fit_start(self) -> None:
@@ -99,7 +103,7 @@ class Autoencoder(pl.LightningModule):
             if self.config.equivariance.preset == "eqvae_paper":  # its two steps draw different transforms
                 with torch.no_grad():
                     pictures, _ = self._generator_terms(x, batch, "transform/discriminator", adversarial=False)
-            terms["discriminator"] = self._discriminator_loss(pictures)
+            terms |= self._discriminator_terms(pictures)
             check_finite(terms, self.step, batch["key"])
             self.manual_backward(terms["discriminator"] / parts)
         if self._completes_step(batch):
@@ -225,9 +229,19 @@ class Autoencoder(pl.LightningModule):
             total = total + spread_loss(mean, self.latent_moments[0], variance, self.latent_moments[2])
         return total, difference
 
-    def _discriminator_loss(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        count = sum(len(y) for y, _ in pairs)
-        return sum(len(y) / count * hinge_discriminator_loss(self.discriminator(x), self.discriminator(y.detach())) for y, x in pairs)
+    def _discriminator_terms(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The discriminator's loss; of its logits the means on real and on fake pictures, and the share on the right side of 0."""
+        count, terms = sum(len(y) for y, _ in pairs), {}
+        for y, x in pairs:
+            real, fake = self.discriminator(x), self.discriminator(y.detach())
+            found = {
+                "discriminator": hinge_discriminator_loss(real, fake),
+                "logits_real": real.detach().mean(),
+                "logits_fake": fake.detach().mean(),
+                "discriminator_accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
+            }
+            terms = {name: terms.get(name, 0.0) + len(y) / count * value for name, value in found.items()}
+        return terms
 
     @torch.no_grad()
     def _observe(self, mean: Tensor, difference: Tensor | None) -> None:
