@@ -367,7 +367,7 @@ def _check_weights(config: AutoencoderConfig) -> None:
         raise ValueError(f"loss.discriminator_learning_rate: got {rate}, wanted above 0, or null for optimizer.learning_rate")
     if rate is not None and not loss.adversarial_weight:
         raise ValueError(
-            f"loss.discriminator_learning_rate={rate} is of a discriminator, and loss.adversarial_weight=0 builds none: set it, or drop this"
+            f"loss.discriminator_learning_rate={rate} is of a discriminator, and loss.adversarial_weight=0 builds none: set it, or drop it"
         )
     if not any((loss.l1_weight, loss.l2_weight, loss.gradient_weight, loss.perceptual_weight)):
         raise ValueError("no reconstruction loss: set loss.l1_weight, l2_weight, gradient_weight or perceptual_weight above 0")

@@ -12,18 +12,21 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from eqldm.atomic import write_whole
-from eqldm.config import StageConfig, load_config
+from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
 from eqldm.training.checkpoints import LAST, check_fits, find_checkpoint, kept_checkpoints, read_whole
 from eqldm.training.run_folder import DONE, INPUTS, changed_inputs, run_card
 from eqldm.training.zero import shard_weights
 
+Config = TypeVar("Config", bound=AutoencoderConfig | DiffusionConfig | JudgeConfig)
 Weights = Literal["ema", "raw"]
 STEP = re.compile(r"(.+)@(\d+|last)")
 MADE_FROM = "checkpoint.json"  # in a folder of RUN/models: the checkpoint that it was exported from
@@ -54,19 +57,19 @@ def opened(model: str | Path) -> Path:
     folder, stamp = _exported(run, step), _stamp(checkpoint)
     if (folder / MADE_FROM).is_file() and json.loads((folder / MADE_FROM).read_text()) == stamp:
         return folder
-    partial = folder.with_name(f".{folder.name}-{platform.node()}-{os.getpid()}")
+    made = folder.with_name(f".{folder.name}-{platform.node()}-{os.getpid()}")
     try:
-        export_checkpoint(run, step, partial)
-        write_whole(partial / MADE_FROM, lambda path: path.write_text(json.dumps(stamp) + "\n"))
+        export_checkpoint(run, step, made)
+        write_whole(made / MADE_FROM, lambda path: path.write_text(json.dumps(stamp) + "\n"))
         if folder.exists() and json.loads((folder / MADE_FROM).read_text()) != stamp:  # of another run that lay here
             shutil.rmtree(folder)
         if not folder.exists():
-            partial.rename(folder)
+            made.rename(folder)
     except OSError:
         if not (folder / MADE_FROM).is_file():  # else another process was first
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
     print(f"'{model}': the average of its weights, exported to '{folder}'", file=sys.stderr, flush=True)
     return folder
 
@@ -80,7 +83,7 @@ def _stamp(checkpoint: Path) -> dict[str, int]:
     return {"bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
 
 
-def with_models(config: StageConfig) -> StageConfig:
+def with_models(config: Config) -> Config:
     """The options, where they name models as `RUN@STEP` with their folders in place. Raises as `opened`."""
     for part, name in ((config, "model"), (config, "vae"), (getattr(config, "fold", None), "align_to")):
         model = getattr(part, name, None)
@@ -89,7 +92,7 @@ def with_models(config: StageConfig) -> StageConfig:
     return config
 
 
-def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights | None = None, inputs: list[str] = ()) -> int:
+def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights | None = None, inputs: Sequence[str] = ()) -> int:
     """Writes the model of a run at a step, None for the newest, to `out`; low-rank updates by themselves to its lora/. Returns the step.
 
     weights: the average or the trained ones; None for what the run's end exports, the average where there is one.
@@ -102,14 +105,14 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
     found = checkpoint_weights(config, checkpoint, weights)
     about = " The weights that were trained, not their average." if weights == "raw" and config.optimizer.ema_decay else ""
     done = json.loads((run / DONE).read_text()) if (run / DONE).is_file() else {}
-    card = {"config": config, "folder": run, "step": step, "on": done.get("hardware")}
+    card = partial(run_card, config, run, step=step, on=done.get("hardware"))
     if config.stage == "autoencoder":
         from eqldm.autoencoder.module import ABOUT, export_autoencoder, prepare_autoencoder
 
         module, data = prepare_autoencoder(config)
         _load(module, checkpoint, found)
         device = torch.device("cuda" if config.run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        export_autoencoder(module, data, device, out, run_card(about=ABOUT + about, **card))
+        export_autoencoder(module, data, device, out, card(ABOUT + about))
     elif config.stage == "diffusion":
         from eqldm.diffusion.module import about as trained_on
         from eqldm.diffusion.module import prepare_diffusion
@@ -117,7 +120,7 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
         module, data = prepare_diffusion(config)
         _load(module, checkpoint, found)
         lora = out.with_name(f".{out.name}-lora")
-        module.export(out, run_card(about=trained_on(config) + about, **card), lora)
+        module.export(out, card(trained_on(config) + about), lora)
         if lora.exists():
             lora.rename(out / "lora")
     else:
@@ -129,14 +132,14 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
     return step
 
 
-def _run_config(run: Path, inputs: list[str]) -> StageConfig:
+def _run_config(run: Path, inputs: Sequence[str]) -> StageConfig:
     if other := [item for item in inputs if item.partition("=")[0] not in INPUTS]:
         raise ValueError(
             f"got '{other[0]}': what may be named anew are a run's inputs that have moved, {', '.join(INPUTS)}, as option=path"
         )
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"'{run}' is no run folder: it holds no config.yaml")
-    config = load_config(run / "config.yaml", inputs)
+    config = load_config(run / "config.yaml", list(inputs))
     try:
         changed = changed_inputs(config, run)
     except FileNotFoundError as error:

@@ -231,7 +231,8 @@ class Autoencoder(pl.LightningModule):
 
     def _discriminator_terms(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The discriminator's loss; of its logits the means on real and on fake pictures, and the share on the right side of 0."""
-        count, terms = sum(len(y) for y, _ in pairs), {}
+        count = sum(len(y) for y, _ in pairs)
+        terms: dict[str, Tensor] = {}
         for y, x in pairs:
             real, fake = self.discriminator(x), self.discriminator(y.detach())
             found = {

@@ -57,7 +57,8 @@ class SaveLast(Checkpoint):
 
     def __init__(self, folder: Path, run: RunConfig, micro_batches: int):
         self.folder, self.every, self.keep_every, self.micro_batches = folder, run.checkpoint_every, run.keep_every, micro_batches
-        self.seen_step = self.saved_step = None
+        self.seen_step: int | None = None
+        self.saved_step: int | None = None
         self.between_steps = True
         self.told: signal.Signals | None = None
 
@@ -102,8 +103,8 @@ class SaveLast(Checkpoint):
 
     def _end_if_told(self, trainer, then: str) -> None:
         # All must stop at one step, and with one status
-        told = torch.tensor(int(self.told or 0), device=trainer.strategy.root_device)
-        told, step = int(trainer.strategy.reduce(told, reduce_op="max")), trainer.global_step
+        here = torch.tensor(int(self.told or 0), device=trainer.strategy.root_device)
+        told, step = int(trainer.strategy.reduce(here, reduce_op="max")), trainer.global_step
         if not told:
             return
         if step != self.saved_step:

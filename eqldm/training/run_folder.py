@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -146,8 +147,7 @@ def _check_same_run(config: StageConfig) -> None:
     before = OmegaConf.merge(OmegaConf.create(to_yaml(type(config)())), OmegaConf.create((folder / "config.yaml").read_text()))
     changed = _differences(before, OmegaConf.create(to_yaml(config)))
     if changed:
-        there = _flat(OmegaConf.to_container(before))
-        free = ", ".join(name for name in RESUMABLE if name in there and name not in (*INPUTS, "run.dir"))
+        free = ", ".join(name for name in RESUMABLE if name in _flat(asdict(config)) and name not in (*INPUTS, "run.dir"))
         raise ValueError(
             f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir{_from_its_weights(config)}, "
             f"or remove the folder to start anew. What may change is how a run goes and not what it computes: {free}; where its inputs "
