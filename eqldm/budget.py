@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, load_config, micro_batch_size
+from eqldm.construction import check_arguments, make, make_noise
 from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
@@ -218,7 +219,7 @@ def _network_config(model: str | None, part: str, notes: list[str]) -> dict:
 
 def _vae(arguments: dict) -> AutoencoderKL:
     with torch.device("meta"):
-        return AutoencoderKL(**arguments)
+        return make(AutoencoderKL, "architecture", arguments)
 
 
 @contextmanager
@@ -278,6 +279,8 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     vae = None if config.vae == "pixels" else _vae(_network_config(config.vae, "vae", notes)).requires_grad_(False)
     channels, side = (3, size) if vae is None else (vae.config.latent_channels, size // downsampling(vae))
     if config.init == "scratch":
+        check_arguments(CLIPTextConfig, "text_encoder", config.text_encoder)
+        make_noise(config.scheduler)
         text = {**TEXT_ENCODER, **config.text_encoder, **VOCABULARY}
         notes.append(
             "the vocabulary is made of the captions: counted as {vocab_size} words, captions of {max_position_embeddings}".format_map(text)
@@ -288,7 +291,7 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     width, length = text.config.hidden_size, text.config.max_position_embeddings
     unet = config.unet if config.init == "scratch" or config.unet else _network_config(config.model, "unet", notes)
     sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
-    unet = UNet2DConditionModel(**{**unet, **sizes}).train()
+    unet = make(UNet2DConditionModel, "unet", {**unet, **sizes}).train()
     if config.adapt == "lora":
         add_lora(unet, config)
     if config.gradient_checkpointing:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional, get_type_hints
+from typing import Any, Literal, Optional, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from eqldm.ranges import check_ranges
 
 
 @dataclass
@@ -186,12 +188,8 @@ class AutoencoderConfig:
         _check_run(self)
         _refuse_zero(self, "the autoencoder stage steps two optimizers (autoencoder and discriminator), DeepSpeed takes one")
         _check_weights(self)
-        if self.crop_size is not None and self.crop_size < 1:
-            raise ValueError(f"crop_size: got {self.crop_size}, wanted pixels, or null for whole pictures")
         if self.crop_until is not None and self.crop_size is None:
             raise ValueError(f"crop_until={self.crop_until} ends the crops, but there are none: set crop_size, or drop it")
-        if self.fold.num_images < 0:
-            raise ValueError(f"fold.num_images: got {self.fold.num_images}, wanted 0 (export unfolded) or more")
         if self.fold.align_to and not self.fold.num_images:
             raise ValueError("fold.align_to needs pictures to align on, got fold.num_images=0: raise it, or drop fold.align_to")
         eq = self.equivariance
@@ -199,19 +197,12 @@ class AutoencoderConfig:
         if eq.preset == "eqvae_paper" and eq != defaults:
             changed = [name for name in vars(defaults) if getattr(eq, name) != getattr(defaults, name)]
             raise ValueError(f"equivariance.preset=eqvae_paper fixes the scheme, got also {', '.join(changed)}: use preset=custom")
-        for name in ("prob", "rescale_prob", "permute_prob", "patch_turn_prob", "negate_prob"):
-            if not 0 <= getattr(eq, name) <= 1:
-                raise ValueError(f"equivariance.{name} is a probability: got {getattr(eq, name)}, wanted 0 to 1")
         if eq.permute_prob and not (eq.permute_cells and min(eq.permute_cells) >= 2):
             raise ValueError(f"equivariance.permute_cells: got {eq.permute_cells}, wanted cells per side of at least 2, or permute_prob=0")
         if eq.patch_turn_prob and not eq.permute_prob:
             raise ValueError("equivariance.patch_turn_prob turns the patches of a permutation, but there is none: set permute_prob")
         if eq.patch_turn_prob and eq.group == "none":
             raise ValueError("equivariance.patch_turn_prob turns patches by the group's symmetries, but group=none has none: set group")
-        if not 0 < eq.rescale_smallest < 1:
-            raise ValueError(f"equivariance.rescale_smallest: got {eq.rescale_smallest}, wanted between 0 and 1")
-        if eq.num_groups < 1:
-            raise ValueError(f"equivariance.num_groups: got {eq.num_groups}, wanted at least 1")
 
 
 @dataclass
@@ -286,6 +277,8 @@ class DiffusionConfig:
                     f"run.strategy=zero3 shards the weights, so that no process can sample alone or compile whole networks: unset "
                     f"{', '.join(on)}, or use zero2"
                 )
+        if self.adapt == "lora" and not self.lora.targets:
+            raise ValueError("lora.targets is empty: give suffixes of the UNet's module names, such as to_q")
         if self.adapt == "full" and self.lora != LoRAConfig():
             raise ValueError("adapt=full trains all weights, but `lora` is set: use adapt=lora, or drop it")
         if self.init == "scratch" and not self.train_text_encoder:
@@ -296,16 +289,10 @@ class DiffusionConfig:
             raise ValueError(f"boundary_steps: got {self.boundary_steps}, wanted 0 to below run.num_steps={self.run.num_steps}")
         if self.boundary_steps and (self.init, self.adapt) != ("pretrained", "full"):
             raise ValueError("boundary_steps fit a pretrained UNet to new latents: set init=pretrained adapt=full, or boundary_steps=0")
-        if self.val_letters < 0 or self.val_letters == 1:
+        if self.val_letters == 1:
             raise ValueError(f"val_letters: got {self.val_letters}, wanted 0 (none) or at least 2 (KID compares distributions)")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout: got {self.caption_dropout}, wanted 0 <= share < 1")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma: got {self.min_snr_gamma}, wanted above 0, or null for uniform timesteps")
         if self.min_snr_gamma is not None and self.scheduler.get("prediction_type") == "flow_prediction":
             raise ValueError("min_snr_gamma has no meaning with flow_prediction: leave it unset")
-        if not 0 <= self.min_snr_floor < 1:
-            raise ValueError(f"min_snr_floor: got {self.min_snr_floor}, wanted 0 <= weight < 1")
 
 
 @dataclass
@@ -332,8 +319,6 @@ class JudgeConfig:
         _refuse_zero(self, "the judge is small")
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
-        if not 0 <= self.turned_share <= 1:
-            raise ValueError(f"turned_share: got {self.turned_share}, wanted 0 to 1")
 
 
 STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig, "judge": JudgeConfig}
@@ -356,15 +341,8 @@ def _refuse_zero(config: AutoencoderConfig | JudgeConfig, reason: str) -> None:
 
 
 def _check_weights(config: AutoencoderConfig) -> None:
-    loss, eq = config.loss, config.equivariance
-    weights = {f"loss.{name}": value for name, value in vars(loss).items() if name.endswith("_weight")}
-    weights |= {f"equivariance.{name}": getattr(eq, name) for name in ("implicit_weight", "consistency_weight")}
-    for name, value in weights.items():
-        if value < 0:
-            raise ValueError(f"{name}: got {value}, wanted 0 or more")
+    loss = config.loss
     rate = loss.discriminator_learning_rate
-    if rate is not None and not 0 < rate < float("inf"):
-        raise ValueError(f"loss.discriminator_learning_rate: got {rate}, wanted above 0, or null for optimizer.learning_rate")
     if rate is not None and not loss.adversarial_weight:
         raise ValueError(
             f"loss.discriminator_learning_rate={rate} is of a discriminator, and loss.adversarial_weight=0 builds none: set it, or drop it"
@@ -374,34 +352,23 @@ def _check_weights(config: AutoencoderConfig) -> None:
 
 
 def _check_run(config: StageConfig) -> None:
+    check_ranges(config)
     data, run = config.data, config.run
-    counts = {"data": ("image_size", "batch_size", "micro_batch_size", "shuffle_shards", "val_samples"),
-              "run": ("devices", "num_nodes", "num_steps", "log_every", "val_every", "checkpoint_every", "keep_every")}  # fmt: skip
-    for section, names in counts.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value is not None and value < 1:
-                raise ValueError(f"{section}.{name}: got {value}, wanted at least 1")
     if run.keep_every is not None and run.keep_every % run.checkpoint_every:
         raise ValueError(
             f"run.keep_every: got {run.keep_every}, wanted a multiple of run.checkpoint_every={run.checkpoint_every}, or null to keep the "
             "newest checkpoint alone"
         )
-    if data.num_workers < 0:
-        raise ValueError(f"data.num_workers: got {data.num_workers}, wanted 0 (read in the training process) or more")
     processes = run.devices * run.num_nodes
     micro = micro_batch_size(config)
     if data.batch_size % (micro * processes):
         raise ValueError(
             f"data.batch_size={data.batch_size} does not divide into {processes} processes x {micro} "
-            f"(data.micro_batch_size): choose a multiple of {micro * processes}, or a smaller data.micro_batch_size"
+            f"(run.devices x run.num_nodes, data.micro_batch_size): choose a multiple of {micro * processes}, or a smaller "
+            "data.micro_batch_size"
         )
     if data.val_samples % processes:
         raise ValueError(f"data.val_samples={data.val_samples} does not divide over {processes} processes")
-    if not config.optimizer.learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate: got {config.optimizer.learning_rate}, wanted above 0")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise ValueError(f"optimizer.ema_decay: got {config.optimizer.ema_decay}, wanted 0 <= decay < 1")
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas: got {list(config.optimizer.betas)}, wanted two numbers")
 
@@ -435,6 +402,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
             found = file.get("stage") if isinstance(file, DictConfig) else None
             raise ValueError(f"config '{path}': stage is {found!r}, wanted one of {', '.join(STAGES)}")
         schema = OmegaConf.structured(STAGES[file.stage])
+        _check_kinds(STAGES[file.stage], OmegaConf.to_container(file))
         merged = OmegaConf.merge(schema, file, _parse_overrides(STAGES[file.stage], overrides))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -455,9 +423,26 @@ def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:
         key, _, value = item.partition("=")
         if value != "null" and _option_type(stage, key) in (str, Optional[str]):
             OmegaConf.update(parsed, key, value)
-        else:
-            parsed = OmegaConf.merge(parsed, OmegaConf.from_dotlist([item]))
+            continue
+        try:
+            given = OmegaConf.from_dotlist([item])
+        except yaml.YAMLError as error:
+            raise yaml.YAMLError(f"{item}: {error}") from error
+        _check_kinds(stage, OmegaConf.to_container(given))
+        parsed = OmegaConf.merge(parsed, given)
     return parsed
+
+
+def _check_kinds(kind: type, given: dict, prefix: str = "") -> None:
+    """Raises ValueError where options by name, or a list, are wanted and something else is given: omegaconf does not say where."""
+    for name, hint in get_type_hints(kind).items():
+        value, key = given.get(name), prefix + name
+        if is_dataclass(hint) and isinstance(value, dict):
+            _check_kinds(hint, value, f"{key}.")
+        elif (is_dataclass(hint) or get_origin(hint) is dict) and not isinstance(value, dict | None):
+            raise ValueError(f"{key}: got {value!r}, wanted options by name: {key}.NAME=VALUE")
+        elif get_origin(hint) is list and not isinstance(value, list | None):
+            raise ValueError(f"{key}: got {value!r}, wanted a list: {key}=[...]")
 
 
 def _option_type(stage: type, key: str) -> Any:

@@ -287,7 +287,8 @@ def test_two_processes_equal_one(configured, tmp_path):
 
 @pytest.mark.parametrize("micro", [[], MICRO], ids=["whole", "micro"])
 def test_nan_guard_stops_before_the_weights_are_lost(configured, micro):
-    config = configured("lost", "optimizer.learning_rate=1e10", "optimizer.warmup_steps=0", "run.checkpoint_every=1", *micro)
+    config = configured("lost", "optimizer.warmup_steps=0", "run.checkpoint_every=1", *micro)
+    config.optimizer.learning_rate = 1e10  # which no file may state
     wanted = r"not finite at step 1: l1 = .*kl = .*loss = .*Batch: 0000.*another run.dir"
     with pytest.raises(FloatingPointError, match=wanted) as caught:
         train_autoencoder(config)

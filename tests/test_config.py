@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import math
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from omegaconf import OmegaConf
 
 import eqldm.config
 from eqldm.config import STAGES, DataConfig, accumulation, load_config, micro_batch_size, to_yaml
+from eqldm.ranges import RANGES
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["run.dir=runs/x", "run.num_steps=10", "data.train=train", "data.val=val"]
@@ -230,6 +233,55 @@ def test_what_is_no_boolean_is_an_error_and_no_training(train, override):
 
 def option_classes() -> list[type]:
     return [kind for kind in vars(eqldm.config).values() if dataclasses.is_dataclass(kind)]
+
+
+def numbers(kind: type, prefix: str = "") -> list[str]:
+    """The dotted names of a stage's options that are numbers, or lists of them."""
+    found = []
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            found += numbers(hint, f"{prefix}{name}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            found.append(prefix + name)
+    return found
+
+
+def test_every_number_has_a_finite_range():
+    options = {name for kind in STAGES.values() for name in numbers(kind)}
+    assert options == RANGES.keys()
+    assert all(math.isfinite(RANGES[name].low) for name in options)
+    assert [name for name in options if not math.isfinite(RANGES[name].high)] == ["optimizer.clip_norm"]  # .inf clips nothing
+
+
+ABSURD = [
+    *(".nan", ".inf", "-.inf", "-1", "0", "1", "2", "1e30", "99999999999999999999", "-99999999999999999999", "1.5", "0x1F"),
+    *("foo", "", "[]", "{}", "[1,2]", "[foo]", "{a: 1}", "true", "null", "???", "[[1]]", "[null]", "{1: 2}", "'", "${run.dir}", "${x"),
+    "2026-01-01",
+]
+
+
+def keys(kind: type, prefix: str = "") -> list[str]:
+    """The dotted names of all options, and of the sections that they are in."""
+    hints = get_type_hints(kind)
+    inner = [key for name, hint in hints.items() if dataclasses.is_dataclass(hint) for key in keys(hint, f"{prefix}{name}.")]
+    return [prefix + name for name in hints] + inner
+
+
+ALL = {stage: keys(kind) for stage, kind in STAGES.items()}
+CASES = [(stage, key, value) for stage in ALL for key in ALL[stage] for value in ABSURD]
+
+
+@pytest.mark.parametrize("cases", [CASES[::31], pytest.param(CASES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_absurd_values_are_taken_or_refused_by_name(load, cases):
+    for stage, key, value in cases:
+        try:
+            load(stage, f"{key}={value}")
+        except ValueError as error:
+            text = str(error)
+            assert key.split(".")[0] in text or key.split(".")[-1] in text, f"{key}={value}: {text}"
+            assert "\n" not in text, f"{key}={value}: {text}"
+        else:
+            assert value != ".nan" or key not in RANGES, f"{key}={value}"
 
 
 def test_every_option_has_a_docstring():

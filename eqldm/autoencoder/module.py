@@ -32,10 +32,12 @@ from eqldm.autoencoder.losses import (
     load_lpips,
 )
 from eqldm.config import AutoencoderConfig, accumulation
+from eqldm.construction import check_autoencoder, make
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.training.callbacks import check_finite
+from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4, transform_each
@@ -288,12 +290,14 @@ def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
         vae = load_vae(config.model)
     else:
         torch.manual_seed(config.run.seed)
-        vae = AutoencoderKL(**{"sample_size": image_size, **config.architecture})
+        vae = make(AutoencoderKL, "architecture", {"sample_size": image_size, **config.architecture})
     factor = downsampling(vae)
     if image_size % factor:
         raise ValueError(f"pictures of {image_size} px do not divide by the VAE's f = {factor}: make shards of another size")
     if config.crop_size is not None and (config.crop_size > image_size or config.crop_size % factor):
         raise ValueError(f"crop_size: got {config.crop_size} px, wanted a multiple of f = {factor} up to the pictures' {image_size} px")
+    if config.init == "scratch":
+        check_autoencoder(config.architecture, image_size)
     return vae.train()
 
 
@@ -336,6 +340,7 @@ def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ())
     """
     if done := finished_model(config):
         return done
+    check_machine(config.run)
     module, data = prepare_autoencoder(config)
     checkpoint = prepare_run(config)
     unused = module.discriminator is not None

@@ -12,8 +12,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict
 
 from eqldm.config import DiffusionConfig
+from eqldm.construction import check_unet, make, make_noise
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import Networks, Pixels, downsampling, load_scheduler, load_text, make_scheduler, unet_arguments
+from eqldm.model_folder import Networks, Pixels, downsampling, load_scheduler, load_text, unet_arguments
 
 
 def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_size: int, captions: Iterable[str]) -> Networks:
@@ -32,15 +33,14 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
             )
     else:
         torch.manual_seed(config.run.seed)
-        scheduler = {"_class_name": "DDIMScheduler", **config.scheduler}
         if config.init == "scratch_unet":
             tokenizer, text_encoder = load_text(config.model)
             architecture = config.unet or unet_arguments(config.model)
-            noise = make_scheduler(scheduler) if config.scheduler else load_scheduler(config.model)
+            noise = make_noise(config.scheduler) if config.scheduler else load_scheduler(config.model)
         else:
             tokenizer = make_tokenizer(captions)
             text_encoder = make_text_encoder(tokenizer, **config.text_encoder)
-            architecture, noise = config.unet, make_scheduler(scheduler)
+            architecture, noise = config.unet, make_noise(config.scheduler)
         sizes = {
             "sample_size": image_size // downsampling(vae),
             "in_channels": channels,
@@ -49,7 +49,8 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
         }
         if given := sorted(config.unet.keys() & sizes.keys()):
             raise ValueError(f"unet.{given[0]} follows from the latents and the text encoder: drop it")
-        unet = UNet2DConditionModel(**{**architecture, **sizes})
+        check_unet({**architecture, **sizes}, sizes["sample_size"], text_encoder.config.max_position_embeddings)
+        unet = make(UNet2DConditionModel, "unet", architecture, **sizes)
         start_unconditional(unet)
         networks = Networks(unet, tokenizer, text_encoder, noise)
     if not torch.cuda.is_available():

@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from eqldm.construction import MISFITS, make, misfit
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -67,15 +69,20 @@ TEXT_ENCODER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers
 
 def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
     """A random CLIPTextModel for a tokenizer; `sizes` are arguments of CLIPTextConfig (hidden_size, ...)."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{**TEXT_ENCODER, **sizes},
-    )
-    text_encoder = CLIPTextModel(config)
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if given := sorted(sizes.keys() & tokens.keys()):
+        raise ValueError(f"text_encoder.{given[0]} follows from the captions: drop it")
+    config = make(CLIPTextConfig, "text_encoder", {**TEXT_ENCODER, **sizes}, **tokens)
+    try:
+        text_encoder = CLIPTextModel(config)
+    except MISFITS as error:
+        raise misfit("text_encoder", {**TEXT_ENCODER, **sizes}, error) from error
     # CLIP's scale of .02 suits its size and training; at this one, words would hardly show in the first outputs
     torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
     return text_encoder

@@ -19,6 +19,7 @@ from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
+from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.training.zero import ZERO
@@ -175,6 +176,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
     """
     if done := finished_model(config):
         return done
+    check_machine(config.run)
     module, data = prepare_diffusion(config)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True, callbacks=callbacks)

@@ -21,6 +21,7 @@ from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.evaluation.judge import LETTERS, NO_LETTER, make_network, save_judge
 from eqldm.training.callbacks import check_finite
+from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4
@@ -115,6 +116,7 @@ def train_judge(config: JudgeConfig) -> Path:
     """Trains the judge, or resumes; writes `RUN/model` and returns it. Raises as the other stages and `prepare_judge`."""
     if done := finished_model(config):
         return done
+    check_machine(config.run)
     module, data = prepare_judge(config)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True)
