@@ -26,7 +26,7 @@ from eqldm.data.making import UNFINISHED
 from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
-from eqldm.diffusion.conditioning import encode_prompts
+from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
 from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
 from eqldm.processes import pick_device, process_rank, processes_here
 from eqldm.run_model import opened
@@ -104,6 +104,8 @@ def encode(args: argparse.Namespace) -> Path:
         print(f"{out}: already encoded with this VAE ({read_manifest(out)['count']} latents)")
         return out
 
+    if encoder.text and rank == 0 and (line := cut_captions(encoder.text[0], looked_at(shards), len(shards), args.data)):
+        print(line)
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     skipped, done, start = [], 0, time.perf_counter()

@@ -33,7 +33,7 @@ from eqldm.construction import check_arguments, make, make_noise
 from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
-from eqldm.diffusion.conditioning import TEXT_ENCODER
+from eqldm.diffusion.conditioning import TEXT_ENCODER, prompt_length
 from eqldm.markdown import markdown
 from eqldm.model_folder import check_model_folder, check_settings, downsampling, unet_arguments, vae_arguments
 from eqldm.run_model import with_models
@@ -282,6 +282,8 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
         check_arguments(CLIPTextConfig, "text_encoder", config.text_encoder)
         make_noise(config.scheduler)
         text = {**TEXT_ENCODER, **config.text_encoder, **VOCABULARY}
+        length = prompt_length(config.text_encoder.get("max_position_embeddings"))
+        text["max_position_embeddings"] = length or VOCABULARY["max_position_embeddings"]
         notes.append(
             "the vocabulary is made of the captions: counted as {vocab_size} words, captions of {max_position_embeddings}".format_map(text)
         )

@@ -237,7 +237,9 @@ class DiffusionConfig:
     """Arguments of diffusers' UNet2DConditionModel, for init: scratch; in, out and text sizes are filled in. With init: scratch_unet they
     replace the architecture of the model's."""
     text_encoder: dict[str, Any] = field(default_factory=dict)
-    """Arguments of transformers' CLIPTextConfig, for init: scratch; the vocabulary is made from the captions."""
+    """Arguments of transformers' CLIPTextConfig, for init: scratch; the vocabulary is made from the captions. A prompt has
+    max_position_embeddings tokens; unset, as many as the longest caption needs, at most CLIP's 77. Longer captions are cut, which is said
+    before training."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Arguments of the diffusers scheduler named by `_class_name` (DDIMScheduler unless given), for init: scratch. Its betas
     and `prediction_type` are the objective: epsilon, v_prediction, or flow_prediction (with use_flow_sigmas: true). With init:

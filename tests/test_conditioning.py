@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from eqldm.diffusion.conditioning import encode_prompts, make_text_encoder, make_tokenizer, tokenize, too_long
+from eqldm.data.shards import ShardSet
+from eqldm.diffusion.conditioning import (
+    LONGEST,
+    cut_captions,
+    encode_prompts,
+    looked_at,
+    make_text_encoder,
+    make_tokenizer,
+    prompt_length,
+    tokenize,
+    too_long,
+    unseen_words,
+)
 from eqldm.model_folder import load_text
 
 CAPTIONS = ["the letter A", "a red letter B on a blue background", "the cat, at 10 o'clock!"]
@@ -68,6 +80,44 @@ def test_length():
     assert tokens[0].tolist() == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 11
     assert too_long(tokenizer, [*CAPTIONS, "a " * 10, "a " * 11]) == ["a " * 11]
     assert make_tokenizer(CAPTIONS, max_length=77).model_max_length == 77
+
+
+def test_one_long_caption_does_not_lengthen_all_prompts():
+    captions = [*CAPTIONS, "a red letter " * 500]
+    assert make_tokenizer(captions).model_max_length == LONGEST == 77
+    assert make_tokenizer(captions, 200).model_max_length == 200
+    for wrong in (2, 0, -1, 1e9, 5000, "77", True, [77]):
+        with pytest.raises(ValueError, match="text_encoder.max_position_embeddings: got .*, wanted tokens of a prompt, 3 to 4096"):
+            prompt_length(wrong)
+    assert (prompt_length(None), prompt_length(77)) == (None, 77)
+
+
+def test_what_is_cut_of_captions_is_said():
+    tokenizer = make_tokenizer(CAPTIONS, 6)
+    said = cut_captions(tokenizer, ["the letter a", "a red letter b on a blue background", "the cat"], 9, "shards")
+    assert said == (
+        "33.33% of the captions of 'shards' are longer than the text encoder's 6 tokens and are cut there; the longest has 10 (3 of 9 were "
+        "looked at). The first, 'a red letter b on a blue background', loses 'on a blue background'"
+    )
+    assert "all of them were looked at" in cut_captions(tokenizer, ["the " * 5], 1, "shards")
+    assert cut_captions(tokenizer, ["the " * 4, ""], 2, "shards") == cut_captions(tokenizer, [], 0, "shards") == ""
+    long = cut_captions(tokenizer, ["the " * 1000], 1, "shards")
+    assert len(long) < 600 and long.startswith("100.00%") and "1002" in long
+
+
+def test_words_that_training_does_not_show_are_named():
+    tokenizer = make_tokenizer(CAPTIONS)
+    said = unseen_words(tokenizer, CAPTIONS, ["the letter A", "a zebra", "A \u65e5 zebra"], "sample_prompts")
+    assert said.startswith("2 of 3 texts of sample_prompts have words that none of the 3 training captions looked at is made of")
+    assert said.endswith("'zebra', '\u65e5'")
+    assert unseen_words(tokenizer, CAPTIONS, ["the red cat", ""], "x") == unseen_words(tokenizer, CAPTIONS, [], "x") == ""
+
+
+def test_captions_are_looked_at_evenly(tmp_path, make_picture_shards, monkeypatch):
+    shards = ShardSet.open(make_picture_shards(tmp_path / "shards", count=20))
+    assert looked_at(shards) == [f"picture {number}" for number in range(20)]
+    monkeypatch.setattr("eqldm.diffusion.conditioning.LOOKED_AT", 5)
+    assert looked_at(shards) == [f"picture {number}" for number in range(0, 20, 4)]
 
 
 def test_text_encoder_takes_sizes():

@@ -263,6 +263,17 @@ def exported(tmp_path_factory, tiny_latents, tiny_model_folder) -> dict[str, Pat
     return folders
 
 
+def test_captions_that_are_cut_are_said_before_training(
+    tmp_path, make_picture_shards, tiny_pictures, tiny_model_folder, write_tiny_unet_options, capsys
+):
+    long = make_picture_shards(tmp_path / "long", caption="picture {} the letter a the letter v the letter a")
+    config = load_config(write_tiny_unet_options(tmp_path / "options.yaml", tiny_pictures, tiny_model_folder, num_steps=1, val_every=1))
+    config.data.val = str(long)
+    train_diffusion(config)
+    said = capsys.readouterr().out
+    assert f"100.00% of the captions of '{long}' are longer than the text encoder's 8 tokens" in said and str(tiny_pictures) not in said
+
+
 @pytest.mark.parametrize("prediction", SCHEDULERS)
 def test_stock_diffusers_opens_and_samples(exported, prediction):
     """And gives what our sampler gives under the one view `identity`."""

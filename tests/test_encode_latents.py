@@ -52,6 +52,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_captions_that_are_cut_are_said(run, tmp_path, make_picture_shards, capsys):
+    data = make_picture_shards(tmp_path / "long", count=4, caption="picture {} the letter a the letter v the letter a")
+    run(tmp_path / "out", "--prompt-embeds", data=data)
+    said = f"100.00% of the captions of '{data}' are longer than the text encoder's 8 tokens and are cut there"
+    assert said in capsys.readouterr().out
+    run(tmp_path / "without", data=data)
+    assert "are cut" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3)])
 def test_moments_are_the_encoders(run, tmp_path, tiny_model_folder, tiny_pictures, dtype, tolerance):
     latents = LatentSamples(run(tmp_path / "out", "--dtype", dtype, "--batch-size", 5))

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from eqldm.config import DiffusionConfig
 from eqldm.construction import check_unet, make, make_noise
-from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
+from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer, prompt_length
 from eqldm.model_folder import Networks, Pixels, downsampling, load_scheduler, load_text, unet_arguments
 
 
@@ -38,8 +38,9 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
             architecture = config.unet or unet_arguments(config.model)
             noise = make_noise(config.scheduler) if config.scheduler else load_scheduler(config.model)
         else:
-            tokenizer = make_tokenizer(captions)
-            text_encoder = make_text_encoder(tokenizer, **config.text_encoder)
+            text = {**config.text_encoder}
+            tokenizer = make_tokenizer(captions, prompt_length(text.pop("max_position_embeddings", None)))
+            text_encoder = make_text_encoder(tokenizer, **text)
             architecture, noise = config.unet, make_noise(config.scheduler)
         sizes = {
             "sample_size": image_size // downsampling(vae),

@@ -8,14 +8,16 @@ import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from eqldm.config import DiffusionConfig
 from eqldm.data.module import ShardData, check_image_size
 from eqldm.data.order import position_generator
 from eqldm.data.samples import LatentSamples
 from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
-from eqldm.diffusion.conditioning import encode_prompts, too_long
+from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at, too_long, unseen_words
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.training.callbacks import check_finite
@@ -178,6 +180,7 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
         return done
     check_machine(config.run)
     module, data = prepare_diffusion(config)
+    _report_texts(config, module.tokenizer, data)
     checkpoint = prepare_run(config)
     trainer = make_trainer(config, automatic_accumulation=True, callbacks=callbacks)
     fit(trainer, module, data, checkpoint)
@@ -188,6 +191,23 @@ def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> 
         finish_run(config, trainer)
     trainer.strategy.barrier()
     return run / "model"
+
+
+@rank_zero_only
+def _report_texts(config: DiffusionConfig, tokenizer: CLIPTokenizer, data: ShardData) -> None:
+    """Says what is cut of the captions, and, from scratch, which words training does not show."""
+    captions = {option: looked_at(samples.shards) for option, samples in (("train", data.train_samples), ("val", data.val_samples))}
+    lines = [
+        cut_captions(tokenizer, captions["train"], len(data.train_samples), config.data.train),
+        cut_captions(tokenizer, captions["val"], len(data.val_samples), config.data.val),
+    ]
+    if config.init == "scratch":
+        lines += [
+            unseen_words(tokenizer, captions["train"], captions["val"], f"'{config.data.val}'"),
+            unseen_words(tokenizer, captions["train"], config.sample_prompts, "sample_prompts"),
+        ]
+    for line in filter(None, lines):
+        print(line)
 
 
 def _image_size(samples, vae: AutoencoderKL | Pixels) -> int:
