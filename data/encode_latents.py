@@ -27,7 +27,7 @@ from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
-from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
+from eqldm.model_folder import check_latents, load_text, load_vae, text_hash, vae_hash
 from eqldm.processes import pick_device, process_rank, processes_here
 from eqldm.run_model import opened
 
@@ -63,8 +63,9 @@ class Encoder:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 moments = self.vae.encode(batch["x"].to(self.device)).latent_dist.parameters
             embeds = encode_prompts(*self.text, batch["caption"]).cpu() if self.text else None
-            if not bool(torch.isfinite(moments.to(self.dtype)).all()):
-                raise ValueError(f"latents of the batch at '{batch['key'][0]}' do not fit {self.args.dtype}: give --dtype bfloat16")
+            self._check(n, batch["key"], self.vae, moments, "the VAE", "latents")
+            if embeds is not None:
+                self._check(n, batch["key"], self.text[1], embeds, "the text encoder", "prompt embeddings")
             unreadable = []
             for i, position in enumerate(batch["position"].tolist()):
                 key = str(self.pictures.shards.keys[position])
@@ -78,6 +79,18 @@ class Encoder:
                     sample["prompt_embeds.npy"] = pack_array(embeds[i].to(self.dtype))
                 yield sample
             on_batch(len(batch["key"]), unreadable)
+
+    def _check(self, n: int, keys: list[str], network: torch.nn.Module, values: torch.Tensor, what: str, made: str) -> None:
+        """Raises ValueError, naming shard and picture, for values [B, ...] that are no numbers, or that --dtype cannot hold."""
+        shard = self.pictures.shards.manifest["shards"][n]["name"]
+        check_latents(network, values, keys, f"'{shard}'", what)
+        held = values.to(self.dtype).flatten(1).isfinite().all(1)
+        if not bool(held.all()):
+            first = int((~held).nonzero()[0])
+            raise ValueError(
+                f"{made} of picture '{keys[first]}' of '{shard}' reach {float(values[first].abs().max()):.4g} and do not fit "
+                f"{self.args.dtype}: give --dtype bfloat16"
+            )
 
 
 def _collate(samples: list[dict]) -> dict:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -307,6 +308,25 @@ def denormalise(vae: AutoencoderKL, z: Tensor) -> Tensor:
 def encode(vae: AutoencoderKL, x: Tensor) -> Tensor:
     """z [B, C, H / f, W / f], the normalised posterior mean of pictures x [B, 3, H, W] in [-1, 1]."""
     return normalise(vae, vae.encode(x).latent_dist.mean)
+
+
+def check_latents(vae: nn.Module, values: Tensor, keys: Sequence[str], of: str, what: str = "the VAE") -> None:
+    """Raises ValueError, naming the first picture of `of` whose values [B, ...] are not finite, and why: a network of broken weights gives
+    NaN for all, a sound one where its arithmetic overflows.
+
+    vae: the network that gave them.  keys: [B] of the pictures.  what: how a message calls it.
+    """
+    finite = values.flatten(1).isfinite().all(1)
+    if bool(finite.all()):
+        return
+    broken = next((name for name, weight in vae.state_dict().items() if not bool(weight.isfinite().all())), None)
+    why = (
+        f"its weights are broken ('{broken}' is not finite): export or fetch the model again"
+        if broken
+        else f"its weights are finite, so its arithmetic overflowed (in {str(values.dtype).removeprefix('torch.')}): look at the picture, "
+        "and at what the network was trained on"
+    )
+    raise ValueError(f"{what} gives NaN or infinity for picture '{keys[int((~finite).nonzero()[0])]}' of {of}, and {why}")
 
 
 def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:

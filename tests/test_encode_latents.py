@@ -235,6 +235,32 @@ def test_latents_that_overflow(refused, run, tmp_path, make_model_folder, make_t
     run(tmp_path / "wide", "--dtype", "bfloat16", model=model)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_network_that_gives_nan_is_told_from_an_overflow(refused, tmp_path, make_model_folder, make_tiny_vae, dtype):
+    vae = make_tiny_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] = torch.nan
+    model = make_model_folder(tmp_path / "broken", vae=vae)
+    said = refused(tmp_path / "out", "--dtype", dtype, model=model)
+    assert "the VAE gives NaN or infinity for picture '000000000' of 'pictures-000000.tar'" in said
+    assert "its weights are broken ('encoder.conv_in.bias' is not finite)" in said and "--dtype" not in said
+    vae = make_tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.weight.fill_(3e38)
+    said = refused(tmp_path / "other", "--dtype", dtype, model=make_model_folder(tmp_path / "overflows", vae=vae))
+    assert "its weights are finite, so its arithmetic overflowed" in said
+
+
+def test_a_text_encoder_that_gives_nan(refused, tmp_path, make_model_folder, tiny_model_folder):
+    text = load_text(tiny_model_folder)[1]
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "broken"))
+    with torch.no_grad():
+        next(text.parameters())[:] = torch.nan
+    text.save_pretrained(folder / "text_encoder")
+    said = refused(tmp_path / "out", "--prompt-embeds", "--text-model", folder)
+    assert "the text encoder gives NaN or infinity for picture '000000000'" in said
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(refused, run, tmp_path):
     (tmp_path / "out").mkdir()

@@ -92,6 +92,21 @@ def test_statistics_are_of_the_first_pictures_only(tiny_vae, samples):
     assert len(few) == 3 * 64
 
 
+def test_what_is_not_finite_has_no_statistics(tiny_pictures, make_tiny_vae):
+    for value in (torch.nan, torch.inf):
+        latents = torch.randn(50, 4, dtype=torch.float64)
+        spoilt = latents.clone()
+        spoilt[7, 2] = value
+        for call in (lambda: normalisation(spoilt), lambda: normalisation(spoilt, True), lambda: alignment(latents, spoilt)):  # noqa: B023
+            with pytest.raises(ValueError, match="hold NaN or infinity"):
+                call()
+    vae = make_tiny_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity for picture '000000000' of .* its weights are broken .'quant_conv.bias'"):
+        latent_matrix(vae, PictureSamples(tiny_pictures), 8)
+
+
 def test_a_constant_channel_is_refused():
     latents = torch.randn(50, 4).double()
     latents[:, 2] = 0.3

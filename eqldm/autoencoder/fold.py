@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
-from eqldm.model_folder import encode, load_vae, save_model_folder
+from eqldm.model_folder import check_latents, encode, load_vae, save_model_folder
 
 
 @torch.no_grad()
@@ -30,7 +30,9 @@ def latent_matrix(vae: AutoencoderKL, samples: PictureSamples, num_images: int, 
     rows = []
     picked = torch.utils.data.Subset(samples, range(min(num_images, len(samples))))
     for batch in DataLoader(picked, batch_size, collate_fn=collate):
-        rows.append(encode(vae, batch["x"].to(device)).double().cpu().movedim(1, -1).flatten(0, -2))
+        z = encode(vae, batch["x"].to(device))
+        check_latents(vae, z, batch["key"], "the data")  # one of them would spoil all statistics
+        rows.append(z.double().cpu().movedim(1, -1).flatten(0, -2))
     return torch.cat(rows)
 
 
@@ -39,6 +41,8 @@ def normalisation(latents: Tensor, keep_origin: bool = False) -> tuple[Tensor, T
 
     keep_origin: b = 0, and the mean square is 1 in place of the variance.
     """
+    if not bool(latents.isfinite().all()):
+        raise ValueError("latents hold NaN or infinity, of which there are no statistics: the autoencoder or its input is broken")
     mean, std = latents.mean(0), latents.std(0, unbiased=False)
     if keep_origin:
         mean, std = torch.zeros_like(mean), latents.square().mean(0).sqrt()
@@ -60,6 +64,8 @@ def alignment(latents: Tensor, wanted: Tensor, keep_origin: bool = False) -> tup
     """
     if latents.shape != wanted.shape:
         raise ValueError(f"alignment: latents {tuple(latents.shape)} and {tuple(wanted.shape)} differ in channels or cells")
+    if not bool(wanted.isfinite().all()):
+        raise ValueError("alignment: the latents to align to hold NaN or infinity: the model to align to is broken")
     matrix, offset = normalisation(latents, keep_origin)
     mean = torch.zeros_like(offset) if keep_origin else wanted.mean(0)
     scale = (wanted - mean).square().mean().sqrt()

@@ -13,7 +13,7 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.work import identity
-from eqldm.model_folder import decode, denormalise, encode
+from eqldm.model_folder import check_latents, decode, denormalise, encode
 from eqldm.views import D4, IDENTITY, Rescale, View
 
 SYMMETRIES = [view for view in D4 if view != IDENTITY]
@@ -49,9 +49,11 @@ class Equivariance:
         `T/psnr`         dB of D(T z) against T x;  `T/decoder_psnr` against T D(z)  [B];  `T/lpips` [B] of D(T z) against T x
         `sum/T`          of views: the squared error of D(T z), turned back, less that of D(z), summed over the batch [h, w]
         """
-        x = collate([self.samples[i] for i in numbers])["x"].to(self.vae.device)
+        batch = collate([self.samples[i] for i in numbers])
+        x = batch["x"].to(self.vae.device)
         z = encode(self.vae, x)
         y = decode(self.vae, z)
+        check_latents(self.vae, y, batch["key"], "the data")
         plain = (y.clamp(-1, 1) - x).square()
         values = {f"latent/{name}": value for name, value in channel_sums(z).items()}
         for name, transform in self.transforms.items():

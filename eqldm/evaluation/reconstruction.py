@@ -15,7 +15,7 @@ from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.quality import RealPictures, features_of, fid
 from eqldm.evaluation.work import identity
-from eqldm.model_folder import decode, encode
+from eqldm.model_folder import check_latents, decode, encode
 
 
 class Reconstruction:
@@ -33,8 +33,11 @@ class Reconstruction:
     @torch.no_grad()
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """`psnr` (dB), `ssim`, `lpips` [B], and `features/NAME` [B, D] of the reconstructions."""
-        x = collate([self.samples[i] for i in numbers])["x"].to(self.vae.device)
-        y = decode(self.vae, encode(self.vae, x)).float().clamp(-1, 1)
+        batch = collate([self.samples[i] for i in numbers])
+        x = batch["x"].to(self.vae.device)
+        decoded = decode(self.vae, encode(self.vae, x)).float()
+        check_latents(self.vae, decoded, batch["key"], "the data")
+        y = decoded.clamp(-1, 1)
         ssim = structural_similarity_index_measure(y, x, data_range=(-1.0, 1.0), reduction="none")
         values = {"psnr": psnr(y, x), "ssim": ssim.view(len(x))}
         values |= {f"features/{f.name}": f.extract(y) for f in self.features}
