@@ -11,15 +11,21 @@ import argparse
 import sys
 import time
 
+from eqldm.paths import place_option
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="model folder (a diffusers pipeline), or RUN@STEP: a run's checkpoint; default: the shipped glyphs-eq")
+    add(
+        "--model",
+        type=place_option,
+        help="model folder (a diffusers pipeline), or RUN@STEP: a run's checkpoint; default: the shipped glyphs-eq",
+    )
     add("--prompts", nargs="+", help="one for each view; default, with glyphs-eq and two views: the letter A, the letter V")
     add("--views", nargs="+", help="one for each prompt, the upright one too (default: identity rotate_180)")
     add("--components", metavar="NAME", help="parts in place of views: hybrid:0.05 (low, high), hybrid:0.08:0.03, colour, motion:0.3")
-    add("--reference", metavar="FILE", help="a picture, one part of which is kept")
+    add("--reference", type=place_option, metavar="FILE", help="a picture, one part of which is kept")
     add("--hold", metavar="PART", help="which: low, high, grey, colour, moving, still, ...")
     add("--style", default="", help='goes before each prompt: "an oil painting of"')
     add("--negative-prompt", nargs="+", default=[""], help="one, or one for each prompt")
@@ -27,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the first picture (default: 0)")
     add("--batch-size", type=int, default=16, help="pictures sampled together; does not change them beyond rounding (default: 16)")
     add("--keep", type=int, help="of all that are sampled keep so many, those that read best: by the judge (letters) or --clip")
-    add("--clip", metavar="FOLDER", help="a CLIP of transformers, for --keep")
+    add("--clip", type=place_option, metavar="FOLDER", help="a CLIP of transformers, for --keep")
     add("--animate", nargs="+", default=[], choices=["mp4", "gif", "webp"], help="each picture moving from view to view")
     add("--num-inference-steps", type=int, default=30, help="default: 30")
     add("--guidance-scale", type=float, nargs="+", default=[5.0], help="one, or one for each prompt; up to 1 is unguided (default: 5)")
@@ -49,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     add("--attention-slicing", action="store_true", help="less memory, slower")
     add("--tiled", action="store_true", help="decode large pictures in tiles")
     add("--offload", action="store_true", help="networks on the GPU only while they compute")
-    add("--out", help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
+    add("--out", type=place_option, help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
     args = parser.parse_args()
     if args.views is not None and args.components:
         parser.error("--views and --components: give one of them")

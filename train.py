@@ -16,12 +16,13 @@ import sys
 import yaml
 
 from eqldm.config import load_config, to_yaml
+from eqldm.paths import place_option
 from eqldm.training.stopping import listen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file that states its stage")
+    parser.add_argument("config", type=place_option, help="YAML file that states its stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # device lists and advertising

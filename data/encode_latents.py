@@ -28,6 +28,7 @@ from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
 from eqldm.model_folder import check_latents, load_text, load_vae, text_hash, vae_hash
+from eqldm.paths import check_folder, place_option
 from eqldm.processes import pick_device, process_rank, processes_here
 from eqldm.run_model import opened
 
@@ -104,6 +105,7 @@ def encode(args: argparse.Namespace) -> Path:
     Raises ValueError where `--out` holds, or is to hold, latents made with other options.
     """
     rank, world = process_rank()
+    check_folder("--out", args.out)
     encoder = Encoder(args, pick_device(rank))
     shards, out = encoder.pictures.shards, Path(args.out)
     if is_remote(args.data):  # of each process here, the tar that is read and the one that comes
@@ -198,12 +200,12 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="shard folder of pictures, or the address of one")
-    parser.add_argument("--model", required=True, help="model folder, or RUN@STEP, whose VAE encodes")
-    parser.add_argument("--out", required=True, help="shard folder to write")
+    parser.add_argument("--data", type=place_option, required=True, help="shard folder of pictures, or the address of one")
+    parser.add_argument("--model", type=place_option, required=True, help="model folder, or RUN@STEP, whose VAE encodes")
+    parser.add_argument("--out", type=place_option, required=True, help="shard folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
     parser.add_argument("--prompt-embeds", action="store_true", help="store the captions' embeddings too")
-    parser.add_argument("--text-model", help="model folder whose text encoder makes them (default: --model)")
+    parser.add_argument("--text-model", type=place_option, help="model folder whose text encoder makes them (default: --model)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="encode under bf16 autocast: faster, rounds the latents")

@@ -24,6 +24,7 @@ from PIL import __version__ as pillow_version
 
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.shards import write_shard
+from eqldm.paths import path_option
 
 GENERATOR_VERSION = 1  # to be raised by any change that changes a picture
 SPLITS = ("train", "val", "test")
@@ -365,7 +366,7 @@ def make_split(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--out", type=path_option, required=True, metavar="FOLDER")
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--num-train", type=int, default=40000)
     parser.add_argument("--num-val", type=int, default=1000)
@@ -377,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variation", type=float, default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
     parser.add_argument("--colours", nargs="+", default=list(COLOURS), metavar="NAME", help=f"some of {', '.join(COLOURS)}")
     parser.add_argument("--train-faces", nargs="+", metavar="NAME", help="only these faces for train and val (default: all)")
-    parser.add_argument("--fonts", type=Path, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")
+    parser.add_argument("--fonts", type=path_option, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")
     parser.add_argument("--holdout-fonts", nargs="+", metavar="NAME", help="further faces to keep for the test split")
     parser.add_argument("--overwrite", action="store_true")
     options = vars(parser.parse_args(argv))

@@ -33,6 +33,7 @@ from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.pictures import UnfitPicture
 from eqldm.data.shards import MANIFEST, read_index, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source, UnfitCaption
+from eqldm.paths import path_option
 
 DEFAULT_QUALITY = 95  # of jpg and webp
 
@@ -206,14 +207,14 @@ def make_shards(
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", type=Path, metavar="FOLDER", help="check the tars there, and write their manifest.json")
+    parser.add_argument("--index", type=path_option, metavar="FOLDER", help="check the tars there, and write their manifest.json")
     parser.add_argument("--quick", action="store_true", help="of --index: look into the first sample of each tar alone")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures, searched through all its subfolders")
-    parser.add_argument("--tars", type=Path, metavar="FOLDER", help="tars of pictures of any size, each of which gives a shard")
-    parser.add_argument("--dataset", type=Path, metavar="FOLDER", help="what save_to_disk of Hugging Face's datasets wrote")
+    parser.add_argument("--pictures", type=path_option, metavar="FOLDER", help="pictures, searched through all its subfolders")
+    parser.add_argument("--tars", type=path_option, metavar="FOLDER", help="tars of pictures of any size, each of which gives a shard")
+    parser.add_argument("--dataset", type=path_option, metavar="FOLDER", help="what save_to_disk of Hugging Face's datasets wrote")
     parser.add_argument("--image-column", default="image", help="of --dataset")
     parser.add_argument("--text-column", default="text", help="of --dataset")
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=path_option, metavar="FOLDER")
     parser.add_argument("--size", type=int, default=512, help="side of the squares, px")
     parser.add_argument("--crop", choices=("center", "random"), default="center")
     parser.add_argument("--format", choices=("png", "jpg", "webp"), default="jpg")

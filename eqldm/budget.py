@@ -36,6 +36,7 @@ from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER, prompt_length
 from eqldm.markdown import markdown
 from eqldm.model_folder import check_model_folder, check_settings, downsampling, unet_arguments, vae_arguments
+from eqldm.paths import place_option
 from eqldm.run_model import with_models
 from eqldm.training.speed import GPUS
 from eqldm.training.zero import BUCKET, LIVE, ZERO
@@ -404,7 +405,7 @@ def _fake(network: nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file that states its stage")
+    parser.add_argument("config", type=place_option, help="YAML file that states its stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()
     try:

@@ -14,7 +14,10 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eqldm.paths import expanded
 from eqldm.ranges import check_ranges
+
+PATHS = ("data.train", "data.val", "run.dir", "model", "vae", "fold.align_to")  # options that are paths, or addresses, or `vae: pixels`
 
 
 @dataclass
@@ -409,6 +412,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"config '{path}': required but not set: {', '.join(missing)}. Give them as key=value")
+        _expand_paths(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
@@ -416,6 +420,16 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         raise ValueError(f"config '{path}', or an override, is no YAML: {' '.join(str(error).split())}") from error
     config.validate()
     return config
+
+
+def _expand_paths(options: DictConfig) -> None:
+    """Replaces `~` in the options that are paths. Raises ValueError, naming the option, for what is no path."""
+    for key in PATHS:
+        if (value := OmegaConf.select(options, key)) is not None:
+            try:
+                OmegaConf.update(options, key, expanded(value))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
 
 
 def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:

@@ -28,6 +28,7 @@ from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
 from eqldm.evaluation.run import QUESTIONS, Evaluation
+from eqldm.paths import place_option
 from eqldm.processes import pick_device, process_rank
 from eqldm.run_model import opened
 
@@ -68,9 +69,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="[NAME=]FOLDER[@OPTION=VALUE,...]: options as of sample.py, and vae=FOLDER")
-    add("--data", required=True, help="held-out pictures: a shard folder, the address of one, or a folder of pictures")
+    add("--data", type=place_option, required=True, help="held-out pictures: a shard folder, the address of one, or a folder of pictures")
     add("--image-size", type=int, help="pixels a side that a folder's pictures are resized and cropped to")
-    add("--out", required=True, help="folder for the report, and for what is measured on the way")
+    add("--out", type=place_option, required=True, help="folder for the report, and for what is measured on the way")
     add(
         "--baseline",
         metavar="MODEL",
@@ -86,17 +87,27 @@ def parse_args() -> argparse.Namespace:
         "equivariance too",
     )
     add("--components", nargs="+", default=[], metavar="NAME", help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3")
-    add("--judge", metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
+    add("--judge", type=place_option, metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
     add("--features", nargs="+", default=[], metavar="NAME=WEIGHTS", help="timm backbones for FID, KID, precision and recall")
-    add("--inception", metavar="FILE", help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)")
-    add("--clip", metavar="FOLDER", help="a CLIP of transformers, for CLIP score, alignment and concealment")
+    add(
+        "--inception",
+        type=place_option,
+        metavar="FILE",
+        help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)",
+    )
+    add("--clip", type=place_option, metavar="FOLDER", help="a CLIP of transformers, for CLIP score, alignment and concealment")
     add("--without", nargs="+", choices=WEIGHTS, default=[], help="weights that one does without: exit status 0 all the same")
-    add("--prompt-pairs", metavar="FILE", help="pairs of prompts for anagrams that are no letters (default: the shipped list)")
+    add(
+        "--prompt-pairs",
+        type=place_option,
+        metavar="FILE",
+        help="pairs of prompts for anagrams that are no letters (default: the shipped list)",
+    )
     add("--num-images", type=int, help="pictures for reconstruction, equivariance, fit and distances (default: 512)")
     add("--num-letters", type=int, help="pictures sampled plainly: letters, or the data's captions (default: 256)")
     add("--num-pairs", help="anagrams sampled for each view, or all: every ordered pair of letters, with their matrix (default: 128)")
     add("--num-seeds", type=int, default=1, help="pictures of each pair (default: 1)")
-    add("--chooser", metavar="FOLDER", help="another judge: the best of each pair's --num-seeds by it is counted too")
+    add("--chooser", type=place_option, metavar="FOLDER", help="another judge: the best of each pair's --num-seeds by it is counted too")
     add("--num-shown", type=int, help="sampled pictures of each question on its sheet (default: 24; 12 above 128 px)")
     add("--seed", type=int, default=0, help="of the first picture sampled; picture k has seed + k")
     add("--batch-size", type=int, help="pictures computed together (default: 64 of up to 128 px, 4 of 512 px)")

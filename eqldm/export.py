@@ -30,6 +30,7 @@ from eqldm.atomic import replace_folder
 from eqldm.autoencoder.fold import fold_map
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
+from eqldm.paths import path_option
 from eqldm.run_model import export_checkpoint, parse_run
 from eqldm.single_file import WRITTEN, write_single_file
 
@@ -109,8 +110,8 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder, whole or with vae/ alone; RUN or RUN@STEP: a run's checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write; a file for --single-file")
+    parser.add_argument("model", type=path_option, help="model folder, whole or with vae/ alone; RUN or RUN@STEP: a run's checkpoint")
+    parser.add_argument("--out", type=path_option, required=True, help="model folder to write; a file for --single-file")
     parser.add_argument("--single-file", action="store_true", help="write the VAE alone, in LDM's layout")
     parser.add_argument("--scale-factor", type=float, help="for --single-file: scale of the latents (default: the VAE's own)")
     parser.add_argument(

@@ -32,6 +32,7 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.data.samples import tensor_to_picture
 from eqldm.model_folder import PRETRAINED
+from eqldm.paths import place_option
 from eqldm.sample import DEFAULT, SWITCHES, check_seeds, command, hashes, record, write_picture
 from eqldm.views import components
 from eqldm.views.zoo import FORMS, SIMPLE
@@ -285,7 +286,9 @@ def build(model: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(PRETRAINED / DEFAULT), help="model folder (default: the shipped glyphs-eq)")
+    parser.add_argument(
+        "--model", type=place_option, default=str(PRETRAINED / DEFAULT), help="model folder (default: the shipped glyphs-eq)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in, who may then open any folder")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     args = parser.parse_args()

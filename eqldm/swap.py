@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
+from eqldm.paths import path_option
 from eqldm.run_model import opened
 
 
@@ -41,9 +42,9 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder to take all but the VAE from")
-    parser.add_argument("--vae", type=Path, required=True, help="model folder, or AutoencoderKL folder, to take the VAE from")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("model", type=path_option, help="model folder to take all but the VAE from")
+    parser.add_argument("--vae", type=path_option, required=True, help="model folder, or AutoencoderKL folder, to take the VAE from")
+    parser.add_argument("--out", type=path_option, required=True, help="model folder to write")
     args = parser.parse_args()
     try:
         print(swap(opened(args.model), opened(args.vae), args.out))

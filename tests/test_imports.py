@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "ranges", "weights", "markdown", "atomic", "processes"), ("config", "model_card", "single_file"), ("model_folder",),
-    ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",), ("run_model",),
+    ("views", "paths", "ranges", "weights", "markdown", "atomic", "processes"), ("config", "model_card", "single_file"),
+    ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
+    ("run_model",),
 )  # fmt: skip
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 PACKAGE = sorted(path for path in (ROOT / "eqldm").rglob("*.py"))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
 from eqldm.model_folder import check_latents, encode, load_vae, save_model_folder
+from eqldm.paths import place_option
 
 
 @torch.no_grad()
@@ -137,10 +138,10 @@ def fold_channels(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="model folder, or AutoencoderKL folder")
-    parser.add_argument("--data", required=True, help="shard folder of pictures to measure the latents on")
-    parser.add_argument("--out", required=True, help="model folder to write, holding vae/")
-    parser.add_argument("--align-to", help="model folder whose latents are to be matched")
+    parser.add_argument("model", type=place_option, help="model folder, or AutoencoderKL folder")
+    parser.add_argument("--data", type=place_option, required=True, help="shard folder of pictures to measure the latents on")
+    parser.add_argument("--out", type=place_option, required=True, help="model folder to write, holding vae/")
+    parser.add_argument("--align-to", type=place_option, help="model folder whose latents are to be matched")
     parser.add_argument("--num-images", type=int, default=2048)
     parser.add_argument("--keep-origin", action="store_true", help="fold no offset: for a VAE trained with negation")
     args = parser.parse_args()

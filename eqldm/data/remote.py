@@ -28,6 +28,7 @@ from typing import TypeVar
 import webdataset as wds
 
 from eqldm.atomic import DISK_FULL
+from eqldm.paths import ADDRESS
 
 WAITS_SECONDS = (1, 5, 20, 60, 120)  # before a tar is asked for again: a server's restart must not end a run
 STALL_SECONDS = 120  # without a byte, after which a command is given up
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 def is_remote(folder: str | os.PathLike) -> bool:
     """Whether a shard folder is an address, and not a folder of this machine."""
-    return isinstance(folder, str) and bool(re.match(r"pipe:|[a-z][a-z0-9+.-]*://", folder, re.IGNORECASE))
+    return isinstance(folder, str) and bool(ADDRESS.match(folder))
 
 
 def command_of(address: str, name: str) -> str:

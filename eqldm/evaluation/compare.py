@@ -20,6 +20,7 @@ from torch import Tensor
 from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.naming import direction, number, question_of
 from eqldm.markdown import markdown
+from eqldm.paths import path_option, place_option
 from eqldm.weights import read_json, read_weights
 
 LEVEL = 0.05  # of being wrong about any difference that is called real
@@ -138,8 +139,8 @@ NOTE = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="DIR/NAME", help="results; all others are held against the first")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("results", nargs="+", type=place_option, metavar="DIR/NAME", help="results; all others are held against the first")
+    parser.add_argument("--out", type=path_option, help="Markdown file to write")
     args = parser.parse_args()
     try:
         if len(args.results) < 2:

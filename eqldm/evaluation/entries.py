@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.model_folder import Pixels, downsampling, load_autoencoder
+from eqldm.paths import expanded
 
 RESERVED = ("report.html", "report.md", "data.safetensors", "equivariance.png", "models.png")  # what lies beside the models' folders
 OPTIONS = {
@@ -96,7 +97,7 @@ def parse_entry(text: str) -> Entry:
             kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in OPTIONS.items())
             raise ValueError(f"model '{text}': got '{option}' after '@', wanted OPTION=VALUE of {kinds}") from None
     vae = options.pop("vae", None)
-    return Entry(name, Path(model), vae and Path(vae), options)
+    return Entry(name, Path(expanded(model)), vae and Path(expanded(vae)), options)
 
 
 def parse_entries(texts: list[str]) -> list[Entry]:

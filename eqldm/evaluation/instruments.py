@@ -13,6 +13,7 @@ from eqldm.autoencoder.losses import load_lpips
 from eqldm.evaluation.clip import HOW, Clip
 from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features
 from eqldm.evaluation.judge import Judge
+from eqldm.paths import expanded
 
 WEIGHTS = {  # what `--without` may name, and the questions that need it
     "lpips": {"reconstruction", "equivariance"},
@@ -83,7 +84,7 @@ class Instruments:
             name, _, path = text.partition("=")
             if not path:
                 raise ValueError(f"--features: got '{text}', wanted NAME=WEIGHTS, a timm model and its file")
-            found.append(timm_features(name, Path(path), self.device))
+            found.append(timm_features(name, Path(expanded(path)), self.device))
         if len({features.name for features in found}) < len(found):
             raise ValueError(f"--features: got one name twice ({' '.join(self.args.features)}), and metrics bear it")
         if self.args.inception or not found:

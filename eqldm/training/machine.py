@@ -7,10 +7,13 @@ import importlib.util
 import torch
 
 from eqldm.config import RunConfig
+from eqldm.paths import check_folder
 
 
 def check_machine(run: RunConfig) -> None:
-    """Raises ValueError, naming the option, where the machine lacks the GPUs, or the installation the packages, that a run asks for."""
+    """Raises ValueError, naming the option, where the machine lacks the GPUs, or the installation the packages, that a run asks for;
+    OSError where no run folder can be written."""
+    check_folder("run.dir", run.dir)
     gpus, others = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
     if run.accelerator == "gpu" and not gpus and not others:
         raise ValueError("run.accelerator=gpu: torch sees no GPU on this machine. Use run.accelerator=cpu, or look at nvidia-smi")
