@@ -242,12 +242,12 @@ def test_a_network_that_gives_nan_is_told_from_an_overflow(refused, tmp_path, ma
         vae.encoder.conv_in.bias[0] = torch.nan
     model = make_model_folder(tmp_path / "broken", vae=vae)
     said = refused(tmp_path / "out", "--dtype", dtype, model=model)
-    assert "the VAE gives NaN or infinity for picture '000000000' of 'pictures-000000.tar'" in said
-    assert "its weights are broken ('encoder.conv_in.bias' is not finite)" in said and "--dtype" not in said
+    assert "encoder.conv_in.bias" in said and "--dtype" not in said  # weights that are broken are refused when they are opened
     vae = make_tiny_vae()
     with torch.no_grad():
         vae.quant_conv.weight.fill_(3e38)
     said = refused(tmp_path / "other", "--dtype", dtype, model=make_model_folder(tmp_path / "overflows", vae=vae))
+    assert "the VAE gives NaN or infinity for picture '000000000' of 'pictures-000000.tar'" in said
     assert "its weights are finite, so its arithmetic overflowed" in said
 
 
@@ -255,7 +255,8 @@ def test_a_text_encoder_that_gives_nan(refused, tmp_path, make_model_folder, tin
     text = load_text(tiny_model_folder)[1]
     folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "broken"))
     with torch.no_grad():
-        next(text.parameters())[:] = torch.nan
+        text.final_layer_norm.weight.fill_(3e38)
+        text.final_layer_norm.bias.fill_(3e38)
     text.save_pretrained(folder / "text_encoder")
     said = refused(tmp_path / "out", "--prompt-embeds", "--text-model", folder)
     assert "the text encoder gives NaN or infinity for picture '000000000'" in said

@@ -18,7 +18,7 @@ from eqldm.paths import check_folder, expanded, path_option, place_option
 
 ROOT = Path(__file__).parents[1]
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py")), *sorted((ROOT / "eqldm").rglob("*.py"))]
-OTHERS = {"models", "--baseline", "--features", "--single-file", "--components", "overrides"}  # more than a path, or none
+OTHERS = {"models", "--baseline", "--features", "--inputs", "--single-file", "--components", "overrides"}  # more than a path, or none
 
 
 @pytest.fixture(autouse=True)
