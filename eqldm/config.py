@@ -449,7 +449,7 @@ def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:
     return parsed
 
 
-def _check_kinds(kind: type, given: dict, prefix: str = "") -> None:
+def _check_kinds(kind: Any, given: Any, prefix: str = "") -> None:
     """Raises ValueError where options by name, or a list, are wanted and something else is given: omegaconf does not say where."""
     for name, hint in get_type_hints(kind).items():
         value, key = given.get(name), prefix + name

@@ -52,7 +52,7 @@ def make_noise(given: dict[str, Any]) -> SchedulerMixin:
 def check_arguments(kind: type, option: str, given: dict[str, Any]) -> None:
     """Raises ValueError for the first argument that `kind` does not have, with one that it may stand for; or whose value is of another
     kind than its default. diffusers and transformers pass over the first with a line in the log."""
-    own = inspect.signature(kind.__init__).parameters
+    own = dict(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
     if issubclass(kind, PreTrainedConfig):  # what all models of transformers have says nothing of sizes
         own = {name: parameter for name, parameter in own.items() if name not in inspect.signature(PreTrainedConfig.__init__).parameters}
     known = {name: parameter.default for name, parameter in own.items() if name not in ("self", "kwargs")}

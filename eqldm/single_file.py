@@ -162,9 +162,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
     found, stated = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not found:
         raise ValueError(f"'{path}' holds no weights by name: wanted a state_dict")
-    stated = found.get("scale_factor", stated)
+    value = found.get("scale_factor", stated)
     try:
-        stated = None if stated is None else float(stated)
+        stated = None if value is None else float(value)
     except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several
         stated = math.nan
     if stated is not None and not (math.isfinite(stated) and stated > 0):
