@@ -12,7 +12,8 @@ import pytest
 import webdataset as wds
 
 from eqldm.data import shards as module
-from eqldm.data.shards import INDEX, MANIFEST, ShardSet, index_tar, read_manifest, write_manifest, write_shard
+from eqldm.data.checking import index_folder
+from eqldm.data.shards import INDEX, MANIFEST, ShardSet, _stamp, index_tar, read_manifest, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -68,6 +69,33 @@ def test_the_index_of_other_tars_is_not_used(folder):
     write_manifest(folder, entries[:2])
     assert equal(ShardSet.open(folder), shards) and isinstance(ShardSet.open(folder).keys, np.memmap)
     assert sorted(path.name for path in folder.iterdir()) == [INDEX, MANIFEST, "pictures-000000.tar", "pictures-000001.tar"]
+
+
+@pytest.mark.parametrize("name", ["places/txt.npy", "places/json.npy", "places/png.npy", "starts.npy", "keys.npy", "about.json"])
+def test_an_index_that_lost_a_file_costs_no_caption_and_no_label(folder, name):
+    """A copy that was cut short: before, the captions or labels of all samples were empty, without a word."""
+    whole = ShardSet.open(folder)
+    (folder / INDEX / name).unlink()
+    shards = ShardSet.open(folder)  # by the headers
+    assert equal(shards, whole) and not isinstance(shards.keys, np.memmap)
+    index_folder(folder)
+    assert equal(ShardSet.open(folder), whole) and isinstance(ShardSet.open(folder).keys, np.memmap)
+
+
+def test_a_damaged_index_is_named(folder):
+    about, places = folder / INDEX / "about.json", folder / INDEX / "places"
+    (places / ".DS_Store").write_bytes(b"no array")  # not listed: not ours
+    assert len(ShardSet.open(folder)) == 10
+    txt = np.load(places / "txt.npy")
+    np.save(places / "txt.npy", txt[:5])
+    with pytest.raises(ValueError, match=r"txt.npy' does not fit the 10 samples that the manifest counts: remove '.*index'"):
+        ShardSet.open(folder)
+    about.write_text("{")
+    with pytest.raises(ValueError, match=r"about.json' is no JSON .*: remove '.*index', and have the index written anew"):
+        ShardSet.open(folder)
+    for content in ("[]", "{}", json.dumps({"shards": _stamp(read_manifest(folder)["shards"])})):  # the last: an early version
+        about.write_text(content)
+        assert np.array_equal(ShardSet.open(folder).places["txt"], txt)
 
 
 def test_equal_samples_give_equal_bytes_and_no_half_shard_is_left(tmp_path):

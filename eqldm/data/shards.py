@@ -202,23 +202,42 @@ def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] 
 
 
 def read_index(folder: Path, shards: list[dict]) -> dict | None:
-    """The index that was written, mapped into memory; None where there is none of these tars."""
-    index = folder / INDEX
+    """The index that was written, mapped into memory; None where there is none of these tars, or a file of it is lost.
+
+    Raises: ValueError where a file of it is damaged.
+    """
+    path = folder / INDEX / "about.json"
     try:
-        return _map(index) if json.loads((index / "about.json").read_text())["shards"] == _stamp(shards) else None
+        about = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no JSON ({error}): remove '{path.parent}', and have the index written anew") from error
+    files = about.get("files") if isinstance(about, dict) else None  # early versions did not list them: none would be missed
+    if not isinstance(files, dict) or about.get("shards") != _stamp(shards) or not all((folder / name).is_file() for name in files):
+        return None
+    return _map(path.parent, files, shards)
 
 
-def _map(index: Path) -> dict:
+def _map(index: Path, files: Iterable[str], shards: list[dict]) -> dict:
+    """The arrays of an index, by its list of files: `index/starts.npy`, ... Raises: ValueError where they are damaged, or of other tars."""
+    anew = f"remove '{index}', and have the index written anew"
+
     def read(path: Path) -> np.ndarray:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"'{path}' is no array of numbers ({error}): remove '{index}', and have the index written anew") from error
+            raise ValueError(f"'{path}' is no array of numbers ({error}): {anew}") from error
 
-    places = {path.name.removesuffix(".npy"): read(path) for path in sorted((index / "places").iterdir())}
-    return {"starts": read(index / "starts.npy"), "keys": read(index / "keys.npy"), "places": places}
+    paths = [index.parent / name for name in sorted(files) if name.startswith(f"{INDEX}/places/")]
+    found = {path: read(path) for path in (index / "starts.npy", index / "keys.npy", *paths)}
+    starts, keys, *places = found.values()
+    ends = np.cumsum([0, *(entry["count"] for entry in shards)])
+    for path, array in found.items():
+        shape = (ends[-1],) if array is keys else (ends[-1], 2)
+        if not (np.array_equal(array, ends) if array is starts else array.shape == shape):
+            raise ValueError(f"'{path}' does not fit the {ends[-1]} samples that the manifest counts: {anew}")
+    return {"starts": starts, "keys": keys, "places": {path.name.removesuffix(".npy"): array for path, array in zip(paths, places)}}
 
 
 def _remote_index(address: str, shards: list[dict]) -> dict:
@@ -232,7 +251,7 @@ def _remote_index(address: str, shards: list[dict]) -> dict:
         raise ValueError(f"the index of '{address}' was written by an early version, and does not list its files: {how}")
     if about.get("shards") != _stamp(shards):
         raise ValueError(f"the index of '{address}' is of other tars than its manifest: {how}")
-    return _map(cache.fetch_index(address, about["files"]))
+    return _map(cache.fetch_index(address, about["files"]), about["files"], shards)
 
 
 @dataclass(frozen=True)
