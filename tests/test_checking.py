@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from conftest import picture_bytes
 from eqldm.data import checking
@@ -179,3 +180,10 @@ def test_no_tars_here_says_where_they_are(tmp_path):
     write(tmp_path / "sub", [sample(0)])
     with pytest.raises(FileNotFoundError, match="holds no tars, .*; its subfolders do: give one of these"):
         index_folder(tmp_path)
+
+
+def test_a_folder_may_be_called_like_markup_of_a_terminal(tmp_path, monkeypatch):
+    (tmp_path / "[").mkdir()
+    folder = write(tmp_path / "[" / "red]", [sample(0)])
+    monkeypatch.setattr(checking, "console", Console(file=io.StringIO(), force_terminal=True))
+    assert index_folder(folder)["count"] == 1

@@ -185,7 +185,7 @@ def _check_runs(folder: Path, reports: dict[str, dict], any_readable: bool) -> N
 
 def _each(function: Callable, jobs: dict[str, Any], workers: int, about: str) -> dict[str, Any]:
     """{name: what the function gives of its job}, by several processes, in the order of the jobs."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tars"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tars"), TimeRemainingColumn()
     done = {}
     try:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
