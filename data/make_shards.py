@@ -176,6 +176,8 @@ def make_shards(
         raise ValueError(f"max-aspect is the longer side over the shorter one, at least 1, got {max_aspect}")
     if not isinstance(source, Source):
         source = PictureFolder.open(source, allow_missing_captions)
+    if isinstance(source, PictureTars):
+        source.leave_out(out)
     if isinstance(source, PictureFolder):
         said = f"{len(source.names)} pictures in {source.listing.num_files} files; left out: {describe_left_out(source.left_out)}"
         console.print(f"{source}: {said}", markup=False, highlight=False, soft_wrap=True)

@@ -543,3 +543,21 @@ def test_shards_of_a_folder_that_were_made_before_are_still_accepted(folder):
     source = PictureFolder.open(folder)
     assert source.describe() == {"num_pictures": 6, "source_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
     assert (source.version, SavedDataset.version, PictureTars.version) == (2, 2, 3)
+
+
+# What lies where the shards are to go
+
+
+def test_shards_among_the_tars_that_they_are_made_of_are_not_read_again(tmp_path, capsys):
+    """Before, the next run was refused for other options, and with --overwrite the set was twice as large."""
+    source = tmp_path / "tars"
+    source.mkdir()
+    write_shard(source / "0.tar", [{"__key__": "0", "png": png(0), "txt": "zero"}])
+    (tmp_path / "link").symlink_to(source)
+    for out in (source / "deep" / "out", tmp_path / "link" / "deep" / "out"):
+        for more in ([], [], ["--overwrite"]):
+            assert run("--tars", source, "--out", out, *more) == 0
+            assert captions(out) == {"0.tar/0": "zero"}
+    assert "left out: 1 .tar (made before, in --out)" in capsys.readouterr().err
+    assert run("--tars", source, "--out", source) == 2 and "tars that this script did not make: 0.tar" in capsys.readouterr().err
+    assert run("--tars", source / "deep", "--out", tmp_path / "other") == 0  # of any other folder they are tars like others

@@ -20,7 +20,19 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from eqldm.data.captions import captions_in, captions_of, decode_text, draw_caption, read_captions
-from eqldm.data.listing import DANGLING, PACKED, TARS, Listing, describe_left_out, holds_none, left_out_of_tar, list_folder, reading, shown
+from eqldm.data.listing import (
+    DANGLING,
+    MADE,
+    PACKED,
+    TARS,
+    Listing,
+    describe_left_out,
+    holds_none,
+    left_out_of_tar,
+    list_folder,
+    reading,
+    shown,
+)
 from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
 from eqldm.data.tars import read_tar
 
@@ -158,6 +170,15 @@ class PictureTars(Source):
                 "Unpack them, put back what the links lead to, or move them elsewhere"
             )
         return cls(listing)
+
+    def leave_out(self, out: Path) -> None:
+        """Leaves out the shards that an earlier run has made of this source, where their folder lies among its tars."""
+        out = out.resolve()
+        if out == self.listing.folder.resolve():  # refused where the folder is made
+            return
+        for name in [name for name in self.listing.sizes if self.listing.path(name).resolve().parent == out]:
+            del self.listing.sizes[name]
+            self.listing.left_out[MADE, ".tar"] += 1
 
     @property
     def left_out(self) -> Counter:
