@@ -561,3 +561,35 @@ def test_shards_among_the_tars_that_they_are_made_of_are_not_read_again(tmp_path
     assert "left out: 1 .tar (made before, in --out)" in capsys.readouterr().err
     assert run("--tars", source, "--out", source) == 2 and "tars that this script did not make: 0.tar" in capsys.readouterr().err
     assert run("--tars", source / "deep", "--out", tmp_path / "other") == 0  # of any other folder they are tars like others
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"name": "an app"}', 'is no manifest of shards, it holds {"name": "an app"}. If it is of something else, move it'),
+        ("[1]", "is no manifest of shards, it holds [1]."),
+        ('{"shards": 3}', "is no manifest of shards"),
+        ('{"shards": [{"name": "a.tar"}]}', "is no manifest of shards"),
+        ('{"shards": [], "count": "1"}', "is no manifest of shards"),
+        ('{"shards": [], "generator": 1}', "is no manifest of shards"),
+        ('{"shar', "is no JSON"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_manifest_of_something_else_is_named_and_kept(folder, tmp_path, capsys, content, message, overwrite):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MANIFEST).write_text(content)
+    assert run("--pictures", folder, "--out", out, *["--overwrite"] * overwrite) == 2
+    assert f"error: '{out / MANIFEST}' {message}" in capsys.readouterr().err
+    assert main(["--index", str(out)]) == 2 and f"'{out / MANIFEST}' {message}" in capsys.readouterr().err
+    assert (out / MANIFEST).read_text() == content
+    (out / MANIFEST).rename(out / UNFINISHED)
+    assert run("--pictures", folder, "--out", out) == 2
+    assert f"error: '{out / UNFINISHED}' {message}" in capsys.readouterr().err
+
+
+def test_files_of_others_stay(folder, tmp_path):
+    (tmp_path / "download.partial").write_bytes(b"half")
+    assert run("--pictures", folder, "--out", tmp_path) == 0
+    assert (tmp_path / "download.partial").read_bytes() == b"half"

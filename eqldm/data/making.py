@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.atomic import DISK_FULL
-from eqldm.data.shards import MANIFEST, read_manifest, write_json, write_manifest
+from eqldm.data.shards import MANIFEST, load_manifest, read_manifest, write_json, write_manifest
 
 UNFINISHED = "unfinished.json"  # beside the tars while they are being made: what a resumed run need not redo
 
@@ -60,9 +60,9 @@ def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -
     record = folder / UNFINISHED
     old = None
     if (folder / MANIFEST).is_file():
-        old = json.loads((folder / MANIFEST).read_text())
+        old = load_manifest(folder / MANIFEST)
     elif record.is_file():
-        old = json.loads(record.read_text())
+        old = load_manifest(record)
     if old is not None and not overwrite and old.get("generator") != generator:
         was = old.get("generator") or {}
         keys = sorted(key for key in {*was, *generator} if was.get(key) != generator.get(key))
@@ -154,8 +154,8 @@ def make_folder(
             raise OSError(f"no space left in '{folder}', {after}: free some space and run the same command again") from error
         raise OSError(f"{error}: stopped {after}, run the same command again when that is mended") from error
     finally:
-        for half in folder.glob("*.partial"):
-            half.unlink()
+        for name in (*jobs, UNFINISHED, MANIFEST):  # other files that end so are not ours
+            (folder / f"{name}.partial").unlink(missing_ok=True)
     entries = [done[name] for name in jobs]
     about |= finish(entries) if finish else {}
     skipped = [item for entry in entries for item in entry.pop("skipped", [])]

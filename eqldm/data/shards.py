@@ -31,6 +31,7 @@ from eqldm.data.remote import is_remote
 from eqldm.data.tars import read_tar
 
 MANIFEST = "manifest.json"
+ENTRY = {"name", "count", "bytes", "sha256"}  # what it states of each tar
 INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy
 MAX_ENDINGS = 100  # of the files of all samples: each is a file of the index
 MANY = 64  # tars, from which on their headers are read by several processes
@@ -112,6 +113,20 @@ def read_manifest(folder: str | Path) -> dict:
     return manifest
 
 
+def load_manifest(path: Path) -> dict:
+    """What the file of a manifest holds, or of the record of an unfinished one. Raises: ValueError where it is no such file."""
+    way_out = "If it is of something else, move it or use another folder; if it is damaged, remove it and make the shards anew"
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no JSON ({error}). {way_out}") from error
+    shards = manifest.get("shards") if isinstance(manifest, dict) else None
+    whole = isinstance(shards, list) and all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in shards)
+    if not whole or not isinstance(manifest.get("count", 0), int) or not isinstance(manifest.get("generator") or {}, dict):
+        raise ValueError(f"'{path}' is no manifest of shards, it holds {json.dumps(manifest)[:60]}. {way_out}")
+    return manifest
+
+
 def _local_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
@@ -120,7 +135,7 @@ def _local_manifest(folder: Path) -> dict:
             f"shard folder '{folder}' {what}. Make shards with data/glyphs.py or data/make_shards.py "
             f"(for tars of other origin: python data/make_shards.py --index '{folder}')"
         )
-    manifest = json.loads(path.read_text())
+    manifest = load_manifest(path)
     for entry in manifest["shards"]:
         tar = folder / entry["name"]
         if not tar.is_file():
