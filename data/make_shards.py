@@ -30,7 +30,7 @@ from eqldm.data.captions import draw_caption, is_odd
 from eqldm.data.checking import index_folder
 from eqldm.data.listing import check_share, count_left_out, describe_left_out, left_out_list
 from eqldm.data.making import console, make_folder, num_cores
-from eqldm.data.pictures import UnfitPicture
+from eqldm.data.pictures import MAX_PIXELS, UnfitPicture
 from eqldm.data.shards import MANIFEST, read_index, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source, UnfitCaption
 from eqldm.paths import path_option
@@ -43,7 +43,7 @@ def _crop_rng(seed: int, name: str) -> np.random.Generator:  # of the name, not 
 
 
 def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, dict]:
-    """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where too small."""
+    """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where too small, too long or too large."""
     size, (width, height) = options["size"], picture.size
     if options["max_aspect"] and max(width, height) > options["max_aspect"] * min(width, height):
         raise UnfitPicture(f"too long: {width}x{height}, wanted at most {options['max_aspect']:g} times as long as wide")
@@ -51,6 +51,8 @@ def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, 
         raise UnfitPicture(f"too small: {width}x{height}, wanted at least {size}x{size} (or --upscale)")
     scale = size / min(width, height)
     wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+    if wide * high > MAX_PIXELS:
+        raise UnfitPicture(f"too large: {width}x{height} would be enlarged to {wide}x{high}, wanted at most {MAX_PIXELS} pixels")
     picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
     left, top = (wide - size) // 2, (high - size) // 2
     if options["crop"] == "random":

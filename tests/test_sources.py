@@ -593,3 +593,14 @@ def test_files_of_others_stay(folder, tmp_path):
     (tmp_path / "download.partial").write_bytes(b"half")
     assert run("--pictures", folder, "--out", tmp_path) == 0
     assert (tmp_path / "download.partial").read_bytes() == b"half"
+
+
+@pytest.mark.parametrize(("size", "long"), [((1, 20000), "512x10240000"), ((900, 1), "460800x512")])
+def test_a_thread_of_a_picture_is_not_enlarged_until_the_memory_is_full(folder, tmp_path, size, long):
+    Image.new("RGB", size).save(folder / "0.png")
+    for number in range(1, 5):
+        (folder / f"{number}.png").unlink()
+        (folder / f"{number}.txt").unlink()
+    manifest = make_shards(folder, tmp_path / "out", 512, upscale=True)
+    assert manifest["count"] == 1
+    assert [item["reason"].split(",")[0] for item in manifest["skipped"]] == [f"too large: {size[0]}x{size[1]} would be enlarged to {long}"]
