@@ -43,7 +43,7 @@ def _crop_rng(seed: int, name: str) -> np.random.Generator:  # of the name, not 
 
 
 def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, dict]:
-    """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where too small, too long or too large."""
+    """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where its size is unfit."""
     size, (width, height) = options["size"], picture.size
     if options["max_aspect"] and max(width, height) > options["max_aspect"] * min(width, height):
         raise UnfitPicture(f"too long: {width}x{height}, wanted at most {options['max_aspect']:g} times as long as wide")

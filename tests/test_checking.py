@@ -52,6 +52,8 @@ STOPS = {
     "label bool": ({"json": {"label": True}}, "1.tar/0003: the label in its .json is true"),
     "json list": ({"json": [1, 2]}, r"1.tar/0003: its .json is \[1, 2\], wanted an object"),
     "json broken": ({"json": b"{"}, "1.tar/0003: its .json is no JSON"),
+    "label twice": ({"json": b'{"label": 1, "label": 2}'}, "1.tar/0003: its .json is no JSON .it states 'label' twice: 1, and 2"),
+    "caption UTF-16": ({"txt": "cat".encode("utf-16-le")}, r"1.tar/0003: its caption \(.txt\) holds NUL characters"),
     "caption": ({"txt": b"caf\xe9"}, r"1.tar/0003: its caption \(.txt\) is not UTF-8"),
 }
 

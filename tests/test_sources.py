@@ -323,6 +323,7 @@ BOTH = "file_name,text\n0.png,zero\n1.png,one\n"
         ("file_name,text\n0.png,ze\0ro\n", "holds a NUL character in line 2"),
         ("", r"has the columns \[\]"),
         ("file_name,text\n", "holds no captions"),
+        ('file_name, text\n0.png, "a ""big"" cat"\n', 'line 2: a space stands before the quote of "a "'),
     ],
 )
 def test_a_csv_that_is_not_as_it_should_be(folder, tmp_path, content, message):
@@ -339,6 +340,8 @@ def test_a_csv_that_is_not_as_it_should_be(folder, tmp_path, content, message):
         ("gone.png", "not there"),
         ("x" * 300 + ".png", "not there"),
         ("a.psd", "left out: .psd"),
+        ("/bin/sh", "outside the folder: file_name is the way to a picture from the folder of its metadata"),
+        ("../..", "outside the folder: file_name is the way to a picture from the folder of its metadata"),
         ("sub\\a.png", "not there: folders are parted by / in file_name"),
     ],
 )
@@ -370,6 +373,7 @@ def test_a_csv_with_commas_quotes_and_line_breaks_in_quotes(folder, tmp_path):
         ('{"file_name": null, "text": "a"}', "line 2: file_name is null"),
         pytest.param('{"file_name": "0.png", "text": ' + "[" * 100000 + "]" * 100000 + "}", "line 2 is not JSON", id="deep"),
         pytest.param('{"file_name": "0.png", "text": ' + "1" * 5000 + "}", "line 2 is not JSON", id="long"),
+        ('{"file_name": "0.png", "text": "a", "text": "b"}', r"""line 2 is not JSON \(it states 'text' twice: "a", and "b"\)"""),
         ('["0.png", "a"]', r'has no object \(\["0.png", "a"\]\) in line 2'),
         ('{"file_name": "0.png"}', r"has the columns \['file_name'\] in line 2"),
     ],
@@ -378,6 +382,21 @@ def test_a_jsonl_that_is_not_as_it_should_be(folder, tmp_path, row, message):
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "picture 1"}\n' + row + "\n")
     with pytest.raises(ValueError, match=rf"^'{folder}/metadata.jsonl' {message}"):
         make_shards(folder, tmp_path / "out", 16)
+
+
+def test_of_a_tars_sample_the_first_caption_that_is_none_but_blank(tmp_path):
+    """Of its .txt, then of caption in its .json, as img2dataset writes it, then of text there, which may be what is read in a picture."""
+    (tmp_path / "tars").mkdir()
+    found = {
+        "0": {"txt": b" \n", "json": b'{"caption": "a"}'}, "1": {"json": b'{"text": "STOP", "caption": "b"}'},
+        "2": {"json": b'{"text": "c", "caption": ""}'}, "3": {"txt": b"d", "json": b'{"caption": "e", "caption": "f"}'},
+    }  # fmt: skip
+    write_tar(tmp_path / "tars" / "0.tar", {f"{k}.{name}": x for k, files in found.items() for name, x in {"png": png(), **files}.items()})
+    assert run("--tars", tmp_path / "tars", "--out", tmp_path / "out") == 0
+    assert list(captions(tmp_path / "out").values()) == ["a", "b", "c", "d"]
+    write_tar(tmp_path / "tars" / "0.tar", {"0.png": png(), "0.json": b'{"caption": "e", "caption": "f"}'})
+    with pytest.raises(ValueError, match=r"0.json' is not JSON \(it states 'caption' twice"):
+        make_shards(PictureTars.open(tmp_path / "tars"), tmp_path / "again", 16)
 
 
 def test_of_several_captions_one_is_drawn_by_seed_and_name(folder, tmp_path, capsys):

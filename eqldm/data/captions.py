@@ -10,10 +10,11 @@ import json
 import os
 import posixpath
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from eqldm.data.contents import READ, parse_json
 from eqldm.data.listing import METADATA, ORPHAN, Listing, ending_of, reading, shown
 from eqldm.data.pictures import PICTURES
 
@@ -80,9 +81,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def captions_in(row: dict, what: str) -> list[str]:
-    """Those of the first of `COLUMNS` that has any. Raises as `captions_of`."""
-    return next(filter(None, (captions_of(row.get(column), what) for column in COLUMNS)), [])
+def captions_in(row: dict, what: str, columns: Iterable[str] = COLUMNS) -> list[str]:
+    """Those of the first of the columns that has any. Raises as `captions_of`."""
+    return next(filter(None, (captions_of(row.get(column), what) for column in columns)), [])
 
 
 def draw_caption(captions: list[str], seed: int, name: str) -> str | None:
@@ -153,6 +154,8 @@ def _by_composed(names: Collection[str]) -> dict[str, str]:
 def _whereabouts(listing: Listing, name: str) -> str:
     if "\\" in name:
         return "not there: folders are parted by / in file_name"
+    if name.startswith(("/", "../")):
+        return "outside the folder: file_name is the way to a picture from the folder of its metadata"
     return f"left out: {ending_of(name) or 'no ending'}" if os.path.exists(listing.folder / name) else "not there"
 
 
@@ -204,8 +207,8 @@ def _json_rows(text: str, what: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(io.StringIO(text), 1):  # by line feeds alone: JSON may hold other line ends
         try:
             if line.strip():
-                yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
+                yield number, parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{what} line {number} is not JSON ({error}): one JSON object per line is wanted") from error
 
 
@@ -220,6 +223,12 @@ def _csv_rows(text: str, what: str) -> Iterator[tuple[int, dict]]:
             if any(cell.strip() for cell in row):
                 if len(row) != len(header):
                     raise ValueError(f"{what} line {first} has {len(row)} columns, its header {len(header)}: {QUOTING}")
+                for column, cell in zip(header, row):
+                    if column in READ and cell[:1].isspace() and cell.lstrip().startswith('"'):
+                        raise ValueError(
+                            f"{what} line {first}: a space stands before the quote of {cell.strip()[:40]}, which so belongs to the text: "
+                            "put quotes right after the comma"
+                        )
                 yield first, dict(zip(header, row))
             first = reader.line_num + 1
     except csv.Error as error:

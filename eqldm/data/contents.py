@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from eqldm.data.pictures import PICTURES
 
 MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not a picture, is at fault
+READ = ("file_name", "text", "caption", "label")  # all that is read of JSON
 _FIRST = ("png", "jpg", "jpeg", "webp")  # where samples hold pictures in several formats
 PICTURE_EXTENSIONS = (*_FIRST, *(ending[1:] for ending in PICTURES if ending[1:] not in _FIRST))
+
+
+def parse_json(content: str | bytes) -> Any:
+    """What JSON holds. Raises ValueError where it is none, or states one of `READ` twice and differently: the last would prevail."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in READ and name in found and found[name] != value:
+                raise ValueError(f"it states '{name}' twice: {_short(found[name])}, and {_short(value)}")
+            found[name] = value
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=object_of)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 class UnfitSample(ValueError):
@@ -32,8 +51,8 @@ def label_of(content: bytes) -> int:
     """The label in a sample's `.json`, -1 where it states none. Raises ValueError where it is something else than an integer of 64 bits,
     or there is no JSON object."""
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise ValueError(f"its .json is no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f'its .json is {_short(found)}, wanted an object, such as {{"label": 3}}')
@@ -44,11 +63,14 @@ def label_of(content: bytes) -> int:
 
 
 def caption_of(content: bytes) -> str:
-    """The caption in a sample's `.txt`. Raises ValueError where it is not UTF-8."""
+    """The caption in a sample's `.txt`. Raises ValueError where it is not UTF-8, or holds NUL characters."""
     try:
-        return content.decode("utf-8-sig")
+        caption = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"its caption (.txt) is not UTF-8 ({error})") from error
+    if "\0" in caption:  # every second one of a Latin text, which no tokenizer minds
+        raise ValueError(f"its caption (.txt) holds NUL characters ({_short(caption)}): it is damaged, or UTF-16 that does not say so")
+    return caption
 
 
 def _short(value: object) -> str:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from eqldm.data.captions import captions_in, captions_of, decode_text, draw_caption, read_captions
+from eqldm.data.contents import parse_json
 from eqldm.data.listing import (
     DANGLING,
     MADE,
@@ -227,26 +228,26 @@ def _picture_of(content: Callable[[], bytes]) -> Image.Image:
 
 
 def _captions_of(contents: dict[str, Callable[[], bytes]], what: str) -> list[str]:
-    """The captions of a tar's sample: its .txt, or of its .json."""
-    ending = next((ending for ending in ("txt", "json") if ending in contents), None)
-    if ending is None:
-        return []
-    content, what = contents[ending](), f"'{what}.{ending}'"
+    """The captions of a tar's sample: its .txt; where that is blank or not there, of its .json."""
+    found: list[str] = []
+    for ending in ("txt", "json"):
+        if ending in contents and not found:
+            content, file = contents[ending](), f"'{what}.{ending}'"
+            try:
+                text = decode_text(content, file)
+                found = captions_of(text, file) if ending == "txt" else _captions_of_json(text, file)
+            except ValueError as error:
+                raise UnfitCaption(f"caption: {error}") from error
+    return found
+
+
+def _captions_of_json(text: str, what: str) -> list[str]:
     try:
-        text = decode_text(content, what)
-        if ending == "txt":
-            return captions_of(text, what)
-        found = _json(text, what)
-        return captions_in(found, what) if isinstance(found, dict) else []
+        found = parse_json(text)
     except ValueError as error:
-        raise UnfitCaption(f"caption: {error}") from error
-
-
-def _json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON ({error})") from error
+    # Not text first: beside the caption, that may be what stands in the picture
+    return captions_in(found, what, ("caption", "text")) if isinstance(found, dict) else []
 
 
 @dataclass
