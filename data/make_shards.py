@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,7 +43,7 @@ def _crop_rng(seed: int, name: str) -> np.random.Generator:  # of the name, not 
     return np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}/{name}".encode()).digest(), np.uint32))
 
 
-def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, dict]:
+def make_square(picture: Image.Image, name: str, options: dict) -> tuple[bytes, dict[str, Any]]:
     """The picture resized and cropped to a square, encoded; and what was done. Raises: UnfitPicture where its size is unfit."""
     size, (width, height) = options["size"], picture.size
     if options["max_aspect"] and max(width, height) > options["max_aspect"] * min(width, height):
@@ -93,6 +94,8 @@ def write_picture_shard(job: tuple, source: Source, options: dict, allow_left_ou
                     raise ValueError(f"{error}: {way_out}") from error
                 skipped.append({"file": sample.name, "reason": str(error)})
                 continue
+            if (label := sample.label()) != -1:
+                about["label"] = label
             caption = draw_caption(captions, options["seed"], sample.name) or ""
             counts.update(without_caption=not captions, drawn_captions=len(captions) > 1)
             notes.extend([{"file": sample.name, "note": picture.info["note"]}] if "note" in picture.info else [])

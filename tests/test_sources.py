@@ -23,6 +23,7 @@ from eqldm.data.captions import captions_of, decode_text, draw_caption, is_odd
 from eqldm.data.listing import count_left_out, list_folder, num_lost
 from eqldm.data.making import UNFINISHED
 from eqldm.data.pictures import PICTURES
+from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset
 
@@ -397,6 +398,20 @@ def test_of_a_tars_sample_the_first_caption_that_is_none_but_blank(tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", {"0.png": png(), "0.json": b'{"caption": "e", "caption": "f"}'})
     with pytest.raises(ValueError, match=r"0.json' is not JSON \(it states 'caption' twice"):
         make_shards(PictureTars.open(tmp_path / "tars"), tmp_path / "again", 16)
+
+
+def test_labels_of_tars_are_kept_and_counted_where_they_are_none(tmp_path, capsys):
+    """--index sends those with a faulty sample here; before, all labels were lost on the way, without a word."""
+    (tmp_path / "tars").mkdir()
+    labels = ["3", "0", "true", '"7"', "-1", "2.0"]
+    files = {f"{k}.{name}": x for k in range(7) for name, x in (("png", png(k)), ("txt", b"x"))}
+    files |= {f"{k}.json": f'{{"label": {label}}}'.encode() for k, label in enumerate(labels)}
+    files |= {"7.json": b"[]", "7.png": png(), "7.txt": b"x"}
+    write_tar(tmp_path / "tars" / "0.tar", dict(sorted(files.items())))
+    assert run("--tars", tmp_path / "tars", "--out", tmp_path / "out") == 0
+    assert "left out: 4 .json (their labels, which are no integers)" in capsys.readouterr().err
+    samples = PictureSamples(tmp_path / "out")
+    assert [samples[k]["label"] for k in range(len(samples))] == [3, 0, -1, -1, -1, -1, -1, -1]
 
 
 def test_of_several_captions_one_is_drawn_by_seed_and_name(folder, tmp_path, capsys):

@@ -38,6 +38,7 @@ ORPHAN = "no picture of that name"
 OTHER = "no pictures"
 PACKED = "packed"
 MADE = "made before, in --out"
+NO_LABEL = "their labels, which are no integers"
 DOTTED = "more than one dot in the name: in a tar, what follows the first one is the ending"
 BESIDE = "beside the picture of their sample"
 NO_LOSS = (HIDDEN_LOCKED, APPLE, REPEATED, ORPHAN, OTHER, BESIDE, "metadata")

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from eqldm.data.captions import captions_in, captions_of, decode_text, draw_caption, read_captions
-from eqldm.data.contents import parse_json
+from eqldm.data.contents import label_of, parse_json
 from eqldm.data.listing import (
     DANGLING,
     MADE,
+    NO_LABEL,
     PACKED,
     TARS,
     Listing,
@@ -50,6 +51,7 @@ class Sample(NamedTuple):
     picture: Callable[[], Image.Image]  # raises UnfitPicture
     captions: Callable[[], list[str]]  # raises UnfitCaption
     unfit: str | None = None  # why there is no picture
+    label: Callable[[], int] = lambda: -1  # -1: none
 
 
 class Source(ABC):
@@ -207,7 +209,8 @@ class PictureTars(Source):
                 contents = {ending: partial(_content, file, place, f"{path}/{key}.{ending}") for ending, place in sample.items()}
                 captions = partial(_captions_of, contents, shown(path.parent / name))
                 unfit = None if picture else f"no picture: its files end in {', '.join(sorted(sample))}"
-                yield Sample(key, name, partial(_picture_of, contents.get(picture)), captions, unfit)
+                label = partial(_label_in, contents, left_out)
+                yield Sample(key, name, partial(_picture_of, contents.get(picture)), captions, unfit, label)
 
     def __str__(self) -> str:
         return f"the tars of '{shown(self.listing.folder)}'"
@@ -225,6 +228,15 @@ def _content(file: BinaryIO, place: tuple[int, int], what: str) -> bytes:
 
 def _picture_of(content: Callable[[], bytes]) -> Image.Image:
     return read_picture(content())
+
+
+def _label_in(contents: dict[str, Callable[[], bytes]], left_out: Counter) -> int:
+    """The label in the .json of a tar's sample, -1 where it states none; counts those that are no integers."""
+    try:
+        return label_of(contents["json"]()) if "json" in contents else -1
+    except ValueError:
+        left_out[NO_LABEL, ".json"] += 1
+        return -1
 
 
 def _captions_of(contents: dict[str, Callable[[], bytes]], what: str) -> list[str]:
