@@ -189,3 +189,12 @@ def test_a_folder_may_be_called_like_markup_of_a_terminal(tmp_path, monkeypatch)
     folder = write(tmp_path / "[" / "red]", [sample(0)])
     monkeypatch.setattr(checking, "console", Console(file=io.StringIO(), force_terminal=True))
     assert index_folder(folder)["count"] == 1
+
+
+def test_what_a_training_does_not_read_is_said(tmp_path, capsys):
+    samples = [{**without(sample(number), "txt"), "json": {"caption": "a cat"}, "cls": b"3", "seg.png": b"x"} for number in range(2)]
+    index_folder(write(tmp_path, samples))
+    said = capsys.readouterr().err
+    assert "not read: 2 .cls, 2 .seg.png" in said and "a caption in a .json is not read: data/make_shards.py --tars" in said
+    index_folder(write(tmp_path / "whole", [sample(0)]))
+    assert "not read" not in capsys.readouterr().err

@@ -224,6 +224,11 @@ def _say_found(
     others = [ending for ending in PICTURE_EXTENSIONS if counts[ending] and ending != extension]
     if extension and others:
         _say(f"  not read: the pictures .{', .'.join(others)} that lie beside .{extension}")
+    if extension and counts["json"] and counts["txt"] < total:
+        _say("  a caption in a .json is not read: data/make_shards.py --tars makes shards with it")
+    read = {"__key__", "txt", *((extension, "json") if extension else ("moments.npy", "prompt_embeds.npy")), *others}
+    if unread := sorted(counts.keys() - read):
+        _say(f"  not read: {', '.join(f'{counts[ending]} .{ending}' for ending in unread)}")
     if said["empty captions"]:
         _say(f"  empty captions: {said['empty captions']}")
     if said["notes"]:
