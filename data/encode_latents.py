@@ -53,7 +53,7 @@ class Encoder:
     def read(self, shards: list[int]) -> None:
         """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
         self.pictures.turns = shards
-        batches = [batch for n in shards for batch in self._batches(n)]
+        batches = (list(batch) for n in shards for batch in self._batches(n))
         self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=_collate))
 
     @torch.no_grad()
@@ -63,9 +63,10 @@ class Encoder:
             batch = next(self.loader)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 moments = self.vae.encode(batch["x"].to(self.device)).latent_dist.parameters
-            embeds = encode_prompts(*self.text, batch["caption"]).cpu() if self.text else None
             self._check(n, batch["key"], self.vae, moments, "the VAE", "latents")
-            if embeds is not None:
+            embeds = None
+            if self.text is not None:
+                embeds = encode_prompts(*self.text, batch["caption"]).cpu()
                 self._check(n, batch["key"], self.text[1], embeds, "the text encoder", "prompt embeddings")
             unreadable = []
             for i, position in enumerate(batch["position"].tolist()):

@@ -76,7 +76,11 @@ def write_picture_shard(job: tuple, source: Source, options: dict, allow_left_ou
     Raises: ValueError where a caption cannot be read, unless `allow_left_out`; as the source.
     """
     path, part = job
-    skipped, notes, odd, left_out, counts = [], [], [], Counter(), Counter(without_caption=0, drawn_captions=0)
+    skipped: list[dict] = []
+    notes: list[dict] = []
+    odd: list[str] = []
+    left_out: Counter = Counter()
+    counts = Counter(without_caption=0, drawn_captions=0)
 
     def samples() -> Iterator[dict]:
         for sample in source.samples(part, left_out):

@@ -164,8 +164,8 @@ def _side_cars(listing: Listing) -> Iterator[tuple[str, list[str], str]]:
     texts = {name[:-4]: name for name in listing.texts if name.lower().endswith(".txt")}  # .TXT too; before .txt, which so prevails
     composed, used = _by_composed(texts), set()
     for name in listing.sizes:
-        stem = str(PurePosixPath(name).with_suffix(""))
-        stem = stem if stem in texts else composed.get(_composed(stem))
+        own = str(PurePosixPath(name).with_suffix(""))
+        stem = own if own in texts else composed.get(_composed(own))
         if stem is None:
             continue
         used.add(stem)

@@ -59,10 +59,10 @@ def index_folder(folder: str | Path, overwrite: bool = False, *, quick: bool = F
     reports = _each(look, jobs, workers, f"{folder}, {'first samples' if quick else 'samples'}")
     size = check_reports(folder, reports, counts["__key__"])
     unreadable = [{"file": f"{name}/{key}", "reason": why} for name in reports for _, key, why in reports[name]["unreadable"]]
-    about = {"kind": kind, "generator": {"name": "index"}, "unreadable": unreadable}
+    stated: dict[str, Any] = {"kind": kind, "generator": {"name": "index"}, "unreadable": unreadable}
     if kind == "pictures":
-        about["image_size"] = size[0] if len(set(size)) == 1 else None
-    manifest = write_manifest(folder, [reports[name]["entry"] for name in found], list(found.values()), **about)
+        stated["image_size"] = size[0] if len(set(size)) == 1 else None
+    manifest = write_manifest(folder, [reports[name]["entry"] for name in found], list(found.values()), **stated)
     _say_found(folder, manifest, counts, reports, extension, size, quick)
     return manifest
 
@@ -104,7 +104,7 @@ def check_tar(job: tuple[Path, list[dict]], extension: str | None, quick: bool) 
     """
     path, samples = job
     entry = {"name": path.name, "count": len(samples), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    report = {"entry": entry, "problems": [], "unreadable": [], "sizes": {}, "counts": Counter()}
+    report: dict[str, Any] = {"entry": entry, "problems": [], "unreadable": [], "sizes": {}, "counts": Counter()}
     with open(path, "rb") as file:
         for number, sample in enumerate(samples):
             key = sample["__key__"]
@@ -213,7 +213,7 @@ def _say_ignored(folder: Path, heads: dict[str, tuple[list[dict], dict[str, list
 def _say_found(
     folder: Path, manifest: dict, counts: Counter, reports: dict[str, dict], extension: str | None, size: tuple, quick: bool
 ) -> None:
-    said = Counter()
+    said: Counter = Counter()
     for report in reports.values():
         said.update(report["counts"])
     total, what = manifest["count"], f"kind {manifest['kind']}"

@@ -120,7 +120,9 @@ def holds_none(listing: Listing, what: str) -> str:
 def _walk(root: bytes, listing: Listing) -> None:
     """The folders first, then what they link to, so that a folder keeps its own name where links lead to it as well; then hidden ones."""
     here = os.path.realpath(root)
-    folders, links, hidden, seen = [(b"", here)], [], [], {here}
+    folders, seen = [(b"", here)], {here}
+    links: list[tuple[bytes, bytes]] = []
+    hidden: list[tuple[bytes, bytes]] = []
     while folders or links or hidden:
         if not folders:
             queue = links or hidden

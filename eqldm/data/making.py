@@ -6,11 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,7 +33,7 @@ def _ignore_interrupts() -> None:  # Ctrl-C reaches the whole process group: the
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def run_jobs(jobs: dict, write: Callable, workers: int) -> Iterator[tuple[str, dict]]:
+def run_jobs(jobs: dict, write: Callable, workers: int) -> Generator[tuple[str, Any], None, None]:
     """`(name, entry)` of each job as it finishes: in this process, or in spawned ones that each write whole shards."""
     if min(workers, len(jobs)) <= 1:
         yield from ((name, write(job)) for name, job in jobs.items())

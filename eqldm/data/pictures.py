@@ -125,8 +125,8 @@ def _without_metadata(content: bytes) -> Iterator[bytes]:
         for keep in ((b"tRNS", b"eXIf"), (b"tRNS",)):
             yield content[:8] + b"".join(chunk for kind, chunk in _png_chunks(content) if kind[:1].isupper() or kind in keep)
     elif content.startswith(b"\xff\xd8"):
-        for keep in (b"Exif\0\0", None):
-            yield b"".join(part for kind, part in _jpeg_segments(content) if not _describes(kind) or keep and part[4:].startswith(keep))
+        for kept in (b"Exif\0\0", None):
+            yield b"".join(part for kind, part in _jpeg_segments(content) if not _describes(kind) or kept and part[4:].startswith(kept))
     elif content[:4] in (b"II*\0", b"MM\0*"):
         for turn in ((ORIENTATION,), ()):
             yield _bare_tiff(content, turn)

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import webdataset as wds
 
@@ -44,7 +44,7 @@ MEANINGS = {22: " (refused by the server: is the address right?)", 127: " (not i
 T = TypeVar("T")
 
 
-def is_remote(folder: str | os.PathLike) -> bool:
+def is_remote(folder: object) -> TypeGuard[str]:
     """Whether a shard folder is an address, and not a folder of this machine."""
     return isinstance(folder, str) and bool(ADDRESS.match(folder))
 

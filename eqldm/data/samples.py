@@ -120,11 +120,12 @@ class PictureSamples(ShardSamples):
 
     def __init__(self, folder: str | Path, seed: int | None = None, window: int = 16, need_captions: bool = False):
         super().__init__(folder, seed, window)
-        self.extension = picture_extension({ending: int(self.shards.has(ending).sum()) for ending in self.shards.places})
-        if self.extension is None:
+        extension = picture_extension({ending: int(self.shards.has(ending).sum()) for ending in self.shards.places})
+        if extension is None:
             held = ", ".join(self.shards.places)
             raise ValueError(f"data set '{folder}' holds no pictures (png, jpg, webp), only: {held}. Is it a latent folder?")
-        have = self.shards.has(self.extension)
+        self.extension = extension
+        have = self.shards.has(extension)
         if not have.all():
             raise ValueError(
                 f"data set '{folder}': {(~have).sum()} of {len(have)} samples have no .{self.extension} picture, the first is "
@@ -132,7 +133,8 @@ class PictureSamples(ShardSamples):
             )
         if need_captions:
             _check_captions(self.shards)
-        self.image_size = tuple(decode_picture(self.shards.read(self._first_readable(), self.extension)).shape[-2:])
+        height, width = decode_picture(self.shards.read(self._first_readable(), self.extension)).shape[-2:]
+        self.image_size = (height, width)
 
     def _first_readable(self) -> int:
         for number in range(min(len(self.shards), MAX_SKIPS)):
@@ -249,7 +251,7 @@ def _array_of(content: bytes, name: str) -> Tensor:
 
 def collate(samples: list[dict]) -> dict:
     """Tensors stacked, numbers as int64 tensors, text as lists, skipped keys joined."""
-    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], Tensor):
             batch[name] = torch.stack(values)

@@ -330,7 +330,7 @@ class ShardSet:
             raise UnfitSample(f"sample '{self.keys[number]}' of '{self.folder}' has no file .{extension}")
         offset, size = self.places[extension][number]
         entry = self.manifest["shards"][self.shard_of(number)]
-        with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(self.folder / entry["name"], "rb") as file:
+        with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(Path(self.folder) / entry["name"], "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:

@@ -38,6 +38,8 @@ from eqldm.data.listing import (
 from eqldm.data.pictures import PICTURES, UnfitPicture, read_picture
 from eqldm.data.tars import read_tar
 
+Contents = dict[str, Callable[[], bytes]]  # of a sample's files, by their endings
+
 
 class UnfitCaption(UnfitPicture):
     """A caption that is no text, or not as it was meant; its message names the sample."""
@@ -63,7 +65,10 @@ class Source(ABC):
 
     version: int
     absent: list[dict] = []
-    left_out: Counter = Counter()
+
+    @property
+    def left_out(self) -> Counter:
+        return Counter()
 
     @abstractmethod
     def describe(self) -> dict:
@@ -141,7 +146,7 @@ class PictureFolder(Source):
     def samples(self, part: tuple[int, list[str]], left_out: Counter) -> Iterator[Sample]:
         first, names = part
         for number, name in enumerate(names, first):
-            yield Sample(f"{number:09d}", name, partial(self._picture, name), partial(self.captions.get, name, []))
+            yield Sample(f"{number:09d}", name, partial(self._picture, name), partial(list, self.captions.get(name, [])))
 
     def _picture(self, name: str) -> Image.Image:
         return read_picture(self.read(name))
@@ -206,11 +211,11 @@ class PictureTars(Source):
                 key = sample.pop("__key__")
                 name = f"{part}/{key}"
                 picture = next((ending for ending in sample if f".{ending}" in PICTURES), None)
-                contents = {ending: partial(_content, file, place, f"{path}/{key}.{ending}") for ending, place in sample.items()}
+                contents: Contents = {ending: partial(_content, file, place, f"{path}/{key}.{ending}") for ending, place in sample.items()}
                 captions = partial(_captions_of, contents, shown(path.parent / name))
                 unfit = None if picture else f"no picture: its files end in {', '.join(sorted(sample))}"
                 label = partial(_label_in, contents, left_out)
-                yield Sample(key, name, partial(_picture_of, contents.get(picture)), captions, unfit, label)
+                yield Sample(key, name, partial(_picture_of, contents.get(picture or "", bytes)), captions, unfit, label)
 
     def __str__(self) -> str:
         return f"the tars of '{shown(self.listing.folder)}'"
@@ -230,7 +235,7 @@ def _picture_of(content: Callable[[], bytes]) -> Image.Image:
     return read_picture(content())
 
 
-def _label_in(contents: dict[str, Callable[[], bytes]], left_out: Counter) -> int:
+def _label_in(contents: Contents, left_out: Counter) -> int:
     """The label in the .json of a tar's sample, -1 where it states none; counts those that are no integers."""
     try:
         return label_of(contents["json"]()) if "json" in contents else -1
@@ -239,7 +244,7 @@ def _label_in(contents: dict[str, Callable[[], bytes]], left_out: Counter) -> in
         return -1
 
 
-def _captions_of(contents: dict[str, Callable[[], bytes]], what: str) -> list[str]:
+def _captions_of(contents: Contents, what: str) -> list[str]:
     """The captions of a tar's sample: its .txt; where that is blank or not there, of its .json."""
     found: list[str] = []
     for ending in ("txt", "json"):
