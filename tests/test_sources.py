@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from eqldm.data.pictures import PICTURES
 from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset
+from eqldm.evaluation.pictures import FolderSamples
 
 make_shards_script = importlib.import_module("make_shards")
 make_shards, main = make_shards_script.make_shards, make_shards_script.main
@@ -577,6 +579,25 @@ def test_shards_of_a_folder_that_were_made_before_are_still_accepted(folder):
     source = PictureFolder.open(folder)
     assert source.describe() == {"num_pictures": 6, "source_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
     assert (source.version, SavedDataset.version, PictureTars.version) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("file_name,text\n0.png,zero\n", "5 of 6 pictures have no caption$"),
+        ("file_name,text\nsub\\0.png,zero\n", r"6 of 6 pictures have no caption; captions of no picture: 1, such as sub.0.png \(named in"),
+        (None, None),
+    ],
+)
+def test_an_evaluation_says_which_captions_a_folder_lacks(folder, recwarn, metadata, message):
+    """Captions are the prompts of what is sampled: before, those whose names do not fit were empty, without a word."""
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    if metadata:
+        (folder / "metadata.csv").write_text(metadata)
+    assert len(FolderSamples(folder, 16, 4)) == 4
+    said = [str(warning.message) for warning in recwarn]
+    assert (re.search(message, said[0]) and len(said) == 1) if message else not said
 
 
 # What lies where the shards are to go

@@ -28,6 +28,11 @@ class FolderSamples(Dataset):
         self.source = PictureFolder.open(folder, allow_missing_captions=True)
         if num_lost(self.source.left_out):
             warnings.warn(f"{self.source}: left out {describe_left_out(self.source.left_out)}", stacklevel=2)
+        without = len(self.source.names) - len(self.source.captions)
+        if self.source.absent or (without and self.source.captions):  # a folder without any captions is meant to be one
+            absent = [f"{item['file']} ({item['reason']})" for item in self.source.absent[:3]]
+            unknown = f"; captions of no picture: {len(self.source.absent)}, such as {', '.join(absent)}" if absent else ""
+            warnings.warn(f"{self.source}: {without} of {len(self.source.names)} pictures have no caption{unknown}", stacklevel=2)
         names = sorted(self.source.names, key=lambda name: hashlib.sha256(name.encode()).digest())
         self.names, self.image_size = names[:limit], (image_size, image_size)
         digest = hashlib.sha256(f"{image_size}".encode())
