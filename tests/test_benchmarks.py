@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -99,6 +100,7 @@ def test_one_samples_with_maps_that_are_no_views(tmp_path, monkeypatch):
 # view_pictures.py
 
 
+@pytest.mark.slow
 def test_a_picture_for_each_view(tmp_path, monkeypatch):
     import view_pictures
 

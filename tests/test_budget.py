@@ -66,6 +66,7 @@ def test_counts_are_those_of_the_networks(tiny, tiny_model_folder):
     assert need.disk["latents of 1 M pictures"] == 1e6 * 8 * 8 * 8 * 2
 
 
+@pytest.mark.slow
 def test_low_rank_updates_and_checkpointed_gradients(tiny, tiny_model_folder):
     plain, lora, checkpointed = budget(tiny()), budget(tiny("adapt=lora", "lora.rank=2")), budget(tiny("gradient_checkpointing=true"))
     config = tiny("adapt=lora", "lora.rank=2")
@@ -96,6 +97,7 @@ def tensor_bytes(tree) -> int:
     return sum(map(tensor_bytes, tree.values() if isinstance(tree, dict) else tree)) if isinstance(tree, (dict, list, tuple)) else 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_told(tiny, tmp_path, tiny_pictures):
     for name, options in {"full": [], "lora": ["adapt=lora", "lora.rank=2"], "plain": ["optimizer.ema_decay=0"]}.items():
         where = [f"data.train={tiny_pictures}", f"data.val={tiny_pictures}"]
@@ -138,7 +140,7 @@ def test_the_judge_is_refused_in_one_line(monkeypatch):
         main()
 
 
-@pytest.mark.parametrize("path", SD15, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem != "vae_d4")) for path in SD15])
 def test_configs_of_real_scale(path):
     """Full-size networks, in seconds; the header's hours and pictures are the report's."""
     config = load_config(path)

@@ -67,6 +67,7 @@ def encode(monkeypatch, glyphs: Path, vae: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_demo_scratch_from_glyphs_to_a_report_and_the_demo_from_its_model(runs, glyphs, judge, monkeypatch):
     scratch, demo = runs / "scratch", runs / "demo"
     plain = train_autoencoder(demo_config("scratch_vae_plain", scratch / "vae-plain", glyphs))

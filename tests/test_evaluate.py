@@ -187,6 +187,7 @@ def test_other_options_are_measured_anew(run, tiny_model_folder):
     assert metrics_of(run(tiny_model_folder, more=more), "tiny") == before
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(run, tiny_model_folder, tmp_path, monkeypatch, capsys):
     """Bit for bit. The second finds the first's share there; a third call, as of the first, finds all. (They share the disk alone, so one
     after the other is as good as at once; test_work.py has the races.)"""

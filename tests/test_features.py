@@ -39,6 +39,7 @@ def pictures(seed: int, count: int = 8) -> torch.Tensor:
     return torch.from_numpy(patches).repeat_interleave(8, -1).repeat_interleave(8, -2)
 
 
+@pytest.mark.slow
 def test_distances_are_those_of_torch_fidelity(inception, tmp_path):
     folders = []
     for seed in (0, 1):

@@ -205,6 +205,7 @@ def until(process: subprocess.Popen, start: str) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(configured, tmp_path):
     """SIGKILL after the first checkpoint, then the same command: equal to a run in this process that nothing stopped."""
     options = ["run.num_steps=40", "run.checkpoint_every=2", "run.log_every=100"]
@@ -227,7 +228,13 @@ def test_a_killed_process_goes_on(configured, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["SIGTERM", "SIGUSR1 to one of two"])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        pytest.param(signal.SIGTERM, 1, id="SIGTERM"),
+        pytest.param(signal.SIGUSR1, 2, id="SIGUSR1 to one of two", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_stop_saves_its_step(configured, tmp_path, number, processes):
     """Far from any checkpoint that is due; the same command goes on, and ends where a run ends that nothing stopped."""
     options = ["run.checkpoint_every=1000", "run.val_every=1000", "optimizer.schedule=constant", f"data.micro_batch_size={4 // processes}"]

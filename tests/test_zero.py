@@ -96,6 +96,7 @@ def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
     assert done.returncode == 75 and f"at step {step}, with a checkpoint" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_process_alone_computes_the_same_under_zero(options, tmp_path):
     run, chosen = tmp_path / "zero", ["run.strategy=zero3", "data.micro_batch_size=2", "run.channels_last=true"]
     done = train(options, run, *chosen, processes=1)
