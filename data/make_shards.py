@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -181,8 +182,8 @@ def make_shards(
         raise ValueError("png has no quality: leave --quality out, or use --format jpg or webp")
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality must be 1 to 100, got {quality}")
-    if max_aspect is not None and not max_aspect >= 1:
-        raise ValueError(f"max-aspect is the longer side over the shorter one, at least 1, got {max_aspect}")
+    if max_aspect is not None and not 1 <= max_aspect < math.inf:
+        raise ValueError(f"max-aspect is the longer side over the shorter one, at least 1 and finite, got {max_aspect}")
     if not isinstance(source, Source):
         source = PictureFolder.open(source, allow_missing_captions)
     if isinstance(source, PictureTars):
@@ -216,6 +217,18 @@ def make_shards(
     return manifest
 
 
+MADE = {
+    "out", "size", "crop", "format", "quality", "max_aspect", "seed", "workers", "upscale", "allow_missing_captions", "allow_left_out",
+    "overwrite",
+}  # fmt: skip
+READ = {  # what each way of making a set reads of the options
+    "index": {"index", "quick", "workers", "overwrite"},
+    "pictures": {"pictures", "shard_size", *MADE},
+    "tars": {"tars", *MADE},
+    "dataset": {"dataset", "image_column", "text_column", "shard_size", *MADE},
+}
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=path_option, metavar="FOLDER", help="check the tars there, and write their manifest.json")
@@ -244,8 +257,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     sources = [name for name in ("pictures", "tars", "dataset") if getattr(arguments, name)]
     if arguments.index is None and (len(sources) != 1 or not arguments.out):
         parser.error("one of --pictures, --tars and --dataset, and --out, are needed (or --index)")
-    if arguments.quick and arguments.index is None:
-        parser.error("--quick is an option of --index")
+    of = "index" if arguments.index else sources[0]
+    if unread := [name for name in vars(arguments) if name not in READ[of] and getattr(arguments, name) != parser.get_default(name)]:
+        parser.error(f"--{unread[0].replace('_', '-')} is no option of --{of}: leave it out")
+    if arguments.workers < 1:
+        parser.error(f"--workers: got {arguments.workers}, wanted at least 1")
     return arguments
 
 

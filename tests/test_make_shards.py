@@ -304,3 +304,17 @@ def test_errors_are_one_line_with_exit_code_2(folder, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
         assert not (tmp_path / "out").exists()
     assert main(["--pictures", str(folder), *common]) == 0 and read_manifest(tmp_path / "out")["count"] == 7
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--index", "x", "--size", "64"], "--size is no option of --index"),
+    (["--index", "x", "--pictures", "y"], "--pictures is no option of --index"),
+    (["--index", "x", "--workers", "0"], "--workers: got 0, wanted at least 1"),
+    (["--pictures", "x", "--out", "y", "--quick"], "--quick is no option of --pictures"),
+    (["--pictures", "x", "--out", "y", "--text-column", "z"], "--text-column is no option of --pictures"),
+    (["--tars", "x", "--out", "y", "--shard-size", "7"], "--shard-size is no option of --tars"),
+])  # fmt: skip
+def test_an_option_that_nothing_would_read_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err

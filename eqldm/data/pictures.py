@@ -21,10 +21,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # raster formats that Pillow decodes by itself
 CODECS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 MAX_PIXELS = 178_956_970  # of a picture: where Pillow, too, takes it for a decompression bomb (at 3 bytes, 512 MiB)
-# What Pillow raises of broken bytes: its decoders let the errors of the modules they use through
+# What Pillow raises of broken bytes: its decoders let the errors of the modules they use through. Some broken TIFFs state strips of
+# many gigabytes: a MemoryError within `MAX_PIXELS` is the picture's, and is named with it
 CORRUPT = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, EOFError, RuntimeError,
-    struct.error, zlib.error,
+    MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
