@@ -64,7 +64,9 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
     check_folder(out, settings, choosing=chooser is not None)
     start = time.perf_counter()
-    pictures, batch_of, scores = {}, {}, {}
+    pictures: dict[int, Tensor] = {}
+    batch_of: dict[int, list[int]] = {}
+    scores: dict[int, float] = {}
     seeds = list(range(args.seed, args.seed + args.num_samples))
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
     with Progress(transient=True) as progress:
@@ -77,7 +79,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
                 scores |= dict(zip(batch, found := chooser(recipe.faces(made)).tolist()))
                 if not all(map(math.isfinite, found)):
                     raise ValueError(f"--keep: of the seeds {batch[0]} to {batch[-1]} some score is {found}: none can be chosen")
-                best = sorted(scores, key=scores.get, reverse=True)[: args.keep]
+                best = sorted(scores, key=scores.__getitem__, reverse=True)[: args.keep]
                 for seed in pictures.keys() - set(best):
                     del pictures[seed]
                     for ending in ("png", "json"):
@@ -88,7 +90,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
                 write_picture(out, pictures[seed], {**settings, "seed": seed, **score, "command": command(settings, batch)})
     seconds = (time.perf_counter() - start) / len(seeds)
     if chooser:
-        seeds = sorted(pictures, key=scores.get, reverse=True)
+        seeds = sorted(pictures, key=scores.__getitem__, reverse=True)
     kept = torch.stack([pictures[seed] for seed in seeds])
     _write(out / "sheet.png", lambda path: recipe_sheet(recipe, kept, seeds).save(path, "png"))
     with Progress(transient=True) as progress:
@@ -162,13 +164,15 @@ class Chooser:
 
     def __init__(self, args: argparse.Namespace):
         self.prompts = [styled(prompt, args.style) for prompt in args.prompts]
-        self.letters = [re.fullmatch(r"(?:(?:the|a) )?letter ([a-z])", prompt, re.IGNORECASE) for prompt in args.prompts]
+        found = [re.fullmatch(r"(?:(?:the|a) )?letter ([a-z])", prompt, re.IGNORECASE) for prompt in args.prompts]
+        self.labels = [LETTERS.index(letter[1].upper()) for letter in found if letter]
+        self.clip: Clip | None = None
         if args.keep > args.num_samples:
             raise ValueError(f"--keep {args.keep}: only {args.num_samples} are sampled (--num-samples)")
         if args.clip:
             self.clip = Clip(args.clip, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        elif all(self.letters):
-            self.clip, self.judge = None, Judge.open()
+        elif len(self.labels) == len(found):
+            self.judge = Judge.open()
         else:
             raise ValueError("--keep: the shipped judge reads letters alone; for other prompts give --clip FOLDER, a CLIP of transformers")
 
@@ -177,8 +181,7 @@ class Chooser:
         if self.clip:
             seen = torch.stack([self.clip.pictures(x) for x in faces], 1)
             return alignment(seen @ self.clip.texts(self.prompts).T)
-        labels = [LETTERS.index(letter[1].upper()) for letter in self.letters]
-        return self.judge.worst_view(faces, labels)
+        return self.judge.worst_view(faces, self.labels)
 
 
 def check_folder(out: Path, settings: dict, choosing: bool = False) -> None:

@@ -127,7 +127,8 @@ def make(
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        for number, each in enumerate(iter(found.get, None)):
+        number = 0
+        while (each := found.get()) is not None:
             if isinstance(each, BaseException):
                 raise each
             done, x = each
@@ -135,6 +136,7 @@ def make(
                 raise Stopped
             if done or number % every == 0:
                 yield made(x if done else recipe.preview(x))
+            number += 1
     finally:  # nobody waits for the rest
         stop.set()
 

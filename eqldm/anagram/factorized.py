@@ -5,7 +5,8 @@ Source: Factorized Diffusion, arXiv 2404.11615: eq. 3 (the sum), section 3.5 (a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from diffusers import AutoencoderKL
@@ -29,19 +30,23 @@ def sum_of_parts(
     """
     held = dict(held or {})
     free = [i for i in range(len(components)) if i not in held]
-    fixed = sum(components[i](reference) for i, reference in held.items())
+    fixed = [components[i](reference) for i, reference in held.items()]
 
     def denoise(z: Tensor, t: Tensor) -> Tensor:
         outputs = guided(z.expand(len(free), *z.shape), t, range(len(free)))
         if not held and vae is None:  # what the network states is linear in the estimate
-            return sum(components[i](output) for i, output in zip(free, outputs))
+            return _sum(components[i](output) for i, output in zip(free, outputs))
         times = t.expand(len(z))
         clean = torch.stack([objective.clean(output, z, times) for output in outputs])
         if vae is None:
-            return objective.output_of(sum(components[i](each) for i, each in zip(free, clean)) + fixed, z, times)
+            return objective.output_of(_sum([*(components[i](each) for i, each in zip(free, clean)), *fixed]), z, times)
         pictures = decode(vae, clean.flatten(0, 1))
         lost = (clean.flatten(0, 1) - encode(vae, pictures)).unflatten(0, clean.shape[:2]).mean(0)
-        shared = sum(components[i](x) for i, x in zip(free, pictures.unflatten(0, clean.shape[:2]))) + fixed
+        shared = _sum([*(components[i](x) for i, x in zip(free, pictures.unflatten(0, clean.shape[:2]))), *fixed])
         return objective.output_of(encode(vae, shared) + lost, z, times)
 
     return denoise
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)

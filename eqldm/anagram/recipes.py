@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -38,7 +39,7 @@ class Anagram:
         if not force and options.blend == "latents":
             sampler.check_negation(self.views)
         sampler.solver(options)
-        self.settings = {"views": [view.name for view in self.views]}
+        self.settings: dict[str, Any] = {"views": [view.name for view in self.views]}
 
     def sample(
         self, seeds: Sequence[int], on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None
@@ -89,7 +90,7 @@ class Composition:
         names = [component.name for component in self.components]
         if bool(reference) != bool(hold):
             raise ValueError("--reference FILE and --hold PART need each other")
-        if hold:
+        if reference and hold:
             if hold not in names:
                 raise ValueError(f"--hold {hold}: wanted one of {', '.join(names)}")
             if not Path(reference).is_file():
@@ -106,8 +107,8 @@ class Composition:
                 warnings.warn(f"--reference '{reference}': {read.info['note']}", stacklevel=2)
             self.held = {names.index(hold): picture_to_tensor(picture)[None]}
         sampler.check_parts([styled(prompt, options.style) for prompt in prompts], self.components, self.held, options)
-        self.settings = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}
-        self.settings |= {"reference_hash": hashlib.sha256(content).hexdigest()[:16]} if hold else {}
+        self.settings: dict[str, Any] = {"views": [], "components": components, "reference": reference and str(reference), "hold": hold}
+        self.settings |= {"reference_hash": hashlib.sha256(content).hexdigest()[:16]} if self.held else {}
 
     def sample(
         self, seeds: Sequence[int], on_step: Callable[[], None] | None = None, watch: Callable[[Tensor], None] | None = None
@@ -145,7 +146,7 @@ Recipe = Anagram | Composition
 def released(recipe: Recipe) -> Recipe:
     """The same without its model, which it would keep in memory: it shows and writes pictures, and samples no more."""
     found = copy.copy(recipe)
-    found.sampler = None
+    vars(found)["sampler"] = None  # which it never asks for again
     return found
 
 

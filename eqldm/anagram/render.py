@@ -15,7 +15,9 @@ WIDEST = 260  # pixels of a label beside a row, and at least of one above a colu
 MOST_LINES = 4  # of a label
 
 
-def picture_sheet(rows: Sequence[Sequence[Tensor]], row_labels: Sequence[str], column_labels: Sequence[str], scale: int = 1) -> Image.Image:
+def picture_sheet(
+    rows: Sequence[Sequence[Tensor] | Tensor], row_labels: Sequence[str], column_labels: Sequence[str], scale: int = 1
+) -> Image.Image:
     """A labelled grid of pictures [3, H, W] in [-1, 1], enlarged `scale` times without smoothing. Long labels are wrapped, then cut with
     an ellipsis."""
     height, width = (side * scale for side in rows[0][0].shape[-2:])

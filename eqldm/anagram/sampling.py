@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline
@@ -343,6 +344,14 @@ def _watched(denoise: Denoiser, watch: Callable[[Tensor], None], objective: Obje
         return output
 
     return watched
+
+
+@overload
+def styled(prompt: str, style: str) -> str: ...
+
+
+@overload
+def styled(prompt: Prompt, style: str) -> Prompt: ...
 
 
 def styled(prompt: Prompt, style: str) -> Prompt:

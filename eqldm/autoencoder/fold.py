@@ -16,7 +16,7 @@ import sys
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
@@ -25,11 +25,11 @@ from eqldm.paths import place_option
 
 
 @torch.no_grad()
-def latent_matrix(vae: AutoencoderKL, samples: PictureSamples, num_images: int, batch_size: int = 64) -> Tensor:
+def latent_matrix(vae: AutoencoderKL, samples: PictureSamples | Subset, num_images: int, batch_size: int = 64) -> Tensor:
     """[N, C] float64: the normalised latent cells of the first `num_images` pictures, one row a cell."""
     device = next(vae.parameters()).device
     rows = []
-    picked = torch.utils.data.Subset(samples, range(min(num_images, len(samples))))
+    picked = Subset(samples, range(min(num_images, len(samples))))
     for batch in DataLoader(picked, batch_size, collate_fn=collate):
         z = encode(vae, batch["x"].to(device))
         check_latents(vae, z, batch["key"], "the data")  # one of them would spoil all statistics

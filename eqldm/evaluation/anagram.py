@@ -113,6 +113,8 @@ def add_readings(
             for face, each in zip(faces, right.T):
                 findings.mean(f"{prefix}{name}read_right_{face}", each)
     if "similarity" in values:
+        if temperature is None:
+            raise ValueError("concealment is taken at CLIP's temperature, which is not given: wanted `temperature`")
         scores = {"alignment": alignment(values["similarity"]), "concealment": concealment(values["similarity"], temperature)}
         for name, score in scores.items():
             findings.mean(f"{prefix}{name}", score)

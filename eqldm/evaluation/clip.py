@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ class Clip:
 
     Source: arXiv 2103.00020, section 2.3.
     """
+
+    network: Any  # of transformers, whose methods `nn.Module` does not have
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         """Raises FileNotFoundError, with the way to get one, where the folder holds no CLIP; ValueError where weights are missing."""
@@ -44,14 +48,14 @@ class Clip:
         return _unit(self.network.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> Tensor:
+    def texts(self, texts: Sequence[str]) -> Tensor:
         """[N, D]; what is longer than CLIP reads is cut, as in its own evaluation, and told once."""
         self._tell_cut(texts)
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
         tokens = tokens.to(self.network.device)
         return _unit(self.network.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]))
 
-    def _tell_cut(self, texts: list[str]) -> None:
+    def _tell_cut(self, texts: Sequence[str]) -> None:
         """Says on stderr, once of each text, which words of it CLIP does not read."""
         for text in dict.fromkeys(texts):
             tokens = self.tokenizer(text, verbose=False).input_ids

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from eqldm.autoencoder.equivariance import psnr
-from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.pictures import Pictures
 from eqldm.evaluation.work import identity
 from eqldm.model_folder import check_latents, decode, denormalise, encode
 from eqldm.views import D4, IDENTITY, Rescale, View
@@ -34,7 +35,7 @@ class Equivariance:
     name = "equivariance"
 
     def __init__(
-        self, vae: AutoencoderKL, samples: PictureSamples, count: int, views: Sequence[View] = SYMMETRIES,
+        self, vae: AutoencoderKL, samples: Pictures, count: int, views: Sequence[View] = SYMMETRIES,
         rescales: Sequence[Rescale] = (), lpips: Callable | None = None,
     ):  # fmt: skip
         self.vae, self.samples, self.count, self.lpips = vae, samples, count, lpips

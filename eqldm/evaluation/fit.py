@@ -9,15 +9,17 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils.data import Subset
 
 from eqldm.anagram.sampling import Sampler
 from eqldm.autoencoder.fold import alignment, fold_map, latent_matrix
 from eqldm.config import DiffusionConfig
-from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.samples import collate
 from eqldm.diffusion.module import LatentDiffusion, draw
 from eqldm.diffusion.objective import Objective
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.equivariance import channel_statistics, channel_sums
+from eqldm.evaluation.pictures import Pictures
 from eqldm.evaluation.work import identity
 
 NUM_BINS = 10  # of timesteps, in the report
@@ -34,7 +36,7 @@ class Fit:
 
     name = "fit"
 
-    def __init__(self, sampler: Sampler, samples: PictureSamples, count: int, own: AutoencoderKL | None = None):
+    def __init__(self, sampler: Sampler, samples: Pictures, count: int, own: AutoencoderKL | None = None):
         self.samples, self.count, self.sampler = samples, count, sampler
         self.key = {**identity(sampler.vae, sampler.networks), "data": samples.digest, "own": own and identity(own)["vae"]}
         self.own = own
@@ -46,8 +48,9 @@ class Fit:
             vaes = {"loss": self.sampler.vae}
             if self.own is not None:
                 num_images = min(NUM_ALIGNED, len(self.samples))
+                pictures = Subset(self.samples, range(num_images))
                 aligned = copy.deepcopy(self.sampler.vae)
-                latents, wanted = (latent_matrix(vae, self.samples, num_images) for vae in (aligned, self.own))
+                latents, wanted = (latent_matrix(vae, pictures, num_images) for vae in (aligned, self.own))
                 matrix, offset = alignment(latents, wanted)
                 fold_map(aligned, matrix, offset)
                 vaes |= {"own_loss": self.own, "aligned_loss": aligned}

@@ -65,15 +65,15 @@ def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
     replace_folder(folder, partial)
 
 
-def make_network(architecture: str, args: dict[str, Any]) -> nn.Module:
+def make_network(architecture: str, args: dict[str, Any]) -> Any:
     """A random timm network with the judge's answers. A judge may come from anybody: its `config.json` may name one of timm's own
     architectures, and give it the plain arguments of `ARGUMENTS`; nothing that makes timm open a file or an address.
 
     Raises ValueError that names what else was given, and what timm does not take.
     """
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        near = ", ".join(get_close_matches(str(architecture), timm.list_models())) or "none"
-        raise ValueError(f"architecture: timm knows no model {architecture!r}; near: {near}")
+        models = ", ".join(get_close_matches(str(architecture), timm.list_models())) or "none"
+        raise ValueError(f"architecture: timm knows no model {architecture!r}; near: {models}")
     if not isinstance(args, dict):
         raise ValueError(f"architecture_args: got {args!r}, wanted arguments by name")
     for name, value in args.items():
@@ -92,6 +92,8 @@ def make_network(architecture: str, args: dict[str, Any]) -> nn.Module:
 
 class Judge:
     """`judge(x)` reads pictures [B, 3, H, W] in [-1, 1]: [B] label numbers, 0 for A, `NO_LETTER` for none. Resizes to its own size."""
+
+    network: Any  # of timm, whose methods `nn.Module` does not have
 
     def __init__(self, network: nn.Module, image_size: int):
         self.network, self.image_size = network.eval(), image_size
@@ -137,7 +139,7 @@ class Judge:
         """[B, 27] of pictures [B, 3, H, W] in [-1, 1]; the last is that of no letter."""
         return torch.cat([self.network(part).float().softmax(1) for part in self._sized(x).split(batch_size)])
 
-    def worst_view(self, faces: Sequence[Tensor], labels: Sequence[Tensor | int]) -> Tensor:
+    def worst_view(self, faces: Sequence[Tensor], labels: Sequence[Tensor | int] | Tensor) -> Tensor:
         """[B] probability of the wanted letter in the view that shows it worst. faces: for each view pictures [B, 3, H, W] as it shows
         them.  labels: for each view that of all, or [B]."""
         found = [self.probabilities(x) for x in faces]

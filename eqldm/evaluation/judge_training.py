@@ -19,6 +19,7 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 from eqldm.config import JudgeConfig
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
+from eqldm.data.samples import PictureSamples
 from eqldm.evaluation.judge import LETTERS, NO_LETTER, make_network, save_judge
 from eqldm.training.callbacks import check_finite
 from eqldm.training.machine import check_machine
@@ -108,8 +109,10 @@ def prepare_judge(config: JudgeConfig) -> tuple[JudgeTraining, ShardData]:
 
 def export_judge(module: JudgeTraining, data: ShardData, folder: Path) -> None:
     """Write the judge's folder."""
-    config, size = module.config, data.train_samples.image_size[0]
-    save_judge(folder, module.network, {"architecture": config.architecture, "args": dict(config.architecture_args), "image_size": size})
+    config, samples = module.config, data.train_samples
+    assert isinstance(samples, PictureSamples)  # `prepare_judge` asks for no latents
+    about = {"architecture": config.architecture, "args": dict(config.architecture_args), "image_size": samples.image_size[0]}
+    save_judge(folder, module.network, about)
 
 
 def train_judge(config: JudgeConfig) -> Path:

@@ -63,7 +63,10 @@ class FolderSamples(Dataset):
         return {"x": x, "caption": self.source.caption(name), "label": -1, "key": name, "position": position, "skipped": skipped}
 
 
-def open_pictures(data: str, image_size: int | None, limit: int) -> PictureSamples | FolderSamples:
+Pictures = PictureSamples | FolderSamples
+
+
+def open_pictures(data: str, image_size: int | None, limit: int) -> Pictures:
     """Those of a shard folder, of its address, or of a folder of pictures, of which `limit` are looked at.
 
     image_size: of the squares that a folder's pictures are cut to. Raises ValueError where it is missing, or does not fit the shards;

@@ -17,10 +17,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eqldm.autoencoder.equivariance import psnr
-from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.evaluation.pictures import Pictures
 from eqldm.model_folder import decode, encode
 from eqldm.views.components import parse_components
 
@@ -58,7 +59,7 @@ class RealData:
     name = "data"
 
     def __init__(
-        self, samples: PictureSamples, count: int, features: Sequence[Features] = (), judge: Judge | None = None,
+        self, samples: Pictures, count: int, features: Sequence[Features] = (), judge: Judge | None = None,
         components: Sequence[str] = (),
     ):  # fmt: skip
         """components: such as `hybrid:0.06`, whose parts the judge reads too."""

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from eqldm.autoencoder.equivariance import psnr
-from eqldm.data.samples import PictureSamples, collate
+from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
+from eqldm.evaluation.pictures import Pictures
 from eqldm.evaluation.quality import RealPictures, features_of, fid
 from eqldm.evaluation.work import identity
 from eqldm.model_folder import check_latents, decode, encode
@@ -23,9 +24,7 @@ class Reconstruction:
 
     name = "reconstruction"
 
-    def __init__(
-        self, vae: AutoencoderKL, samples: PictureSamples, count: int, features: Sequence[Features] = (), lpips: Callable | None = None
-    ):
+    def __init__(self, vae: AutoencoderKL, samples: Pictures, count: int, features: Sequence[Features] = (), lpips: Callable | None = None):
         self.vae, self.samples, self.count, self.features, self.lpips = vae, samples, count, features, lpips
         hashes = {f.name: f.hash for f in features}
         self.key = {**identity(vae), "data": samples.digest, "features": hashes, "lpips": lpips is not None}
@@ -61,7 +60,7 @@ def reconstruction_metrics(values: dict[str, Tensor], real: RealPictures | None 
 
 
 @torch.no_grad()
-def worst_reconstructions(vae: AutoencoderKL, samples: PictureSamples, values: dict[str, Tensor], most: int = 8) -> list[dict]:
+def worst_reconstructions(vae: AutoencoderKL, samples: Pictures, values: dict[str, Tensor], most: int = 8) -> list[dict]:
     """The pictures of the lowest PSNR, worst first: `{key, psnr, x, y}`."""
     found = []
     for i in values["psnr"].argsort()[:most].tolist():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View, parse_view
-from eqldm.views.components import parse_components
+from eqldm.views.components import Component, parse_components
 
 OF_VAES = ("reconstruction", "equivariance")
 QUESTIONS = (*OF_VAES, "fit", "generation", "anagram", "components")
@@ -114,7 +114,8 @@ class Evaluation:
     def prepare(self, entries: list[Entry]) -> None:
         """Looks whether all models, options and pictures fit each other, and finds the views, which are the same for all: those that are as
         fine as latents, as fine as the coarsest. Raises ValueError, FileNotFoundError."""
-        grids, answered = [], set()
+        grids: list[list[int]] = []
+        answered: set[str] = set()
         for entry in entries:
             vae, sampler = self.open(entry)
             answered.update(self._components_of(entry, sampler) if sampler is not None else ())
@@ -199,16 +200,16 @@ class Evaluation:
                 self._note(f"Not computed for {entry.name}: {', '.join(left)} ('{entry.folder}' is a pixel model, it has no VAE).")
         else:
             if "reconstruction" in asked:
-                question = Reconstruction(vae, self.samples, self.count, self.tools.features, self.tools.lpips)
-                yield "reconstruction", question, lambda *found: self._reconstruction(vae, *found)
+                rebuilt = Reconstruction(vae, self.samples, self.count, self.tools.features, self.tools.lpips)
+                yield "reconstruction", rebuilt, lambda *found: self._reconstruction(vae, *found)
             if "equivariance" in asked:
                 views = list(dict.fromkeys([*SYMMETRIES, *(view for view in self.views if view not in D4)]))
                 sides = self._latent_sides(vae)
                 if sides[0] != sides[1]:
                     views = [view for view in views if _fits(view, *sides)]
                     self._note("The pictures are not square: equivariance is that of the views that keep their shape.")
-                question = Equivariance(vae, self.samples, self.count, views, self._rescales(vae), self.tools.lpips)
-                yield "equivariance", question, lambda *found, q=question: self._equivariance(vae, q, views, *found)
+                turned = Equivariance(vae, self.samples, self.count, views, self._rescales(vae), self.tools.lpips)
+                yield "equivariance", turned, lambda *found, q=turned: self._equivariance(vae, q, views, *found)
         if sampler is None:
             if left := [name for name in asked if name not in OF_VAES]:
                 self._note(f"Not computed for {entry.name}: {', '.join(left)} ('{entry.folder}' holds a VAE alone).")
@@ -220,11 +221,11 @@ class Evaluation:
         options |= {"seed": args.seed, "num_shown": args.num_shown or (24 if max(self.samples.image_size) <= 128 else 12)}
         if "generation" in asked:
             wanted = plain_letters(args.num_letters) if self.judge else None
-            prompts = letter_prompts(wanted) if self.judge else [self._captions(args.num_letters, sampler)]
+            prompts = [self._captions(args.num_letters, sampler)] if wanted is None else letter_prompts(wanted)
             question = Sampled("generation", sampler, [IDENTITY], prompts, wanted=wanted, **options)
             yield "generation", question, lambda *found, q=question: self._generation(q, *found)
 
-        def of_tuples(name: str, faces: list) -> Sampled:
+        def of_tuples(name: str, faces: Sequence[View] | Sequence[Component]) -> Sampled:
             prompts, wanted = self._anagram_prompts(len(faces))
             return Sampled(file_name(name), sampler, faces, prompts, wanted=wanted, chooser=self.tools.chooser, **options)
 
@@ -308,7 +309,7 @@ class Evaluation:
         return generation_metrics(values, real, question.wanted, None if self.judge else question.clusters)
 
     def _anagram(self, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
-        views = question.faces
+        views = question.views
         self._sampled(question, values, result, folder / f"anagrams_{file_name(title(views))}.png")
         if question.wanted is not None and self.args.num_pairs == "all":
             heading = f"{result.entry.name}: read right in both views"
@@ -320,7 +321,7 @@ class Evaluation:
     def _parts(self, text: str, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
         self._sampled(question, values, result, folder / f"components_{file_name(text)}.png")
         about = question.clusters, question.wanted, self.tools.temperature, self.args.num_seeds
-        return part_metrics(text, question.faces, values, real, *about)
+        return part_metrics(text, question.parts, values, real, *about)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
         """Keeps the pictures that are shown."""

@@ -34,10 +34,11 @@ class Sampled:
         wanted: Tensor | None = None, judge: Judge | None = None, chooser: Judge | None = None, features: Sequence[Features] = (),
         clip: Clip | None = None, seed: int = 0, num_shown: int = 24, on_step: Callable[[], None] | None = None, **options,
     ):  # fmt: skip
-        self.name, self.sampler, self.faces, self.prompts, self.count = name, sampler, list(faces), prompts, len(prompts[0])
+        self.name, self.sampler, self.faces, self.prompts, self.count = name, sampler, faces, prompts, len(prompts[0])
         self.wanted, self.judge, self.chooser, self.features, self.clip = wanted, judge, chooser, features, clip
         self.seed, self.on_step, self.options = seed, on_step, options
-        self.of_parts = isinstance(self.faces[0], Component)
+        self.views = [face for face in faces if isinstance(face, View)]
+        self.parts = [face for face in faces if isinstance(face, Component)]
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self.shown = order[:num_shown].sort().values
         solver = sampler.solver(Options(**options))
@@ -73,14 +74,12 @@ class Sampled:
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
         """
         prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
-        seeds = [self.seed + number for number in numbers]
-        draw = self.sampler.compose if self.of_parts else self.sampler
-        saved = to_bytes(draw(prompts, self.faces, seeds, on_step=self.on_step, **self.options))
+        saved = to_bytes(self._draw(prompts, [self.seed + number for number in numbers]))
         x = from_bytes(saved)
         seen = [face(x).clamp(-1, 1) for face in self.faces]  # a part may leave the range
         shown = [number - numbers.start for number in self.shown.tolist() if number in numbers]
         values = {"shown": saved[shown]}
-        if not self.of_parts:
+        if not self.parts:
             values["energy"] = torch.stack([high_frequency_energy(x) for x in seen], 1)
             values |= {f"features/{f.name}": torch.stack([f.extract(x) for x in seen], 1) for f in self.features}
         if not isinstance(self.sampler.vae, Pixels):
@@ -89,8 +88,15 @@ class Sampled:
             probabilities = torch.stack([self.judge.probabilities(x) for x in seen], 1)
             values |= {"read": probabilities.argmax(-1), "forced": probabilities[..., : len(LETTERS)].argmax(-1)}
         if self.chooser is not None:
+            assert self.wanted is not None  # it is given where a judge reads
             values["chosen"] = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
         if self.clip is not None:
             texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
             values["similarity"] = torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT
         return values
+
+    def _draw(self, prompts: Sequence[Sequence[str]], seeds: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1]."""
+        if self.parts:
+            return self.sampler.compose(prompts, self.parts, seeds, on_step=self.on_step, **self.options)
+        return self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
