@@ -151,3 +151,32 @@ def test_views_as_fine_as_the_latents():
 def test_what_is_refused_says_why(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_view(text)
+
+
+@pytest.mark.parametrize("side", [None, 8])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        *(
+            (f"{name}:999999999", "999999999 x 999999999 cells: wanted at most 1024")
+            for name in ("patch_permute", "pixel_permute", "inner_circle")
+        ),
+        ("square_hinge:1025", "at most 1024"),
+        ("skew:1.5:999999999", "at most 1024"),
+        ("jigsaw:2:0:999999998", "at most 1024"),
+        ("patch_permute:97@patch_permute:101", "9797 x 9797"),
+        ("patch_permute:4:99999999999999999999", r"SEED is 99999999999999999999, wanted 0 to 2\^63 - 1"),
+        ("jigsaw:2:9223372036854775808:8", "SEED"),
+    ],
+)
+def test_grids_and_seeds_beyond_what_can_be_are_refused_before_they_are_made(text, reason, side):
+    with pytest.raises(ValueError, match=re.escape(f"view '{text}'") + ".*" + reason):
+        parse_view(text, side)
+
+
+def test_latents_finer_than_that_have_their_own_grid():
+    assert parse_view("skew:1", 1030).cells == 1030
+
+
+def test_views_of_any_number_can_be_put_together():
+    assert parse_view("@".join(["flip"] * 2000)).turns == IDENTITY.turns

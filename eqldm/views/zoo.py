@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ def _cell(piece: int, place: tuple[int, int], pieces: int, cells: int) -> int:
     return row * cells + column
 
 
+MOST_CELLS = 1024  # a side, where the latents are not finer
 SIDE = object()  # a default: the side of the latents
 
 
@@ -196,9 +198,13 @@ def parse_view(text: str, side: int | None = None) -> View:
     Raises: ValueError with the nearest names for an unknown one, with the form wanted for bad parameters, and with the reason for what
     is no view.
     """
-    if "@" in text:
-        first, rest = text.split("@", 1)
-        return parse_view(first, side) @ parse_view(rest, side)
+    *others, last = text.split("@")
+    if others:
+        view = parse_view(last, side)
+        for other in map(partial(parse_view, side=side), reversed(others)):
+            _check_cells(text, math.lcm(other.cells, view.cells), side)
+            view = other @ view
+        return view
     name, *parameters = text.split(":")
     name = ALIASES.get(name, name)
     if name in SIMPLE:
@@ -231,12 +237,22 @@ def _parameters(text: str, name: str, given: Sequence[str], side: int | None) ->
                 raise error from None
             if kind is int and not word.isdecimal():
                 raise error
+            if parameter == "SEED" and values[-1] >= 2**63:
+                raise ValueError(f"view '{text}': SEED is {word}, wanted 0 to 2^63 - 1")
+            if parameter == "N":
+                _check_cells(text, values[-1], side)
         elif default is SIDE and side is None:
             raise ValueError(f"view '{text}' is as fine as the latents that it acts on, which are not known here: give its {parameter}, "
                              f"{form.text(name)}")  # fmt: skip
         else:
             values.append(side if default is SIDE else default)
     return values
+
+
+def _check_cells(text: str, cells: int, side: int | None) -> None:
+    """Raises ValueError for a grid that no latents are as fine as: to write it down could take all the memory."""
+    if cells > (most := max(MOST_CELLS, side or 0)):
+        raise ValueError(f"view '{text}' is of {cells} x {cells} cells: wanted at most {most} a side, and no more than the latents have")
 
 
 EXAMPLES = {
