@@ -57,6 +57,8 @@ def parse_args() -> argparse.Namespace:
     add("--offload", action="store_true", help="networks on the GPU only while they compute")
     add("--out", type=place_option, help="folder for index.html, SEED.png, SEED.json and sheet.png; default: runs/samples/ and the time")
     args = parser.parse_args()
+    for name in [name for name, value in vars(args).items() if value == "" and name != "style"]:
+        parser.error(f"--{name.replace('_', '-')}: got an empty text (a variable that is not set?): give a value, or leave it out")
     if args.views is not None and args.components:
         parser.error("--views and --components: give one of them")
     args.views = args.views or ([] if args.components else ["identity", "rotate_180"])

@@ -22,14 +22,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
 from eqldm.evaluation.run import QUESTIONS, Evaluation
 from eqldm.paths import place_option
-from eqldm.processes import pick_device, process_rank
+from eqldm.processes import checked_device, pick_device, process_rank
 from eqldm.run_model import opened
 
 FULL = {"num_images": 512, "num_letters": 256, "num_pairs": "128", "num_inference_steps": 20}
@@ -117,6 +115,8 @@ def parse_args() -> argparse.Namespace:
     add("--quick", action="store_true", help=f"a first look: {', '.join(f'{name} {value}' for name, value in QUICK.items())}")
     add("--device", default=str(pick_device(process_rank()[0])))
     args = parser.parse_args()
+    for name in [name for name, value in vars(args).items() if value == ""]:
+        parser.error(f"--{name.replace('_', '-')}: got an empty text (a variable that is not set?): give a value, or leave it out")
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -127,10 +127,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for counts that cannot be."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    checked_device(args.device, f"--device {args.device}")
     for option in (
         "num_images",
         "num_letters",

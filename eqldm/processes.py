@@ -33,3 +33,16 @@ def pick_device(rank: int) -> torch.device:
         return torch.device("cpu")
     slurm = os.environ.get("SLURM_LOCALID", rank) if in_srun_step() else rank
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", slurm)) % torch.cuda.device_count())
+
+
+def checked_device(name: str, called: str = "") -> torch.device:
+    """The device of a name. called: how errors call it. Raises ValueError where it is not there, or computes nothing."""
+    called = called or f"device '{name}'"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"{called}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(f"{called} holds no values: wanted one that computes, such as cpu or cuda")
+    return device

@@ -310,3 +310,21 @@ def test_what_the_command_leaves_out_is_what_the_script_has_by_default(monkeypat
     options = vars(job.options_of(args))
     known = {name: default for name, default in job.DEFAULTS.items() if name != "precision"}  # always written
     assert {name: options.get(name, getattr(args, name)) for name in known} == known and options.keys() <= known.keys()
+
+
+@pytest.mark.parametrize("option", ["--components", "--device", "--scheduler", "--hold"])
+def test_an_empty_option_is_no_option_left_out(run, tmp_path, option, capsys):
+    with pytest.raises(SystemExit) as info:  # views in place of parts, another device: without a word
+        run("--num-samples", 1, "--num-inference-steps", 1, "--out", tmp_path, option, "")
+    assert info.value.code == 2 and f"{option}: got an empty text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--prompts", "caf\udce9", "b"], ["--style", "\ud800"], ["--negative-prompt", "\udcff"]])
+def test_a_prompt_that_is_no_text_is_refused(failed, tiny_model_folder, tmp_path, more):
+    found = failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, *more)
+    assert "are not UTF-8" in found and found.isascii()
+
+
+@pytest.mark.parametrize("device", ["meta", "privateuseone", "nothing"])
+def test_a_device_that_computes_nothing_is_refused(failed, tiny_model_folder, tmp_path, device):
+    assert f"device '{device}'" in failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--device", device)

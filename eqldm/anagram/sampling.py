@@ -22,6 +22,7 @@ from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder
+from eqldm.processes import checked_device
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View
 from eqldm.views.components import Component, check_components
@@ -87,12 +88,7 @@ class Sampler:
 
         Raises FileNotFoundError where the folder is no whole model folder, ValueError for a device that is not there."""
         check_model_folder(folder)
-        name = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            device = torch.device(name)
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device '{name}': {str(error).splitlines()[0]}") from error
+        device = checked_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         precision = native_precision(device.type) if precision == "auto" else precision
         networks = Networks.open(folder)
         networks.unet.to(device)
@@ -165,7 +161,10 @@ class Sampler:
             )
 
     def check_length(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError where a prompt is longer than the model takes."""
+        """Raises ValueError where a prompt is longer than the model takes, or holds what is no text."""
+        for prompt in prompts:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError(f"prompt {prompt!a} holds bytes that are not UTF-8 (a shell of another encoding?): type it anew")
         for cut in too_long(self.networks.tokenizer, list(prompts)):
             limit = self.networks.tokenizer.model_max_length
             raise ValueError(f"prompt {cut!r} is longer than the model's {limit} tokens: shorten it")
