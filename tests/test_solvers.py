@@ -12,7 +12,7 @@ import torch
 from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
 from eqldm.anagram.solvers import OF_FLOWS, OF_NOISE, begin, objective_of, solver_for
-from eqldm.model_folder import Networks, Pixels, make_scheduler
+from eqldm.model_folder import PRETRAINED, Networks, Pixels, load_scheduler, make_scheduler
 from eqldm.views import IDENTITY, parse_view
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, thousands of them
@@ -157,3 +157,9 @@ def test_each_scheduler_of_diffusers_is_known_or_refused_in_one_line():
         with pytest.raises(ValueError, match=f"{name}.*(cannot|needs)") as raised:
             solver_for(make_scheduler({"_class_name": name}), Options())
         assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_scheduler_that_finds_no_timesteps_is_refused_before_it_samples():
+    own = load_scheduler(PRETRAINED / "glyphs-eq")
+    with pytest.raises(ValueError, match="KDPM2AncestralDiscreteScheduler does not find its timesteps"):  # not: "the weights are broken"
+        solver_for(make_scheduler(dict(own.config), "KDPM2AncestralDiscreteScheduler"), Options(num_inference_steps=5))

@@ -101,6 +101,8 @@ def _set_timesteps(solver: SchedulerMixin, o: Options, use: str) -> None:
         solver.set_timesteps(count)
     except ValueError as error:
         raise ValueError(f"{name} cannot sample in {count} steps: {error} Or use {use}") from error
+    if not bool(solver.timesteps.isfinite().all()):  # KDPM2's ancestral one, of a model trained to pure noise
+        raise ValueError(f"{name} does not find its timesteps at this model's noise levels (they are NaN): use {use}")
     sigmas = [key for key in SIGMAS if solver.config.get(key)]
     if sigmas and solver.config.get("use_flow_sigmas"):
         raise ValueError(f"{name} takes use_flow_sigmas or {sigmas[0]}, not both: set one to false in scheduler_config.json")
