@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +110,19 @@ def load_autoencoder(folder: str | Path) -> AutoencoderKL | Pixels:
     folder = _vae_folder(folder)
     if _class_name(folder) == "Pixels":
         return Pixels().eval()
-    return load_network(AutoencoderKL, folder, torch_dtype=torch.float32)
+    return check_normalisation(load_network(AutoencoderKL, folder, torch_dtype=torch.float32), folder)
+
+
+def check_normalisation(vae: AutoencoderKL, folder: Path) -> AutoencoderKL:
+    """The VAE, if its settings can normalise latents. Raises ValueError."""
+    wanted = {"scaling_factor": "a number above 0", "shift_factor": "a finite number, or null"}
+    for name, what in wanted.items():
+        value = vae.config.get(name)
+        if value is None and name == "shift_factor":
+            continue
+        if type(value) not in (int, float) or not math.isfinite(value) or (name == "scaling_factor" and value <= 0):
+            raise ValueError(f"'{folder / 'config.json'}': {name} is {value!r}, wanted {what}")
+    return vae
 
 
 def _vae_folder(folder: Path) -> Path:
@@ -159,6 +172,8 @@ def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
             f"'{folder / 'tokenizer'}' states a model_max_length of {stated}, but the text encoder reads {most} tokens: set it to {most} "
             "in tokenizer_config.json"
         )
+    if len(tokenizer) > (known := text_encoder.config.vocab_size):
+        raise ValueError(f"'{folder / 'tokenizer'}' has {len(tokenizer)} tokens, its text encoder knows {known}: they are of two models")
     return tokenizer, text_encoder
 
 
@@ -237,8 +252,13 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
         raise ValueError(f"'{name}' is no diffusers scheduler: wanted a class name such as DDIMScheduler")
     try:
         scheduler = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:  # what it does not know, or lacks
+    except (TypeError, ValueError, IndexError, NotImplementedError, ImportError) as error:  # what it does not know, or lacks
         raise ValueError(f"{name} cannot be made of its scheduler_config.json: {error}") from error
+    betas, count = getattr(scheduler, "betas", None), scheduler.config.get("num_train_timesteps")
+    if betas is not None and (not count or len(betas) < count or not bool(((betas >= 0) & (betas <= 1)).all())):
+        raise ValueError(
+            f"{name}: its scheduler_config.json gives {len(betas)} betas for {count} timesteps: wanted one for each, from 0 to 1, and some"
+        )
     stock = {"clip_sample": False, "steps_offset": 1}
     scheduler.register_to_config(**{key: value for key, value in stock.items() if key in scheduler.config})
     return scheduler

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from eqldm.anagram.denoiser import Guidance, alternating_views, mean_of_views
@@ -14,7 +18,8 @@ from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler, sample
 from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.autoencoder.equivariance import negation_error
-from eqldm.model_folder import PRETRAINED, decode, load_autoencoder, load_scheduler, load_unet, make_scheduler
+from eqldm.diffusion.conditioning import make_text_encoder
+from eqldm.model_folder import PRETRAINED, decode, load_autoencoder, load_scheduler, load_text, load_unet, make_scheduler
 from eqldm.views import D4, IDENTITY, NEGATE, parse_view
 
 PROMPTS = ["the letter a", "the letter v"]
@@ -406,3 +411,35 @@ def test_memory_switches(tiny_model_folder, sampler):
     assert len(calls) > 4
     with pytest.raises(ValueError, match="offloading moves networks from a GPU to the CPU and back, but the device is cpu"):
         frugal.save_memory(offload=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        *(("unet", {"sample_size": size}, "sample_size in unet/config.json is") for size in (None, "8", 0, -8, 8.5, [8, 16], True)),
+        ("unet", {"out_channels": 3}, "gives 3"),
+        *(("vae", {"scaling_factor": factor}, "scaling_factor is") for factor in (0, -0.2, float("nan"), float("inf"), None, "0.18", True)),
+        *(("vae", {"shift_factor": shift}, "shift_factor is") for shift in (float("nan"), "0.1")),
+        ("scheduler", {"num_train_timesteps": 0}, "for 0 timesteps"),
+        ("scheduler", {"beta_schedule": "linear", "trained_betas": [0.1, 0.2]}, "2 betas for 1000 timesteps"),
+        ("scheduler", {"beta_schedule": "linear", "beta_end": 2.0}, "from 0 to 1"),
+        ("scheduler", {"beta_schedule": "linear", "beta_start": float("nan")}, "from 0 to 1"),
+    ],
+)
+def test_settings_that_no_model_has_are_told_as_it_is_opened(tiny_model_folder, tmp_path, file, change, reason):
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    path = folder / file / ("scheduler_config.json" if file == "scheduler" else "config.json")
+    settings = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps(settings))
+    if file == "unet" and "out_channels" in change:
+        UNet2DConditionModel.from_config(settings).save_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        Sampler.open(folder, "cpu")
+
+
+def test_parts_of_two_models_are_told(tiny_model_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    tokenizer, encoder = load_text(folder)
+    make_text_encoder(tokenizer, hidden_size=encoder.config.hidden_size * 2).save_pretrained(folder / "text_encoder")
+    with pytest.raises(ValueError, match="they are of two models"):
+        Sampler.open(folder, "cpu")

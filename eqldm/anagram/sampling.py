@@ -93,7 +93,9 @@ class Sampler:
         networks = Networks.open(folder)
         networks.unet.to(device)
         networks.text_encoder.to(device)
-        return cls(networks, load_autoencoder(folder).to(device), device, precision)
+        vae = load_autoencoder(folder)
+        check_unet(networks, vae, folder)
+        return cls(networks, vae.to(device), device, precision)
 
     def save_memory(self, attention_slicing: bool = False, tiled: bool = False, offload: bool = False) -> None:
         """Less memory for more time, by diffusers' own switches: attention head by head; large pictures decoded in overlapping tiles, one
@@ -325,6 +327,25 @@ class Sampler:
             raise ValueError(f"a list of prompts needs one for each seed: got {len(texts)} prompts for {count} seeds")
         embeds = encode_prompts(self.networks.tokenizer, self.networks.text_encoder, texts)
         return embeds.expand(count, -1, -1)
+
+
+def check_unet(networks: Networks, vae: AutoencoderKL | Pixels, folder: str | Path) -> None:
+    """Raises ValueError where the UNet of a folder does not sample latents of its VAE under its prompts."""
+    config, channels = networks.unet.config, vae.config.latent_channels
+    if {config.in_channels, config.out_channels} != {channels} or config.get("addition_embed_type") == "text_time":
+        what = f"one of {config.in_channels} channels" + " (for inpainting?)" * (config.in_channels > channels)
+        what = what if config.out_channels == config.in_channels else f"{what} that gives {config.out_channels}"
+        what = "SDXL's" if config.get("addition_embed_type") else what
+        raise ValueError(f"'{folder}': its UNet is {what}: wanted one of Stable Diffusion 1.x or 2.x, of the VAE's own channels")
+    sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
+    if not isinstance(sides, list | tuple) or len(set(sides)) != 1 or type(sides[0]) is not int or sides[0] < 1:
+        raise ValueError(f"'{folder}': sample_size in unet/config.json is {config.sample_size!r}, wanted the side of the latents in cells")
+    width = networks.text_encoder.config.hidden_size
+    if isinstance(config.cross_attention_dim, int) and config.cross_attention_dim != width:
+        raise ValueError(
+            f"'{folder}': its UNet reads prompts of width {config.cross_attention_dim}, its text encoder gives {width}: they are of two "
+            "models"
+        )
 
 
 def _counting(denoise: Denoiser, on_step: Callable[[], None]) -> Denoiser:

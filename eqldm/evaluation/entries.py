@@ -48,12 +48,8 @@ class Entry:
                 raise ValueError(f"'{self.text}': '{self.folder}' holds no UNet, so the options after '@' mean nothing")
             return vae, None
         sampler = Sampler.open(self.folder, device, precision)
-        unet = sampler.networks.unet.config
         if self.vae and isinstance(sampler.vae, Pixels):
             raise ValueError(f"'{self.text}': '{self.folder}' is a pixel model, whose UNet knows no VAE")
-        if unet.in_channels != sampler.vae.config.latent_channels or unet.get("addition_embed_type") == "text_time":
-            what = "SDXL's" if unet.get("addition_embed_type") else f"one of {unet.in_channels} channels (for inpainting?)"
-            raise ValueError(f"'{self.folder}': its UNet is {what}: wanted one of Stable Diffusion 1.x or 2.x, of the VAE's own channels")
         if self.vae:
             own, given = ((v.config.latent_channels, downsampling(v)) for v in (sampler.vae, vae))
             if own != given:
