@@ -122,6 +122,11 @@ def check_normalisation(vae: AutoencoderKL, folder: Path) -> AutoencoderKL:
             continue
         if type(value) not in (int, float) or not math.isfinite(value) or (name == "scaling_factor" and value <= 0):
             raise ValueError(f"'{folder / 'config.json'}': {name} is {value!r}, wanted {what}")
+    if stated := [name for name in ("latents_mean", "latents_std") if vae.config.get(name) is not None]:
+        raise ValueError(
+            f"'{folder / 'config.json'}' states {stated[0]}, which Stable Diffusion's pipeline does not apply, nor does eqldm: "
+            "remove it to go by scaling_factor and shift_factor alone, or take another VAE"
+        )
     return vae
 
 
@@ -188,6 +193,10 @@ def load_network(kind: type, folder: Path, **options) -> nn.Module:
         network, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options)
     except SafetensorError as error:
         raise cut_off(folder, error) from error
+    except ValueError as error:  # diffusers' own, of a weight of another shape, names no folder
+        raise ValueError(
+            f"the weights in '{folder}' do not fit its config.json ({kind.__name__}): {' '.join(str(error).split())}"
+        ) from error
     found = {name: sorted(map(str, info.get(f"{name}_keys") or ())) for name in ("missing", "unexpected", "mismatched")}
     faults = [f"{name}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' * (len(keys) > 5)}" for name, keys in found.items() if keys]
     if faults:

@@ -194,6 +194,8 @@ def check_folder(out: Path, settings: dict, choosing: bool = False) -> None:
         except ValueError as error:
             raise ValueError(f"'{path}' is damaged ({error}): remove it, or give another --out") from error
         if not isinstance(found, dict) or "prompts" not in found:  # none of ours
+            if path.stem.isdigit():
+                raise ValueError(f"'{path}' was not written by this command, which would replace it: give another --out")
             continue
         if changed := ", ".join(name for name, value in wanted.items() if found.get(name) != value):
             raise ValueError(f"'{out}' holds pictures made with another {changed}: give another --out")

@@ -22,6 +22,7 @@ def test_what_a_model_is_written_as(tmp_path):
     entry = parse_entry("b=runs/a@vae=other/vae,blend=pixels,guidance_scale=2,num_inference_steps=7")
     assert entry == Entry("b", Path("runs/a"), Path("other/vae"), {"blend": "pixels", "guidance_scale": 2.0, "num_inference_steps": 7})
     assert entry.text == "runs/a@vae=other/vae,blend=pixels,guidance_scale=2.0,num_inference_steps=7"
+    assert [parse_entry(f"a@symmetrise={text}").options["symmetrise"] for text in ("true", "false")] == [True, False]
     odd = tmp_path / "lr=1e-4@cosine"
     odd.mkdir()
     assert parse_entry(str(odd)) == Entry("", odd, None, {})
@@ -31,6 +32,8 @@ def test_what_a_model_is_written_as(tmp_path):
     ("=a", "got '=a', wanted MODEL or NAME=MODEL"), ("a=", "wanted MODEL"), ("@blend=pixels", "wanted MODEL"),
     ("a@pixels", "got 'pixels' after '@', wanted OPTION=VALUE of vae .str., blend .str."),
     ("a@guidance_scale=high", "got 'guidance_scale=high' after '@'"),
+    ("a@symmetrise=2", "got 'symmetrise=2' after '@', wanted OPTION=VALUE of .* symmetrise .switch."),
+    ("a@blend=pixels,blend=none", "blend is given twice"),
 ])  # fmt: skip
 def test_what_is_none(text, message):
     with pytest.raises(ValueError, match=message):

@@ -254,3 +254,21 @@ def test_a_folder_as_stable_diffusion_1_5_was_published(tmp_path, make_tiny_vae,
     expected = stock("picture 1", generator=torch.Generator().manual_seed(3), height=32, width=32, output_type="latent", **options).images
     assert type(stock.scheduler).__name__ == "PNDMScheduler"
     torch.testing.assert_close(Sampler.open(old, "cpu").latents(["picture 1"], [IDENTITY], [3], **options), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_that_nothing_would_apply_are_refused(tiny_model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}))
+    with pytest.raises(ValueError, match="config.json' states latents_mean, which .* nor does eqldm: remove it"):
+        load_vae(folder)
+
+
+def test_weights_of_another_shape_name_their_folder(tiny_model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": config["in_channels"] + 1}))
+    with pytest.raises(ValueError, match="the weights in '.*/unet' do not fit its config.json .UNet2DConditionModel.: .*conv_in"):
+        load_unet(folder)

@@ -199,6 +199,8 @@ def test_pictures_made_otherwise_do_not_mix(run, failed, tiny_model_folder, tmp_
     error = failed(*some, "--guidance-scale", 2)
     assert "holds pictures made with another guidance_scale: give another --out" in error
     assert len(list(tmp_path.glob("?.png"))) == 2
+    (tmp_path / "2.json").write_text("[]")
+    assert "2.json' was not written by this command, which would replace it" in failed(*some, "--seed", 2)
 
 
 def test_negation_by_way_of_pixels_is_not_refused(run, tiny_model_folder, tmp_path):

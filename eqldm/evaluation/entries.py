@@ -23,9 +23,18 @@ from eqldm.model_folder import Pixels, downsampling, load_autoencoder
 from eqldm.paths import expanded
 
 RESERVED = ("report.html", "report.md", "data.safetensors", "equivariance.png", "models.png")  # what lies beside the models' folders
+
+
+def switch(text: str) -> bool:
+    """Of `true` or `false`. Raises ValueError for anything else, of which `bool` would make True."""
+    if text not in ("true", "false"):
+        raise ValueError(f"got '{text}', wanted true or false")
+    return text == "true"
+
+
 OPTIONS = {
     "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
-    "num_inference_steps": int, "time_travel": int, "symmetrise": int, "decoding": str,
+    "num_inference_steps": int, "time_travel": int, "symmetrise": switch, "decoding": str,
 }  # fmt: skip
 
 
@@ -87,6 +96,8 @@ def parse_entry(text: str) -> Entry:
     options: dict = {}
     for option in given.split(",") if given else []:
         key, _, value = option.partition("=")
+        if key in options:
+            raise ValueError(f"model '{text}': {key} is given twice after '@'")
         try:
             options[key] = OPTIONS[key](value)
         except (KeyError, ValueError):
