@@ -6,6 +6,7 @@ and unit. `load_config` checks types and choices (omegaconf), then the cross-che
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, get_origin, get_type_hints
@@ -389,7 +390,7 @@ def accumulation(config: StageConfig) -> int:
     return config.data.batch_size // (micro_batch_size(config) * config.run.devices * config.run.num_nodes)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     """The options of a YAML file with `key=value` overrides, as the dataclass of its `stage`.
 
     Raises: FileNotFoundError; ValueError for an unknown key, a wrong type or choice, a missing value, or options that
@@ -409,6 +410,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         schema = OmegaConf.structured(STAGES[file.stage])
         _check_kinds(STAGES[file.stage], OmegaConf.to_container(file))
         merged = OmegaConf.merge(schema, file, _parse_overrides(STAGES[file.stage], overrides))
+        assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"config '{path}': required but not set: {', '.join(missing)}. Give them as key=value")
@@ -418,6 +420,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> StageConfig:
         raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config '{path}', or an override, is no YAML: {' '.join(str(error).split())}") from error
+    assert isinstance(config, StageConfig)
     config.validate()
     return config
 
@@ -432,7 +435,7 @@ def _expand_paths(options: DictConfig) -> None:
                 raise ValueError(f"{key}: {error}") from error
 
 
-def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:
+def _parse_overrides(stage: type, overrides: Sequence[str]) -> DictConfig:
     """Values are YAML, but text (with `${...}`) where the option is text: a path may hold ` #` or `: `. null is None for any."""
     parsed = OmegaConf.create()
     for item in overrides:
@@ -445,7 +448,7 @@ def _parse_overrides(stage: type, overrides: list[str]) -> DictConfig:
         except yaml.YAMLError as error:
             raise yaml.YAMLError(f"{item}: {error}") from error
         _check_kinds(stage, OmegaConf.to_container(given))
-        parsed = OmegaConf.merge(parsed, given)
+        parsed.merge_with(given)
     return parsed
 
 
@@ -463,7 +466,7 @@ def _check_kinds(kind: Any, given: Any, prefix: str = "") -> None:
 
 def _option_type(stage: type, key: str) -> Any:
     """The type of the option of a dotted key; None for a key that is none."""
-    kind = stage
+    kind: Any = stage
     for name in key.split("."):
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     return kind

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -37,6 +38,7 @@ from eqldm.weights import cut_off, read_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
 FOREIGN = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # settings that may name others' code
+Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -182,7 +184,7 @@ def load_text(folder: str | Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     return tokenizer, text_encoder
 
 
-def load_network(kind: type, folder: Path, **options) -> nn.Module:
+def load_network(kind: type[Any], folder: Path, **options) -> Any:
     """A network in eval mode, strictly: diffusers and transformers only log what is missing or left over.
 
     Raises ValueError that names weights which the files lack, hold beside the network's, or hold in other shapes, that are cut off, or
@@ -204,7 +206,7 @@ def load_network(kind: type, folder: Path, **options) -> nn.Module:
     return check_finite(network.eval(), folder)
 
 
-def check_finite(network: nn.Module, folder: Path) -> nn.Module:
+def check_finite(network: Network, folder: Path) -> Network:
     """The network, if all of its weights are finite. folder: that it comes from, or a file. Raises ValueError that names those which are
     not, and their file."""
     weights = {name: w for name, w in network.state_dict().items() if w.is_floating_point()}
@@ -254,7 +256,7 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
     As in stock Stable Diffusion pipelines, it does not clip samples (latents leave [-1, 1]) and has `steps_offset` 1.
     """
     name = class_name or config.get("_class_name", "")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind: type[Any] | None = getattr(diffusers, name, None) if isinstance(name, str) else None
     if lacking := [package for package in getattr(kind, "_backends", ()) if find_spec(package) is None]:  # diffusers' stand-in for it
         raise ValueError(f"{name} needs {' and '.join(lacking)}, which is not installed: pip install {' '.join(lacking)}")
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):

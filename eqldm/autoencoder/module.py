@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from eqldm.config import AutoencoderConfig, accumulation
 from eqldm.construction import check_autoencoder, make
 from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
+from eqldm.data.samples import PictureSamples
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.training.callbacks import check_finite
 from eqldm.training.machine import check_machine
@@ -56,7 +58,7 @@ class Autoencoder(pl.LightningModule):
         self.automatic_optimization = False
         self.config, self.vae = config, vae
         loss = config.loss
-        self.discriminator = None
+        self.discriminator: PatchDiscriminator | None = None
         if loss.adversarial_weight > 0:
             torch.manual_seed(config.run.seed)
             self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
@@ -184,10 +186,11 @@ class Autoencoder(pl.LightningModule):
 
     def _add_adversarial(self, terms: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], shares: list[float]) -> None:
         """Adds the generator's side of the PatchGAN to the terms, with its adaptive weight."""
+        assert self.discriminator is not None
         self.discriminator.requires_grad_(False)
         logits = [(share, hinge_generator_loss(self.discriminator(y))) for share, (y, _) in zip(shares, pairs)]
         self.discriminator.requires_grad_(True)
-        terms["adversarial"] = sum(share * value for share, value in logits)
+        terms["adversarial"] = sum((share * value for share, value in logits), torch.zeros((), device=self.device))
         # Of this process's micro-batch, as in VQGAN: with a PatchGAN, how the batch is split changes the result slightly
         factor = adaptive_weight(terms["reconstruction"], terms["adversarial"], self.vae.decoder.conv_out.weight)
         terms["adaptive_weight"] = factor
@@ -233,6 +236,7 @@ class Autoencoder(pl.LightningModule):
 
     def _discriminator_terms(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The discriminator's loss; of its logits the means on real and on fake pictures, and the share on the right side of 0."""
+        assert self.discriminator is not None
         count = sum(len(y) for y, _ in pairs)
         terms: dict[str, Tensor] = {}
         for y, x in pairs:
@@ -287,6 +291,7 @@ def transform_group(group: TransformGroup, x: Tensor) -> Tensor:
 def build_vae(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
     """The VAE that training starts from. Raises ValueError where the architecture does not fit the pictures."""
     if config.init == "pretrained":
+        assert config.model is not None  # its options require it
         vae = load_vae(config.model)
     else:
         torch.manual_seed(config.run.seed)
@@ -309,17 +314,19 @@ def prepare_autoencoder(config: AutoencoderConfig) -> tuple[Autoencoder, ShardDa
 
     Raises: ValueError where the pictures are not square, or too small for the discriminator; as the data module, `build_vae`.
     """
-    data = ShardData(config)
+    data, sides = ShardData(config), []
     for samples in (data.train_samples, data.val_samples):
+        assert isinstance(samples, PictureSamples)  # without a VAE's hash latents are refused
         height, width = samples.image_size
         if height != width:  # rotations swap the sides; validation looks at them whatever the options
             raise ValueError(
                 f"pictures of '{samples.shards.folder}' are {height} x {width} px, wanted squares: make the shards with "
                 "data/make_shards.py --size"
             )
-    module = Autoencoder(config, build_vae(config, data.train_samples.image_size[0]))
+        sides.append(width)
+    module = Autoencoder(config, build_vae(config, sides[0]))
     if module.discriminator is not None:
-        _check_discriminator(config, module.discriminator, config.crop_size or data.train_samples.image_size[0])
+        _check_discriminator(config, module.discriminator, config.crop_size or sides[0])
     return module, data
 
 
@@ -327,13 +334,14 @@ def export_autoencoder(module: Autoencoder, data: ShardData, device: torch.devic
     """Write the module's VAE as a model folder, folded as the options say, its latents measured on the device."""
     config, vae = module.config, module.vae.eval().to(device)
     if config.fold.num_images:
+        assert isinstance(data.train_samples, PictureSamples)
         align = load_vae(config.fold.align_to).to(device) if config.fold.align_to else None
         keep_origin = config.equivariance.negate_prob > 0  # an offset would end D(-z) = -D(z)
         fold_channels(vae, data.train_samples, config.fold.num_images, align, keep_origin)
     return save_model_folder(folder, card, vae=vae.cpu())
 
 
-def train_autoencoder(config: AutoencoderConfig, callbacks: list[Callback] = ()) -> Path:
+def train_autoencoder(config: AutoencoderConfig, callbacks: Sequence[Callback] = ()) -> Path:
     """Runs stage 1, or resumes it; exports the EMA weights, folded, to `RUN/model`. Returns that folder.
 
     Raises: as `prepare_autoencoder`, `prepare_run`; FloatingPointError from the NaN guard.

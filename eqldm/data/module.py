@@ -43,7 +43,8 @@ class ShardData(pl.LightningDataModule):
             if read_manifest(folder).get("kind") == "latents" and vae_hash is not None:
                 return LatentSamples(folder, seed, data.shuffle_shards, vae_hash)
             pictures = PictureSamples(folder, seed, data.shuffle_shards, need_captions)
-            check_image_size(config, folder, pictures.image_size)
+            height, width = pictures.image_size
+            check_image_size(config, folder, (height, width))
             return pictures
 
         self.train_samples = open_shards(data.train, config.run.seed)
@@ -101,7 +102,7 @@ def _end_with(parent: int) -> None:
 class SkippedReport(pl.Callback):
     """Counts the unreadable pictures and reports them at the end of each epoch of the data, and of the run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.skipped: set[str] = set()
         self.epoch = 0
 

@@ -25,6 +25,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
     """
     channels = vae.config.latent_channels
     if config.init == "pretrained":
+        assert config.model is not None  # its options require it
         networks = Networks.open(config.model)
         if networks.unet.config.in_channels != channels:
             raise ValueError(
@@ -34,6 +35,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
     else:
         torch.manual_seed(config.run.seed)
         if config.init == "scratch_unet":
+            assert config.model is not None
             tokenizer, text_encoder = load_text(config.model)
             architecture = config.unet or unet_arguments(config.model)
             noise = make_noise(config.scheduler) if config.scheduler else load_scheduler(config.model)

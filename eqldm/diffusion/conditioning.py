@@ -29,7 +29,8 @@ def make_tokenizer(captions: Iterable[str], max_length: int | None = None) -> CL
     max_length: tokens per prompt, start and end included; None: what the longest caption needs, at most `LONGEST`: memory and time of
     every prompt grow with it. CLIP's tokenizer lowers the case: "A" and "a" are one token.
     """
-    known, longest = set(), 0
+    known: set[str] = set()
+    longest = 0
     for caption in captions:
         words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", caption.lower())
         longest = max(longest, sum(1 if word.isascii() else len(word.encode()) for word in words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -171,7 +172,7 @@ def about(config: DiffusionConfig) -> str:
     return f"A UNet trained on the latents of the VAE of `{config.vae}`."
 
 
-def train_diffusion(config: DiffusionConfig, callbacks: list[Callback] = ()) -> Path:
+def train_diffusion(config: DiffusionConfig, callbacks: Sequence[Callback] = ()) -> Path:
     """Runs stage 2, or resumes it; exports the EMA weights to `RUN/model`, a folder stock diffusers opens. Returns it.
 
     Raises: as `prepare_diffusion`, `prepare_run`; FloatingPointError from the NaN guard.

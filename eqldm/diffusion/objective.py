@@ -135,11 +135,13 @@ class Objective:
     @cached_property
     def min_snr_weights(self) -> Tensor:
         """[T] min-SNR weight of each timestep."""
+        gamma = self.min_snr_gamma
+        assert gamma is not None
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod).clamp_min(1e-8)
         if self.prediction == "v_prediction":
-            weights = snr.clamp(max=self.min_snr_gamma) / (snr + 1)
+            weights = snr.clamp(max=gamma) / (snr + 1)
         else:  # min(1, gamma / SNR), the same, is 1 at zero terminal SNR too, where min(SNR, gamma) / SNR would be 0 / 0
-            weights = (self.min_snr_gamma / snr).clamp(max=1)
+            weights = (gamma / snr).clamp(max=1)
         return weights.clamp(min=self.min_snr_floor)
 
     @cached_property

@@ -152,7 +152,8 @@ class GradientGuard(Callback):
     """
 
     def __init__(self, clip_norm: float):
-        self.clip_norm, self.keys = clip_norm, []
+        self.clip_norm = clip_norm
+        self.keys: list[str] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.keys = batch["key"]

@@ -18,12 +18,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.atomic import recover_folder
@@ -145,9 +145,11 @@ def _check_same_run(config: StageConfig) -> None:
             raise FileNotFoundError(f"run folder '{folder}' holds checkpoints and no {name}: put it back, or use another run.dir")
     # Options that are younger than the run had their defaults' effect
     before = OmegaConf.merge(OmegaConf.create(to_yaml(type(config)())), OmegaConf.create((folder / "config.yaml").read_text()))
-    changed = _differences(before, OmegaConf.create(to_yaml(config)))
+    now = OmegaConf.create(to_yaml(config))
+    assert isinstance(before, DictConfig) and isinstance(now, DictConfig)
+    changed = _differences(before, now)
     if changed:
-        free = ", ".join(name for name in RESUMABLE if name in _flat(asdict(config)) and name not in (*INPUTS, "run.dir"))
+        free = ", ".join(name for name in RESUMABLE if name in _flat(OmegaConf.structured(config)) and name not in (*INPUTS, "run.dir"))
         raise ValueError(
             f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir{_from_its_weights(config)}, "
             f"or remove the folder to start anew. What may change is how a run goes and not what it computes: {free}; where its inputs "
@@ -187,7 +189,7 @@ def input_digests(config: StageConfig) -> dict[str, str]:
 
     Raises FileNotFoundError where one is missing.
     """
-    flat = _flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    flat = _flat(OmegaConf.structured(config))
     return {name: _digest(name, flat[name]) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
 
 
@@ -211,18 +213,24 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def _differences(old, new) -> list[str]:
-    before, after = _flat(OmegaConf.to_container(old)), _flat(OmegaConf.to_container(new))
+def _differences(old: DictConfig, new: DictConfig) -> list[str]:
+    before, after = _flat(old), _flat(new)
     # More steps are the same run with more to do, but not where the learning rate falls towards the last one
     free = (*RESUMABLE, *(["run.num_steps"] if after["optimizer.schedule"] == "constant" else []))
     names = [name for name in sorted(before.keys() | after.keys()) if name not in free]
     return [f"{n} was {before.get(n)}, is {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(options: DictConfig) -> dict[str, Any]:
+    tree = OmegaConf.to_container(options)
+    assert isinstance(tree, dict)  # which options by name become
+    return _flat_dict(tree)
+
+
+def _flat_dict(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flat_dict(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

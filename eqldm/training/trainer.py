@@ -6,9 +6,11 @@ import csv
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
-from eqldm.config import OptimizerConfig, StageConfig, accumulation
+from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
@@ -38,7 +40,7 @@ def learning_rate_factor(step: int, config: OptimizerConfig, num_steps: int) -> 
 def make_optimizer(parameters, config: OptimizerConfig, strategy: str = "auto") -> torch.optim.AdamW:
     """AdamW with the options' learning rate, betas and weight decay; under ZeRO it keeps the EMA too."""
     # Fused: on a CPU a step over a small UNet's weights otherwise takes a quarter of the time
-    options = {"lr": config.learning_rate, "betas": tuple(config.betas), "weight_decay": config.weight_decay, "fused": True}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": tuple(config.betas), "weight_decay": config.weight_decay, "fused": True}
     if strategy in ZERO and config.ema_decay:
         return AdamWEMA(parameters, config.ema_decay, **options)
     return torch.optim.AdamW(parameters, **options)
@@ -64,7 +66,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: StageConfig, boundar
 def make_trainer(
     config: StageConfig,
     automatic_accumulation: bool,
-    callbacks: list[Callback] = (),
+    callbacks: Sequence[Callback] = (),
     unused_parameters: bool = False,
 ) -> pl.Trainer:
     """The trainer of a stage, with logs, checkpoints, EMA and reports in the run folder.
@@ -98,6 +100,7 @@ def make_trainer(
     precision = resolved_precision(run)
     strategy = run.strategy
     if run.strategy in ZERO:
+        assert isinstance(config, DiffusionConfig)  # the options of the others refuse it
         overlap = run.accelerator != "cpu" and torch.cuda.is_available()
         strategy, precision = ZeRO(config=zero_config(config, precision, overlap)), "32-true"  # DeepSpeed autocasts by itself
     elif strategy == "ddp" or workers > 1:

@@ -76,7 +76,7 @@ class ZeRO(DeepSpeedStrategy):
 
             set_accelerator(CPU_Accelerator())
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles one, where gloo does
-            self.parallel_devices = [torch.device("cpu", rank) for rank in range(len(self.parallel_devices))]
+            self.parallel_devices: list[torch.device] = [torch.device("cpu", rank) for rank in range(len(self.parallel_devices))]
         super(DeepSpeedStrategy, self).setup_environment()
 
     def backward(self, closure_loss, optimizer, *args, **kwargs) -> Tensor:
@@ -162,7 +162,8 @@ class ZeROWeights(Callback):
     """
 
     def __init__(self, ema: bool):
-        self.ema, self.swapped, self.kept = ema, False, {}
+        self.ema, self.swapped = ema, False
+        self.kept: dict[str, Tensor] = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
