@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
@@ -117,6 +119,50 @@ def test_prepare_run_describes_the_run(configured, tmp_path, monkeypatch):
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     if commit.returncode == 0:
         assert (folder / "git.txt").read_text() == commit.stdout and (folder / "git.diff").exists()
+
+
+def test_one_training_at_a_time_in_a_run_folder(configured, tmp_path):
+    train_autoencoder(configured())
+    another = "from sys import argv; from pathlib import Path; from eqldm.training.lock import hold; hold(Path(argv[1]))"
+    done = subprocess.run([sys.executable, "-c", another, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True)
+    assert f"is being trained by process {os.getpid()} on " in done.stderr and "use another run.dir" in done.stderr
+    assert subprocess.run([sys.executable, "-c", another, tmp_path / "free"], cwd=ROOT).returncode == 0
+    (tmp_path / "free" / ".lock").rename(tmp_path / "run" / "left.lock")  # what a dead process leaves holds nothing
+    train_autoencoder(configured("run.num_steps=3"))
+
+
+def test_a_run_replaces_no_model_that_it_did_not_make(configured, tmp_path):
+    mine = tmp_path / "run" / "model" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    assert prepare_run(configured()) is None  # an empty folder holds nothing to lose
+    mine.write_text("of years")
+    with pytest.raises(ValueError, match="and no checkpoint to go on from: a run that begins there would replace it at its end"):
+        train_autoencoder(configured())
+    assert mine.read_text() == "of years"
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(configured, tmp_path):
+    model = train_autoencoder(configured())
+    before = contents(model)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train_autoencoder(configured()) == model  # it has taken all of its steps
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        train_autoencoder(configured("run.num_steps=4"))
+    assert contents(model) == before
+
+
+def test_the_run_folder_and_the_input_models_are_apart(configured, tmp_path):
+    model = train_autoencoder(configured("run.dir=" + str(tmp_path / "first")))
+    from_it = [f"model={model}", "init=pretrained", "architecture={}"]
+    path = tmp_path / "tiny.yaml"
+    options = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**options, "architecture": {}}))
+    shutil.rmtree(tmp_path / "first" / "checkpoints")
+    (tmp_path / "first" / "done.json").unlink()
+    with pytest.raises(ValueError, match=r"model: '.*first/model' is where run.dir='.*' puts its own model, which would replace it"):
+        train_autoencoder(configured(*from_it, f"run.dir={model.parent / '..' / 'first'}"))
+    with pytest.raises(ValueError, match="run.dir: '.*' lies within model='.*', whose contents it would change"):
+        train_autoencoder(configured(*from_it, f"run.dir={model / 'further'}"))
 
 
 def test_changed_options_are_refused_and_listed(configured):

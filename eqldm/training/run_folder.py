@@ -28,9 +28,11 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.atomic import recover_folder
 from eqldm.config import StageConfig, to_yaml
+from eqldm.data.remote import is_remote
 from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.model_card import model_card
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
+from eqldm.training.lock import hold
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
@@ -46,9 +48,12 @@ FORMAT = 2  # to be raised by a change after which a run begun before must not g
 def prepare_run(config: StageConfig) -> Path | None:
     """Write what a run folder states about the run; the checkpoint to resume from, or None for a fresh run.
 
-    Raises ValueError where the folder holds a run with other options, one that is past run.num_steps, or a checkpoint that cannot be used.
+    Raises ValueError where the folder holds a run with other options, one that is past run.num_steps, or a checkpoint that cannot be used;
+    where the run's own model would replace one that it did not make; or where another process trains there.
     """
     folder = Path(config.run.dir)
+    _check_own_place(config)
+    rank_zero_only(hold)(folder)
     recover_folder(folder / LAST)
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
@@ -61,8 +66,29 @@ def prepare_run(config: StageConfig) -> Path | None:
                 f"run folder '{folder}' holds a run at step {step}, past run.num_steps={config.run.num_steps}: set at least "
                 f"{step}, or use another run.dir"
             )
+    elif (model := folder / "model").exists() and not (model.is_dir() and not any(model.iterdir())):
+        raise ValueError(
+            f"run folder '{folder}' holds '{model}' and no checkpoint to go on from: a run that begins there would replace it at its end. "
+            "Use another run.dir, or move it away"
+        )
     _describe_run(config, fresh=checkpoint is None)
     return checkpoint
+
+
+def _check_own_place(config: StageConfig) -> None:
+    """Raises ValueError, naming the option, where an input is what the run's model would replace, or has the run folder within it."""
+    run = Path(config.run.dir).resolve()
+    for name, source in _sources(config).items():
+        there = Path(source).resolve()
+        if is_remote(source) or name.startswith("data."):
+            continue
+        if there.is_relative_to(run / "model"):
+            raise ValueError(f"{name}: '{source}' is where run.dir='{config.run.dir}' puts its own model, which would replace it: "
+                             "use another run.dir")  # fmt: skip
+        if run.is_relative_to(there):
+            raise ValueError(
+                f"run.dir: '{config.run.dir}' lies within {name}='{source}', whose contents it would change: use another run.dir"
+            )
 
 
 def finished_model(config: StageConfig) -> Path | None:
@@ -189,8 +215,13 @@ def input_digests(config: StageConfig) -> dict[str, str]:
 
     Raises FileNotFoundError where one is missing.
     """
+    return {name: _digest(name, source) for name, source in _sources(config).items()}
+
+
+def _sources(config: StageConfig) -> dict[str, str]:
+    """The inputs of a run by option name."""
     flat = _flat(OmegaConf.structured(config))
-    return {name: _digest(name, flat[name]) for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
+    return {name: flat[name] for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
 
 
 def _digest(name: str, source: str) -> str:
