@@ -18,6 +18,7 @@ import yaml
 from eqldm.config import load_config, to_yaml
 from eqldm.paths import place_option
 from eqldm.training.stopping import listen
+from eqldm.unused import without_effect
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
         if dry_run and dry_run[-1]:
             print(to_yaml(config), end="")
-            print("".join(f"# {line}\n" for line in _needs(config)), end="")
+            print("".join(f"# {line}\n" for line in [*without_effect(config), *_needs(config)]), end="")
             return
         folder = _train(config)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -70,6 +71,10 @@ def _needs(config) -> list[str]:
 
 def _train(config):
     """Run the config's stage. The stages are imported here, so that --help and errors in options answer at once."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    for line in without_effect(config):
+        rank_zero_only(print)(f"note: {line}", file=sys.stderr)
     if config.stage == "judge":
         from eqldm.evaluation.judge_training import train_judge
 
