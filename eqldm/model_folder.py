@@ -287,31 +287,44 @@ def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> P
     if backend := getattr(parts.get("tokenizer"), "backend_tokenizer", None):  # else its file holds how it was called last
         backend.no_padding()
         backend.no_truncation()
-    if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
-        for name, part in parts.items():
-            part.save_pretrained(partial / name, safe_serialization=True)
-    elif set(parts) == set(PARTS):
-        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipeline.save_pretrained(partial, safe_serialization=True)
-    elif set(parts) == {"vae"}:
-        parts["vae"].save_pretrained(partial / "vae", safe_serialization=True)
-    else:
-        raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
-    if "text_encoder" in parts:
-        # diffusers opens weights in float32 whatever they are, transformers in the dtype that config.json states: say float32 too
-        path = partial / "text_encoder" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    if card is not None:
-        (partial / CARD).write_text(card)
+    try:
+        _save_parts(partial, parts)
+        if card is not None:
+            (partial / CARD).write_text(card)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"model folder '{folder}' could not be written ({error}): when that is mended, the same command goes on") from error
     replace_folder(folder, partial)
     return folder
 
 
-def check_replaceable(folder: Path, *inputs: Path) -> None:
-    """Raises ValueError unless a model may be written to `folder`: it is free, empty or a model, and none of the inputs."""
+def _save_parts(folder: Path, parts: dict[str, Any]) -> None:
+    if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
+        for name, part in parts.items():
+            part.save_pretrained(folder / name, safe_serialization=True)
+    elif set(parts) == set(PARTS):
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    elif set(parts) == {"vae"}:
+        parts["vae"].save_pretrained(folder / "vae", safe_serialization=True)
+    else:
+        raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
+    if "text_encoder" in parts:
+        # diffusers opens weights in float32 whatever they are, transformers in the dtype that config.json states: say float32 too
+        path = folder / "text_encoder" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
+def check_replaceable(folder: Path, *inputs: Path, whole: bool = False) -> None:
+    """Raises ValueError unless a model may be written to `folder`: it is free, empty or a model, and none of the inputs, nor what a run
+    has exported; and what is written is whole, or what stands there is a VAE alone."""
     for source in inputs:
         if folder.resolve() == source.resolve():
             raise ValueError(f"--out '{folder}' is the model to read: give another folder")
+    if folder.name == "model" and (folder.resolve().parent / "inputs.json").is_file():
+        raise ValueError(f"--out '{folder}' is where the run '{folder.parent}' keeps its own model: give another folder")
+    if not whole and (folder / "unet").is_dir():
+        raise ValueError(f"--out '{folder}' holds a whole model, which a VAE alone would replace: give another folder, or remove it first")
     if folder.exists() and any(folder.iterdir()) and not (folder / "vae" / "config.json").is_file():
         raise ValueError(f"--out '{folder}' exists and is no model folder: it would be deleted. Give another, or empty it first")
 

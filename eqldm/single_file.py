@@ -108,10 +108,14 @@ def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
     about, partial = path.with_name(path.name + ".yaml"), path.with_name(path.name + ".partial")
     partial.write_text(OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae))))
     os.replace(partial, about)
-    if path.suffix == ".safetensors":
-        save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
-    else:
-        torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, partial)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
+        else:
+            torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, partial)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"'{path}' could not be written ({error}): when that is mended, the same command goes on") from error
     os.replace(partial, path)
     return path
 

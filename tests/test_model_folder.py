@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -80,6 +81,19 @@ def test_a_failed_save_leaves_the_old_folder(make_tiny_vae, tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         save_model_folder(tmp_path / "model", vae=make_tiny_vae(1))
     assert vae_hash(load_vae(tmp_path / "model")) == vae_hash(make_tiny_vae(0))
+
+
+def test_a_full_disk_is_told_by_name(make_tiny_vae, tmp_path):
+    """safetensors reports it by an error of its own, which no entry point knows."""
+    folder = save_model_folder(tmp_path / "model", vae=make_tiny_vae(seed=0))
+    before, limits = vae_hash(load_vae(folder)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))  # above its config.json, below its weights
+    try:
+        with pytest.raises(OSError, match=r"model folder '.*model' could not be written \(.*File too large.*when that is mended"):
+            save_model_folder(folder, vae=make_tiny_vae(seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert vae_hash(load_vae(folder)) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_is_missing_is_named(tiny_vae, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -61,7 +62,11 @@ def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.cpu().state_dict().items()}
-    save_file({name: w.contiguous() for name, w in weights.items()}, partial / "model.safetensors")
+    try:
+        save_file({name: w.contiguous() for name, w in weights.items()}, partial / "model.safetensors")
+    except SafetensorError as error:
+        shutil.rmtree(partial)
+        raise OSError(f"judge '{folder}' could not be written ({error}): when that is mended, the same command goes on") from error
     replace_folder(folder, partial)
 
 
