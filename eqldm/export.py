@@ -31,7 +31,7 @@ from eqldm.autoencoder.fold import fold_map
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
 from eqldm.paths import path_option
-from eqldm.run_model import export_checkpoint, parse_run
+from eqldm.run_model import export_checkpoint, parse_run, run_options
 from eqldm.single_file import WRITTEN, write_single_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -43,7 +43,7 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
     Raises: ValueError where weights overflow, or where `out` is `model`, holds something else or is named as a file; as the loaders.
     """
     _check_folder(out)
-    check_replaceable(out, model)
+    check_replaceable(out, model, whole=(model / "unet").is_dir())
     parts = {"vae": load_autoencoder(model)}
     if (model / "unet").is_dir():
         parts |= vars(Networks.open(model))
@@ -92,7 +92,9 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
     """Write the model of a run's checkpoint as the arguments say. Raises as `export_checkpoint` and the others here."""
     if not args.single_file:
         _check_folder(args.out)
-        check_replaceable(args.out)
+        config = run_options(run, args.inputs)
+        sources = (getattr(config, name, None) for name in ("model", "vae"))
+        check_replaceable(args.out, *(Path(source) for source in sources if source), whole=config.stage == "diffusion")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as made:
         model = Path(made) / args.out.name

@@ -132,14 +132,19 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
     return step
 
 
-def _run_config(run: Path, inputs: Sequence[str]) -> StageConfig:
+def run_options(run: Path, inputs: Sequence[str] = ()) -> StageConfig:
+    """The options of a run, with those of its inputs that have moved, `option=path`. Raises FileNotFoundError, ValueError."""
     if other := [item for item in inputs if item.partition("=")[0] not in INPUTS]:
         raise ValueError(
             f"got '{other[0]}': what may be named anew are a run's inputs that have moved, {', '.join(INPUTS)}, as option=path"
         )
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"'{run}' is no run folder: it holds no config.yaml")
-    config = load_config(run / "config.yaml", list(inputs))
+    return load_config(run / "config.yaml", list(inputs))
+
+
+def _run_config(run: Path, inputs: Sequence[str]) -> StageConfig:
+    config = run_options(run, inputs)
     try:
         changed = changed_inputs(config, run)
     except FileNotFoundError as error:

@@ -22,7 +22,7 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
     Raises: ValueError where the UNet takes other latents, where the new VAE has another f or a shift (fold it in first), or
     where `out` is one of the two or holds something else; as the loaders.
     """
-    check_replaceable(out, model, vae)
+    check_replaceable(out, model, vae, whole=True)
     old, new, networks = load_vae(model), load_vae(vae), Networks.open(model)
     if networks.unet.config.in_channels != new.config.latent_channels:
         raise ValueError(

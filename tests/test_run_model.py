@@ -89,6 +89,18 @@ def test_the_last_step_of_low_rank_updates_is_the_model_of_their_run(diffusion, 
     )
 
 
+def test_an_export_replaces_no_model_that_it_is_less_than(autoencoder, diffusion, export, make_model_folder, tmp_path):
+    """Nor one that its run has started from."""
+    whole = make_model_folder(tmp_path / "whole")
+    before = files(whole)
+    assert f"--out '{whole}' holds a whole model, which a VAE alone would replace" in export(autoencoder.parent / "run", "--out", whole)
+    assert f"--out '{whole}' holds a whole model" in export(autoencoder.parent / "run" / "model", "--out", whole)
+    assert files(whole) == before
+    config = load_config(diffusion.parent / "run" / "config.yaml")
+    assert f"--out '{config.model}' is the model to read" in export(diffusion.parent / "run", "--out", config.model)
+    assert export(diffusion.parent / "run", "--out", whole) == whole and files(whole) != before
+
+
 def test_what_is_not_there_or_does_not_fit_is_named(autoencoder, export, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(autoencoder.parent / "run", run)
@@ -100,6 +112,7 @@ def test_what_is_not_there_or_does_not_fit_is_named(autoencoder, export, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").touch()
     assert "is no model folder: it would be deleted" in export(run, "--out", tmp_path / "mine")
+    assert f"'{run / 'model'}' is where the run '{run}' keeps its own model" in export(f"{run}@2", "--out", run / "model")
     options = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(options.replace("ema_decay: 0.5", "ema_decay: 0.0"))
     assert "the run keeps no average of its weights (optimizer.ema_decay=0)" in export(run, *out, "--weights", "ema")
