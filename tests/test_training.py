@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,10 @@ import yaml
 
 from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
+from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_vae
 from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
-from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, prepare_run
+from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs, prepare_run
 from eqldm.training.speed import Utilisation
 from eqldm.training.stopping import INTERRUPTED, STOPPED
 from eqldm.training.trainer import learning_rate_factor
@@ -215,6 +217,32 @@ def test_a_finished_run_started_again_changes_nothing(configured, tmp_path, caps
     assert "has taken all of its 2 steps: nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other options: loss.l1_weight was 1.0, is 2.0"):
         train_autoencoder(configured("loss.l1_weight=2"))
+
+
+def test_settings_of_a_model_that_change_under_a_run_are_told(tiny_pictures, make_model_folder, write_tiny_unet_options, tmp_path):
+    """Its weights do not tell: another prediction_type is another objective, another scaling_factor other latents."""
+    model = make_model_folder(tmp_path / "m")
+    path = write_tiny_unet_options(tmp_path / "tiny.yaml", tiny_pictures, model, num_steps=2)
+    train_diffusion(load_config(path))
+    more, folder = load_config(path, ["run.num_steps=3"]), tmp_path / "run"
+    assert changed_inputs(more, folder) == []
+    scheduler, vae = "scheduler/scheduler_config.json", "vae/config.json"
+    for file, name, value, told in (
+        (scheduler, "prediction_type", "v_prediction", f"model ({scheduler})"),
+        (vae, "scaling_factor", 3.0, f"model ({vae}), vae ({vae})"),
+    ):
+        settings = model / file
+        before = settings.read_text()
+        settings.write_text(json.dumps({**json.loads(before), "_diffusers_version": "9"}))
+        assert changed_inputs(more, folder) == []
+        settings.write_text(json.dumps({**json.loads(before), name: value}))
+        with pytest.raises(ValueError, match=re.escape(f"the contents of {told} have changed")):
+            train_diffusion(more)
+        settings.write_text(before)
+    inputs = json.loads((folder / INPUTS_FILE).read_text())
+    del inputs["settings"]  # a run that was begun before they were noted
+    (folder / INPUTS_FILE).write_text(json.dumps(inputs))
+    assert changed_inputs(more, folder) == []
 
 
 def test_logs_go_on_where_the_checkpoint_was(configured, tmp_path, monkeypatch):

@@ -31,8 +31,10 @@ from eqldm.config import StageConfig, to_yaml
 from eqldm.data.remote import is_remote
 from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.model_card import model_card
+from eqldm.model_folder import PARTS
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 from eqldm.training.lock import hold
+from eqldm.weights import read_json
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
@@ -158,7 +160,7 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
     partial.write_text(to_yaml(config))
     os.replace(partial, folder / "config.yaml")  # other processes may be reading it
     if fresh:  # a resumed run has just been found to have the same inputs: large models take a while to read
-        write_json(folder / INPUTS_FILE, {**input_digests(config), "format": FORMAT})
+        write_json(folder / INPUTS_FILE, {**input_digests(config), "settings": input_settings(config), "format": FORMAT})
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
@@ -207,7 +209,13 @@ def _from_its_weights(config: StageConfig) -> str:
 def changed_inputs(config: StageConfig, folder: Path) -> list[str]:
     """The names of the inputs whose contents are others than when the run in the folder began. Raises as `input_digests`."""
     before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
-    return [name for name in sorted((before.keys() | now.keys()) - {"format"}) if before.get(name) != now.get(name)]
+    settings, settings_now = before.pop("settings", None), input_settings(config)
+    changed = [name for name in sorted((before.keys() | now.keys()) - {"format"}) if before.get(name) != now.get(name)]
+    for name in settings_now if settings is not None else ():  # runs of before that did not note them
+        old, new = settings.get(name, {}), settings_now[name]
+        if name not in changed:
+            changed += [f"{name} ({file})" for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
+    return changed
 
 
 def input_digests(config: StageConfig) -> dict[str, str]:
@@ -216,6 +224,27 @@ def input_digests(config: StageConfig) -> dict[str, str]:
     Raises FileNotFoundError where one is missing.
     """
     return {name: _digest(name, source) for name, source in _sources(config).items()}
+
+
+def input_settings(config: StageConfig) -> dict[str, dict[str, str]]:
+    """Digests of what the models that a run starts from state beside their weights (a scheduler's config, a tokenizer's vocabulary, a
+    VAE's scale), by option and file. Not of names that begin with _, where libraries note their versions."""
+    settings = {}
+    for name, source in _sources(config).items():
+        if not name.startswith("data."):
+            parts = [Path(source) / part for part in (PARTS if name == "model" else ("vae",))]
+            files = [path for part in parts for path in sorted(part.glob("*")) if path.suffix in (".json", ".txt")]
+            files += [Path(source) / "config.json"] * (Path(source) / "config.json").is_file()  # of a VAE's own folder
+            settings[name] = {path.relative_to(source).as_posix(): _settings_digest(path) for path in files}
+    return settings
+
+
+def _settings_digest(path: Path) -> str:
+    content = path.read_bytes()
+    if path.name.endswith("config.json"):
+        stated = {name: value for name, value in read_json(path).items() if not name.startswith("_") or name == "_class_name"}
+        content = json.dumps(stated, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _sources(config: StageConfig) -> dict[str, str]:
