@@ -404,8 +404,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
         raise ValueError(f"override '{loose[0]}' has no '=': wanted key=value, such as run.num_steps=100")
     try:
         file = OmegaConf.load(path)
-        if not isinstance(file, DictConfig) or file.get("stage") not in STAGES:
-            found = file.get("stage") if isinstance(file, DictConfig) else None
+        found = file.get("stage") if isinstance(file, DictConfig) else None
+        if not isinstance(file, DictConfig) or not isinstance(found, str) or found not in STAGES:
             raise ValueError(f"config '{path}': stage is {found!r}, wanted one of {', '.join(STAGES)}")
         schema = OmegaConf.structured(STAGES[file.stage])
         _check_kinds(STAGES[file.stage], OmegaConf.to_container(file))
@@ -418,6 +418,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config '{path}' is no UTF-8 ({error}): save it as UTF-8, or is it another kind of file?") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config '{path}', or an override, is no YAML: {' '.join(str(error).split())}") from error
     assert isinstance(config, StageConfig)
@@ -443,6 +445,8 @@ def _parse_overrides(stage: type, overrides: Sequence[str]) -> DictConfig:
         if value != "null" and _option_type(stage, key) in (str, Optional[str]):
             OmegaConf.update(parsed, key, value)
             continue
+        if not value.strip():  # YAML's null: what a script's unset variable gives
+            raise ValueError(f"{key}: got nothing after '=', wanted a value, or null for none")
         try:
             given = OmegaConf.from_dotlist([item])
         except yaml.YAMLError as error:

@@ -103,6 +103,7 @@ ANY = [
     (["run.keep_every=750"], "run.keep_every: got 750, wanted a multiple of run.checkpoint_every=500, or null"),
     (["optimizer.ema_decay=1"], "optimizer.ema_decay: got 1"),
     (["data.num_workers=-1"], "data.num_workers: got -1, wanted 0"),
+    *[([f"{name}="], f"{name}: got nothing after '=', wanted a value, or null for none") for name in ("run.keep_every", "run.seed")],
     *[([f"optimizer.learning_rate={rate}"], "optimizer.learning_rate: got .*, wanted above 0") for rate in ("0", "-1e-4", ".nan")],
     (["optimizer.betas=[0.9]"], "optimizer.betas: got .*, wanted two numbers"),
 ]
@@ -326,3 +327,19 @@ def test_every_shipped_config_loads_and_says_what_it_is_for(path):
     load_config(path, [item for item in missing if item != "vae=model" or stage == "diffusion"])
     header = "".join(line for line in text.splitlines(True) if line.startswith("#"))
     assert "claim" in header and f"python train.py {path.relative_to(ROOT)}" in header
+
+
+@pytest.mark.parametrize("stage", ["[judge]", "{judge: 1}", "3", "null"])
+def test_a_stage_that_is_no_word_is_named(tmp_path, stage):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"stage: {stage}\n")
+    with pytest.raises(ValueError, match="options.yaml': stage is .*, wanted one of autoencoder, diffusion, judge"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_file_in_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "options.yaml"
+    path.write_text("stage: judge  # für München\n", encoding=encoding)
+    with pytest.raises(ValueError, match="options.yaml' is no UTF-8"):
+        load_config(path)
