@@ -104,13 +104,15 @@ def check_autoencoder(arguments: dict[str, Any], image_size: int, option: str = 
         raise ValueError(f"{option}: pictures of {image_size} px come back as {list(shape[1:])}, wanted {[3, image_size, image_size]}")
 
 
-def check_unet(arguments: dict[str, Any], side: int, length: int, option: str = "unet") -> None:
-    """Raises ValueError where a UNet of these arguments takes no latents of `side` cells with prompts of `length` tokens."""
+def check_unet(arguments: dict[str, Any], side: int, length: int, option: str = "unet", text_size: int | None = None) -> None:
+    """Raises ValueError where a UNet of these arguments takes no latents of `side` cells with prompts of `length` tokens and nothing else.
+
+    text_size: numbers per token; None: as its cross_attention_dim says."""
     with torch.device("meta"), torch.no_grad():
         unet = make(UNet2DConditionModel, option, arguments)
         latents = torch.empty(1, arguments["in_channels"], side, side)
         try:
-            shape = unet(latents, torch.zeros(1), torch.empty(1, length, arguments["cross_attention_dim"])).sample.shape
+            shape = unet(latents, torch.zeros(1), torch.empty(1, length, text_size or arguments["cross_attention_dim"])).sample.shape
         except MISFITS as error:
             raise misfit(option, arguments, error) from error
     if shape != latents.shape:

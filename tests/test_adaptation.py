@@ -53,6 +53,30 @@ def test_channels_must_fit(tmp_path, make_tiny_vae, make_model_folder):
         build_networks(DiffusionConfig(init="pretrained", model=str(folder), vae="other"), vae, 32, CAPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cross_attention_dim": 32}, "reads prompts of 32 numbers a token, and its text encoder gives 16"),
+        (
+            {"out_channels": 8},
+            r"another family than Stable Diffusion 1.x and 2.x: unet: latents of \[4, 8, 8\] come back as \[8, 8, 8\]",
+        ),
+        ({"num_class_embeds": 3}, "of another family than .*class_labels should be provided"),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40},
+            "of another family than Stable Diffusion 1.x and 2.x",
+        ),
+    ],
+)
+def test_a_unet_of_another_family_is_told_before_the_first_step(tmp_path, make_model_folder, changes, message):
+    model = make_model_folder(tmp_path / "m")
+    old = UNet2DConditionModel.load_config(model / "unet")
+    kept = {name: value for name, value in old.items() if not name.startswith("_")}
+    UNet2DConditionModel(**{**kept, **changes}).save_pretrained(model / "unet")
+    with pytest.raises(ValueError, match=message):
+        build(model)
+
+
 def test_scratch_fits_the_vae_and_the_seed(tiny_model_folder):
     options = {"init": "scratch", "model": None, "unet": SMALL_UNET, "text_encoder": {"hidden_size": 12}, "train_text_encoder": True}
     networks, again = (build(tiny_model_folder, image_size=48, **options) for _ in range(2))

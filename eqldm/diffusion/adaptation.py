@@ -32,6 +32,7 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
                 f"the UNet of '{config.model}' takes {networks.unet.config.in_channels} latent channels, the VAE of "
                 f"'{config.vae}' gives {channels}: use a VAE with as many channels, or init=scratch"
             )
+        _check_family(config.model, networks, image_size // downsampling(vae))
     else:
         torch.manual_seed(config.run.seed)
         if config.init == "scratch_unet":
@@ -66,6 +67,22 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
         networks.unet.enable_gradient_checkpointing()
     networks.text_encoder.requires_grad_(config.train_text_encoder)
     return networks
+
+
+def _check_family(model: str, networks: Networks, side: int) -> None:
+    """Raises ValueError where a model's UNet wants more than noisy latents, a timestep and a prompt of its text encoder, as SDXL's does."""
+    text = networks.text_encoder.config
+    reads = networks.unet.config.cross_attention_dim
+    if isinstance(reads, int) and reads != text.hidden_size:
+        raise ValueError(
+            f"the UNet of '{model}' reads prompts of {reads} numbers a token, and its text encoder gives {text.hidden_size}: it needs "
+            "another, or is of a family that has two (wanted Stable Diffusion 1.x or 2.x)"
+        )
+    try:
+        check_unet(unet_arguments(model), side, text.max_position_embeddings, text_size=text.hidden_size)
+    except ValueError as error:
+        fault = str(error).partition(" (got ")[0]
+        raise ValueError(f"the UNet of '{model}' is of another family than Stable Diffusion 1.x and 2.x: {fault}") from error
 
 
 def start_unconditional(unet: UNet2DConditionModel) -> None:
