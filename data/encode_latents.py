@@ -212,6 +212,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="encode under bf16 autocast: faster, rounds the latents")
     args = parser.parse_args()
     try:
+        for option, least in (("batch_size", 1), ("num_workers", 0)):
+            if (given := getattr(args, option)) < least:
+                raise ValueError(f"--{option.replace('_', '-')}: got {given}, wanted at least {least}")
         args.model, args.text_model = opened(args.model), args.text_model and opened(args.text_model)
         print(encode(args))
     except (ValueError, OSError) as error:

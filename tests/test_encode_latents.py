@@ -76,6 +76,13 @@ def test_moments_are_the_encoders(run, tmp_path, tiny_model_folder, tiny_picture
         assert "prompt_embeds" not in latent
 
 
+def test_a_batch_of_none_is_refused(refused, tmp_path):
+    """A negative one gave a latent set without latents, and no error."""
+    for option, given, least in (("--batch-size", 0, 1), ("--batch-size", -3, 1), ("--num-workers", -1, 0)):
+        assert f"{option}: got {given}, wanted at least {least}" in refused(tmp_path / "out", option, given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompt_embeddings(run, refused, tmp_path, tiny_model_folder):
     latents = LatentSamples(run(tmp_path / "out", "--prompt-embeds"))
     with torch.no_grad():
