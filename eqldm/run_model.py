@@ -70,7 +70,8 @@ def opened(model: str | Path) -> Path:
             raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    print(f"'{model}': the average of its weights, exported to '{folder}'", file=sys.stderr, flush=True)
+    kind = "average of its weights," if run_options(run).optimizer.ema_decay else "trained weights, for the run keeps no average,"
+    print(f"'{model}': the {kind} exported to '{folder}'", file=sys.stderr, flush=True)
     return folder
 
 

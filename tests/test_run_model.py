@@ -160,6 +160,15 @@ def test_a_run_starts_from_anothers_checkpoint(autoencoder, tmp_path, capsys):
     assert opened(f"{run}@2") == Path(config.model) and (Path(config.model) / "checkpoint.json").stat().st_mtime_ns > made
 
 
+def test_a_run_without_an_average_says_so(autoencoder, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(autoencoder.parent / "run", run, ignore=shutil.ignore_patterns("models"))
+    options = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(options.replace("ema_decay: 0.5", "ema_decay: 0.0"))
+    opened(f"{run}@2")
+    assert "the trained weights, for the run keeps no average, exported to" in capsys.readouterr().err
+
+
 def test_other_commands_take_a_runs_checkpoint(diffusion):
     run = diffusion.parent / "run"
     names = [(entry.name, str(entry.folder), str(entry.vae), entry.options) for entry in parse_entries(
