@@ -4,7 +4,7 @@ A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`,
 `logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` (a file; under ZeRO a folder), with run.keep_every earlier ones beside it
 (`step-000002000.ckpt`), and, at the end, the exported model under `model/` and `done.json`.
 The same command resumes: it finds `last.ckpt`, checks that options and inputs are the same, and goes on at its step; of a run that
-is done it gives the model at once.
+is done it gives the model at once. One process at a time trains there (`.lock`).
 """
 
 from __future__ import annotations
