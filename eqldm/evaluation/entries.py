@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def switch(text: str) -> bool:
     return text == "true"
 
 
-OPTIONS = {
+OPTIONS: dict[str, Callable[[str], Any]] = {
     "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
     "num_inference_steps": int, "time_travel": int, "symmetrise": switch, "decoding": str,
 }  # fmt: skip
