@@ -33,12 +33,21 @@ MADE_FROM = "checkpoint.json"  # in a folder of RUN/models: the checkpoint that 
 
 
 def parse_run(model: str | Path) -> tuple[Path, int | None] | None:
-    """The run folder and the step of `RUN@STEP`, `RUN@last` or `RUN`, the step of the last two None; None for what is no such thing."""
+    """The run folder and the step of `RUN@STEP`, `RUN@last` or `RUN`, the step of the last two None; None for what is no such thing.
+
+    Raises ValueError where something else stands after a run folder's '@'.
+    """
     named = None if Path(model).exists() else STEP.fullmatch(str(model))
     if named:
         return Path(named[1]), None if named[2] == "last" else int(named[2])
-    folder = Path(model)
-    return (folder, None) if (folder / LAST).exists() or kept_checkpoints(folder) else None
+    folder, at, step = str(model).rpartition("@")
+    if at and not Path(model).exists() and _is_run(Path(folder)):
+        raise ValueError(f"'{model}': got '{step}' after the run's '@', wanted the number of a step, or last")
+    return (Path(model), None) if _is_run(Path(model)) else None
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / LAST).exists() or bool(kept_checkpoints(folder))
 
 
 def opened(model: str | Path) -> Path:
@@ -88,7 +97,7 @@ def with_models(config: Config) -> Config:
     """The options, where they name models as `RUN@STEP` with their folders in place. Raises as `opened`."""
     for part, name in ((config, "model"), (config, "vae"), (getattr(config, "fold", None), "align_to")):
         model = getattr(part, name, None)
-        if model and STEP.fullmatch(model) and not Path(model).exists():
+        if model and "@" in model and not Path(model).exists():
             setattr(part, name, str(opened(model)))
     return config
 

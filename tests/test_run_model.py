@@ -106,6 +106,10 @@ def test_what_is_not_there_or_does_not_fit_is_named(autoencoder, export, tmp_pat
     shutil.copytree(autoencoder.parent / "run", run)
     out = ["--out", tmp_path / "out"]
     assert f"error: run folder '{run}' holds no checkpoint of step 3, it has those of 2, 4" in export(f"{run}@3", *out)
+    for step in ("", "-1", "1e3", "LAST"):
+        assert f"error: '{run}@{step}': got '{step}' after the run's '@', wanted the number of a step, or last" in export(
+            f"{run}@{step}", *out
+        )
     assert f"error: '{tmp_path / 'none'}' is no run folder" in export(f"{tmp_path / 'none'}@3", *out)
     assert "--weights and --inputs are for a run's checkpoint" in export(run / "model", *out, "--weights", "raw")
     assert "got 'run.seed=1': what may be named anew are a run's inputs" in export(run, *out, "--inputs", "run.seed=1")

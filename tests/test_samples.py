@@ -268,3 +268,9 @@ def test_a_validation_set_smaller_than_asked_for_is_refused(make_picture_shards,
     config = JudgeConfig(data=DataConfig(folder, folder, val_samples=7), run=RunConfig("x", 0, 1))
     with pytest.raises(ValueError, match="data.val_samples=7, but .* holds 6 samples"):
         ShardData(config)
+
+
+def test_a_batch_larger_than_the_set_is_said(make_picture_shards, tmp_path):
+    folder = str(make_picture_shards(tmp_path, count=6))
+    with pytest.warns(UserWarning, match="data.batch_size=7, but .* holds 6 samples: a step sees some of them more than once"):
+        ShardData(JudgeConfig(data=DataConfig(folder, folder, batch_size=7, val_samples=6), run=RunConfig("x", 0, 1)))

@@ -51,6 +51,11 @@ class ShardData(pl.LightningDataModule):
         self.val_samples = open_shards(data.val, None)
         if len(self.val_samples) < data.val_samples:
             raise ValueError(f"data.val_samples={data.val_samples}, but '{data.val}' holds {len(self.val_samples)} samples")
+        if len(self.train_samples) < data.batch_size:
+            rank_zero_warn(
+                f"data.batch_size={data.batch_size}, but '{data.train}' holds {len(self.train_samples)} samples: a step sees some of "
+                "them more than once"
+            )
 
     def train_dataloader(self) -> DataLoader:
         sampler = StreamSampler(
