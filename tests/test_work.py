@@ -51,17 +51,26 @@ def test_a_stopped_one_goes_on(tmp_path):
     (folder,) = tmp_path.iterdir()
     (folder / "00000004.safetensors").write_bytes(b"half a file")
     again = Squares()
-    values = work(again, tmp_path, 4)
+    with pytest.warns(UserWarning, match="00000004.safetensors' is damaged .*: it is not used"):
+        values = work(again, tmp_path, 4)
     assert again.measured == [range(4, 8), range(8, 10)] and values["square"].tolist() == [n**2 for n in range(10)]
+    (tmp_path / "squares.safetensors").write_bytes(b"half a file")
+    with pytest.warns(UserWarning, match="squares.safetensors' is damaged .*: it is not used"):
+        work(again := Squares(), tmp_path, 4)
+    assert len(again.measured) == 3
 
 
 @pytest.mark.parametrize("change", [{"key": {"of": "letters"}}, {"count": 9}])
 def test_another_question_is_measured_anew(tmp_path, change):
     work(Squares(), tmp_path, 4)
     other = Squares(**change)
-    assert len(work(other, tmp_path, 4)["square"]) == other.count and len(other.measured) == 3
+    with pytest.warns(
+        UserWarning, match=f"squares.safetensors' was measured with other {'of' if 'key' in change else 'count'}: measured anew"
+    ):
+        assert len(work(other, tmp_path, 4)["square"]) == other.count and len(other.measured) == 3
     first = Squares()
-    work(first, tmp_path, 4)  # its file was replaced
+    with pytest.warns(UserWarning, match="measured anew, and replaced"):
+        work(first, tmp_path, 4)  # its file was replaced
     assert len(first.measured) == 3
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +90,7 @@ def work(
     """The values of all of a question's pictures, in order, or None while other processes are still at work.
 
     Takes what `folder` holds of the same question, or one of `others` (another model may have the same VAE), and measures the rest of this
-    process's share; place: (rank, world size).
+    process's share; place: (rank, world size). Warns of damaged files, and of values of something else, which it measures anew.
     Raises OSError, saying that finished batches are kept, where the disk is full; and as `measure`.
     """
     key = json.dumps({**question.key, "count": question.count, "batch_size": batch_size, "code": _code()}, sort_keys=True)
@@ -101,6 +102,8 @@ def work(
             if path != whole:
                 _write(whole, values, key)
             return values
+    if other := _other(whole, key):
+        warnings.warn(f"'{whole}' was measured with other {other}: measured anew, and replaced", stacklevel=2)
     parts = folder / f".{question.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     for first in firsts[rank::world]:
         path = parts / f"{first:08d}.safetensors"
@@ -120,14 +123,28 @@ def work(
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The values of a file, or None where it is not there, is of another key, or is damaged."""
+    """The values of a file, or None where it is not there, is of another key, or is damaged, which it warns of."""
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict, nor an iterable
-    except (FileNotFoundError, SafetensorError):
+    except FileNotFoundError:
         return None
+    except SafetensorError as error:
+        warnings.warn(f"'{path}' is damaged ({' '.join(str(error).split())[:160]}): it is not used", stacklevel=2)
+        return None
+
+
+def _other(path: Path, key: str) -> str:
+    """In what the key of a whole file is another than `key`, by name; empty where there is no such file, or none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            held = json.loads((file.metadata() or {}).get("key", "{}"))
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError):  # `_read` has warned of a damaged one
+        return ""
+    wanted = json.loads(key)
+    return ", ".join(name for name in sorted({*held, *wanted}) if held.get(name) != wanted.get(name))
 
 
 def _write(path: Path, values: dict[str, Tensor], key: str) -> None:
