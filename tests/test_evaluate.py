@@ -288,6 +288,27 @@ def test_a_plain_folder_of_pictures(run, vae_alone, tmp_path):
             run(vae_alone, data=folder, judge=None, more=[*more, *words])
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("-5", "picture '000000000': its label is -5, but the judge reads letters, wanted 0 .A. to 25 .Z., or -1 for none"),
+        ("26", "picture '000000000': its label is 26"),
+        ("-1", ""),
+    ],
+)
+def test_labels_that_are_no_letters_are_told(run, tiny_model_folder, make_picture_shards, tmp_path, label, message):
+    data = make_picture_shards(tmp_path / "labelled")
+    for tar in data.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes().replace(b'"label": 0', f'"label":{label}'.encode()))
+    more = [*FULL[:2], "--metrics", "generation"]
+    if message:
+        with pytest.raises(SystemExit, match=message):
+            run(tiny_model_folder, data=data, more=more)
+        return
+    report = (run(tiny_model_folder, data=data, more=more) / "report.md").read_text()
+    assert "2 of 6 pictures have no label: what the judge reads of real pictures is left out" in report
+
+
 @pytest.mark.slow  # writes 528 MB of stand-in weights
 def test_lpips_is_that_of_torchmetrics(run, vae_alone, tiny_pictures, vgg16_weights):
     metrics = metrics_of(run(vae_alone), "vae-eq")

@@ -61,6 +61,7 @@ def test_balanced_real_pictures_are_no_farther_than_drawn_ones():
         corrected.append(kid(real, fake, real_labels=balanced))
     error = torch.stack(corrected).std() / 400**0.5
     assert torch.stack(plain).mean() < -5 * error and torch.stack(corrected).mean().abs() < 3 * error
+    assert torch.equal(kid(real, fake, real_labels=balanced * 2**60 - 5), kid(real, fake, real_labels=balanced))  # labels are any numbers
     assert torch.equal(kid(real[:8], fake, real_labels=balanced[:8]), kid(real[:8], fake))  # one of each: nothing to correct by
 
 

@@ -70,8 +70,12 @@ class RealData:
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
-        `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter."""
+        `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter.
+
+        Raises ValueError where a judge reads and a label is that of no letter."""
         batch = collate([self.samples[i] for i in numbers])
+        if self.judge is not None:
+            check_letters(batch["label"], batch["key"])
         x = batch["x"]
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
         values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
@@ -82,6 +86,16 @@ class RealData:
                 seen = [self.judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
                 values[f"parts/{name}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
         return values
+
+
+def check_letters(labels: Tensor, keys: Sequence[str]) -> None:
+    """Raises ValueError where one of labels [B], of pictures of these keys, is neither a letter's nor -1 (none)."""
+    for label, key in zip(labels.tolist(), keys):
+        if not -1 <= label < len(LETTERS):
+            raise ValueError(
+                f"picture '{key}': its label is {label}, but the judge reads letters, wanted 0 (A) to {len(LETTERS) - 1} (Z), or -1 for "
+                "none: mend the data, or add --without judge (and give no --judge)"
+            )
 
 
 def features_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,8 +156,7 @@ def _mean_over_pairs(values: Tensor, labels: Tensor | None) -> Tensor:
     count = len(values)
     if labels is None:
         return values.sum() / (count * (count - 1))
-    of = torch.nn.functional.one_hot(labels).to(values)
-    of = of[:, of.sum(0) > 0]
+    of = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).to(values)  # labels may be any numbers
     held = of.sum(0)
     pairs = held[:, None] * held - torch.diag(held)
     if bool((pairs == 0).any()):  # a label with a single picture

@@ -110,6 +110,9 @@ class Evaluation:
         if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
             self._note(f"{len(keys)} pictures cannot be read, the next one stands in for each: {', '.join(keys)}.")
+        if self.values is not None and self.judge and (without := int((self.values["label"] < 0).sum())):
+            self._note(f"{without} of {self.count} pictures have no label: what the judge reads of real pictures is left out, and KID does "
+                       "without labels.")  # fmt: skip
 
     def prepare(self, entries: list[Entry]) -> None:
         """Looks whether all models, options and pictures fit each other, and finds the views, which are the same for all: those that are as
