@@ -33,7 +33,7 @@ def test_what_a_model_is_written_as(tmp_path):
     ("a@pixels", "got 'pixels' after '@', wanted OPTION=VALUE of vae .str., blend .str."),
     ("a@guidance_scale=high", "got 'guidance_scale=high' after '@'"),
     ("a@symmetrise=2", "got 'symmetrise=2' after '@', wanted OPTION=VALUE of .* symmetrise .switch."),
-    ("a@blend=pixels,blend=none", "blend is given twice"),
+    ("a@blend=pixels,blend=none", "blend is given twice"), ("a@vae=", "got 'vae=' after '@', wanted OPTION=VALUE"),
 ])  # fmt: skip
 def test_what_is_none(text, message):
     with pytest.raises(ValueError, match=message):

@@ -100,6 +100,8 @@ def parse_entry(text: str) -> Entry:
         if key in options:
             raise ValueError(f"model '{text}': {key} is given twice after '@'")
         try:
+            if not value:  # `vae=` of a variable that is not set would be the model's own
+                raise ValueError("nothing after '='")
             options[key] = OPTIONS[key](value)
         except (KeyError, ValueError):
             kinds = ", ".join(f"{key} ({kind.__name__})" for key, kind in OPTIONS.items())
