@@ -201,6 +201,15 @@ def build(model: str):
             numbers = {"First seed": seed, "Pictures": count, "Steps": steps, "Guidance": scale, "Time travel": travel, "Upscale": upscale}
             if left := [name for name, number in numbers.items() if number is None]:
                 raise ValueError(f"{left[0]}: wanted a number, got none")
+            texts = {"Prompts": prompts, "Negative prompt": negative, "Style": style, "One prompt for each of": kind}
+            texts |= {"Views": views} if kind == VIEWS else {"Parts": parts}
+            for name, text in texts.items():
+                if not isinstance(text, str):
+                    raise ValueError(f"{name}: wanted a text, got {'none' if text is None else text}")
+            if not isinstance(model, str) or not model.strip():  # an empty one would be the folder that the studio was started in
+                raise ValueError("Model folder: wanted a text, got none")
+            if kind not in (VIEWS, PARTS):
+                raise ValueError(f"One prompt for each of: got '{kind}', wanted '{VIEWS}' or '{PARTS}'")
             seeds = list(range(int(seed), int(seed) + int(count)))
             options = Options(
                 num_inference_steps=int(steps), guidance_scale=float(scale), negative_prompt=negative, style=style, reduction=reduction,
