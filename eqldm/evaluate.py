@@ -75,18 +75,38 @@ def parse_args() -> argparse.Namespace:
         metavar="MODEL",
         help="a further model, the first of the tables: all others are held against it (default: the first MODEL)",
     )
-    add("--metrics", nargs="+", choices=QUESTIONS, help="what to ask (default: all; components where --components names some)")
+    add(
+        "--metrics",
+        nargs="+",
+        action="extend",
+        choices=QUESTIONS,
+        help="what to ask (default: all; components where --components names some)",
+    )
     add(
         "--views",
         nargs="+",
-        default=["rotate_180"],
+        action="extend",
         metavar="VIEW[,VIEW...]",
         help="anagrams to sample, by their views beside the upright one: rotate_180, or rotate_90,rotate_180 for three at once; their "
-        "equivariance too",
+        "equivariance too (default: rotate_180)",
     )
-    add("--components", nargs="+", default=[], metavar="NAME", help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3")
+    add(
+        "--components",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3",
+    )
     add("--judge", type=place_option, metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
-    add("--features", nargs="+", default=[], metavar="NAME=WEIGHTS", help="timm backbones for FID, KID, precision and recall")
+    add(
+        "--features",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=WEIGHTS",
+        help="timm backbones for FID, KID, precision and recall",
+    )
     add(
         "--inception",
         type=place_option,
@@ -94,7 +114,14 @@ def parse_args() -> argparse.Namespace:
         help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)",
     )
     add("--clip", type=place_option, metavar="FOLDER", help="a CLIP of transformers, for CLIP score, alignment and concealment")
-    add("--without", nargs="+", choices=WEIGHTS, default=[], help="weights that one does without: exit status 0 all the same")
+    add(
+        "--without",
+        nargs="+",
+        action="extend",
+        choices=WEIGHTS,
+        default=[],
+        help="weights that one does without: exit status 0 all the same",
+    )
     add(
         "--prompt-pairs",
         type=place_option,
@@ -120,6 +147,7 @@ def parse_args() -> argparse.Namespace:
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.views = args.views or ["rotate_180"]  # no default of argparse's, which would be extended
     if args.metrics is None:
         args.metrics = [name for name in QUESTIONS if name != "components" or args.components]
     return args

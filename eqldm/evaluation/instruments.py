@@ -37,8 +37,9 @@ class Instruments:
         self.args, self.asked, self.device = args, asked, device
         self.missing: list[str] = []
         self.notes: list[str] = []
-        if "judge" in args.without and args.judge:
-            raise ValueError("--judge and --without judge: give one of them")
+        for name in args.without:
+            if getattr(args, name, None):
+                raise ValueError(f"--{name} and --without {name}: give one of them")
         self.judge = self._needing("judge", "what the judge reads", partial(Judge.open, args.judge)) if args.judge or letters else None
         if self.judge and args.prompt_pairs:
             raise ValueError("--prompt-pairs means nothing where a judge reads letters: leave it out, or add --without judge")
@@ -50,6 +51,8 @@ class Instruments:
     def _needing(self, name: str, what: str, make: Callable):
         """What `make` gives, or None where it is done without (`--without`) or its weights are not there, which is then noted."""
         if not WEIGHTS[name].intersection(self.asked):
+            if path := getattr(self.args, name, None):
+                self.notes.append(f"Not used (--{name} {path}): none of {', '.join(self.asked)} needs it.")
             return None
         if name in self.args.without:
             self.notes.append(f"Left out (--without {name}): {what}.")

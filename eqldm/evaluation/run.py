@@ -130,6 +130,10 @@ class Evaluation:
             )
         coarsest = min(map(min, grids))
         self.anagrams = [[IDENTITY, *(parse_view(name, coarsest) for name in names.split(","))] for names in dict.fromkeys(self.args.views)]
+        for views in self.anagrams:
+            if len({view.name for view in views}) < len(views):  # one picture cannot read as two things in one view
+                names = ",".join(view.name for view in views[1:])
+                raise ValueError(f"--views {names}: one view is there twice (the upright one, identity, counts), wanted different ones")
         self.views = list(dict.fromkeys(view for views in self.anagrams for view in views[1:]))
         for view in self.views:
             for height, width in grids:
