@@ -98,6 +98,29 @@ def test_the_command(tmp_path, noise, monkeypatch, capsys):
             compare.main()
 
 
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("metrics.json", '{"fit/x": NaN}', "fit/x is nan, though its resamples are finite"),
+    ("metrics.json", '{"fit/x": "1"}', "fit/x is '1', wanted a number"),
+    ("metrics.json", "{}", "resampled.safetensors knows fit/x, metrics.json does not, so they are of two runs"),
+    ("about.json", "{}", "does not say what was sampled"),
+    ("about.json", '{"samples": {"fit": 3}}', "does not say what was sampled"),
+    ("resampled.safetensors", torch.tensor([0.0, float("nan")]), "fit/x is no list of finite numbers"),
+    ("resampled.safetensors", torch.zeros(2, 2), "fit/x is no list of finite numbers"),
+])  # fmt: skip
+def test_damaged_results_are_told(tmp_path, noise, file, content, message):
+    result = measured("a", {"fit/x": noise})
+    (tmp_path / "metrics.json").write_text(json.dumps(result.metrics))
+    (tmp_path / "about.json").write_text(json.dumps(result.about))
+    save_file(result.resampled, tmp_path / "resampled.safetensors")
+    assert Measured.open(tmp_path).metrics == result.metrics
+    if isinstance(content, str):
+        (tmp_path / file).write_text(content)
+    else:
+        save_file({"fit/x": content}, tmp_path / file)
+    with pytest.raises(ValueError, match=message):
+        Measured.open(tmp_path)
+
+
 def test_table_of_what_one_has_and_the_other_has_not(noise):
     a, b = measured("a", {"fit/x": noise, "fit/own_loss": noise}), measured("b", {"fit/x": noise})
     assert "| fit/own_loss ↓ | " in comparison_table([a, b]) and comparison_table([a, b]).splitlines()[-1].endswith("| - | - |")

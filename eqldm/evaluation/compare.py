@@ -43,14 +43,27 @@ class Measured:
 
     @classmethod
     def open(cls, folder: str | Path) -> Measured:
-        """Those of a folder. Raises FileNotFoundError where it holds none."""
+        """Those of a folder. Raises FileNotFoundError where it holds none, ValueError where they are damaged or not of one run."""
         folder = Path(folder)
         missing = [name for name in ("metrics.json", "resampled.safetensors", "about.json") if not (folder / name).is_file()]
         if missing:
             how = "give DIR/NAME of python -m eqldm.evaluate --out DIR"
             raise FileNotFoundError(f"'{folder}' holds no results (it lacks {', '.join(missing)}): {how}")
         metrics, about = (read_json(folder / name) for name in ("metrics.json", "about.json"))
-        return cls(folder.name, metrics, read_weights(folder / "resampled.safetensors"), about)
+        resampled = read_weights(folder / "resampled.safetensors")
+        how = "run python -m eqldm.evaluate again, which takes what is measured from its --out"
+        if odd := [name for name, value in metrics.items() if type(value) not in (int, float)]:
+            raise ValueError(f"'{folder / 'metrics.json'}': {odd[0]} is {metrics[odd[0]]!r}, wanted a number: {how}")
+        if odd := [name for name in resampled if name not in metrics]:
+            raise ValueError(f"'{folder}': resampled.safetensors knows {odd[0]}, metrics.json does not, so they are of two runs: {how}")
+        if odd := [name for name, each in resampled.items() if each.dim() != 1 or len(each) < 2 or not bool(each.isfinite().all())]:
+            raise ValueError(f"'{folder / 'resampled.safetensors'}': {odd[0]} is no list of finite numbers, it is damaged: {how}")
+        if odd := [name for name in resampled if not math.isfinite(metrics[name])]:
+            raise ValueError(f"'{folder / 'metrics.json'}': {odd[0]} is {metrics[odd[0]]}, though its resamples are finite: {how}")
+        samples = about.get("samples")
+        if not isinstance(samples, dict) or not all(isinstance(each, dict) for each in samples.values()):
+            raise ValueError(f"'{folder / 'about.json'}' does not say what was sampled (samples), so nothing can be paired: {how}")
+        return cls(folder.name, metrics, resampled, about)
 
 
 @dataclass(frozen=True)
