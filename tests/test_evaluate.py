@@ -253,6 +253,14 @@ def test_captions_and_prompt_pairs_where_there_are_no_letters(run, tiny_model_fo
     metrics = metrics_of(run(tiny_model_folder, data=data, judge=None, more=more), "tiny")
     assert prompts[0] == [["picture 0", "picture 1", "picture 2", "picture 3"]]
     assert prompts[1] == [["a letter a", "the letter v"] * 2, ["a letter v", "the picture 3"] * 2]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Anagrams and components: 4 pictures of 2 prompt pairs, which are sampled again with further seeds." in report
+    for tar in data.glob("*.tar"):  # two captions are left: the first is emptied, and all after the third
+        tar.write_bytes(re.sub(rb"picture (0|[3-9]|1\d|2\d)", lambda found: b" " * len(found[0]), tar.read_bytes()))
+    run(tiny_model_folder, data=data, judge=None, more=["--without", "lpips", "inception", "clip", "--metrics", "generation"])
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Generation: captions left out: 22 without a caption." in report
+    assert "Generation: 4 pictures of 2 captions, which are sampled again with further seeds." in report
     assert {"generation/clip_score", "anagram/rotate_180/alignment_q95", "anagram/rotate_180/concealment"} <= metrics.keys()
     for text, message in (("pairs: [[a]]", "a list of two subjects each"), ("[1]", "wanted a YAML of `pairs`")):
         (tmp_path / "bad.yaml").write_text(text)
@@ -280,6 +288,14 @@ def test_a_plain_folder_of_pictures(run, vae_alone, tmp_path):
         and "class0/broken.jpg" in report
         and "class0/4.png" in report
     )
+    more += ["--image-size", 32, "--metrics", "reconstruction", "--clip", "nowhere"]
+    for count, message in (
+        (5, "The first 5 of 6 pictures, in an order by a hash"),
+        (7, "--num-images 7: there are 6 pictures, and all are"),
+    ):
+        report = (run(vae_alone, data=folder, judge=None, more=[*more, "--num-images", count]) / "report.md").read_text()
+        assert message in report and "Not used (--clip nowhere): none of reconstruction needs it." in report
+    more = more[:3]
     for words, message in (
         ([], "give --image-size"),
         (["--image-size", 128], "6 pictures in a row cannot be read, or are below 128 x 128"),

@@ -66,6 +66,16 @@ class FolderSamples(Dataset):
 Pictures = PictureSamples | FolderSamples
 
 
+def count_notes(samples: Pictures, wanted: int) -> list[str]:
+    """What a reader must know of how many pictures are measured, of so many wanted."""
+    held, order = len(samples), ""
+    if isinstance(samples, FolderSamples):  # it opens no more than are wanted
+        held, order = len(samples.source.names), ", in an order by a hash of their names"
+    if (count := min(wanted, len(samples))) < held:
+        return [f"The first {count} of {held} pictures{order}."]
+    return [f"--num-images {wanted}: there are {held} pictures, and all are measured."] if held < wanted else []
+
+
 def open_pictures(data: str, image_size: int | None, limit: int) -> Pictures:
     """Those of a shard folder, of its address, or of a folder of pictures, of which `limit` are looked at.
 

@@ -30,7 +30,7 @@ from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
 from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.parts import part_metrics
-from eqldm.evaluation.pictures import open_pictures
+from eqldm.evaluation.pictures import count_notes, open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.results import Result
@@ -80,8 +80,7 @@ class Evaluation:
         if few:
             self.notes.append(f"A first look: of {min(map(int, few))} pictures FID, precision and recall say little, and the filter of "
                               "the fit knows the spectrum of just these.")  # fmt: skip
-        if self.count < len(self.samples):
-            self.notes.append(f"The first {self.count} of {len(self.samples)} pictures.")
+        self.notes += count_notes(self.samples, args.num_images)
 
     def about(self, entry: Entry) -> dict:
         """How an entry was evaluated, but for what `Result` knows."""
@@ -264,16 +263,30 @@ class Evaluation:
         """The data's first captions that the model can read whole, again from the first where there are too few. Raises ValueError
         where there is none."""
         found: list[str] = []
+        left = {"without a caption": 0, "longer than the model reads": 0}
         for number in range(len(self.samples)):
             if len(found) == count:
                 break
             caption = self.samples[number]["caption"]
-            found += [caption] if caption and not too_long(sampler.networks.tokenizer, [caption]) else []
+            if not caption.strip():
+                left["without a caption"] += 1
+            elif too_long(sampler.networks.tokenizer, [caption]):
+                left["longer than the model reads"] += 1
+            else:
+                found.append(caption)
         if not found:
             raise ValueError(
                 f"generation: no picture of '{self.args.data}' has a caption that the model can read: leave it out of --metrics"
             )
+        if count > 1 and (told := [f"{number} {why}" for why, number in left.items() if number]):  # not where `open` looks for one
+            self._note(f"Generation: captions left out: {', '.join(told)}.")
+        self._note_again("Generation", "captions", len(found), count)
         return [found[k % len(found)] for k in range(count)]
+
+    def _note_again(self, question: str, what: str, held: int, count: int) -> None:
+        """Says where there are fewer prompts than pictures."""
+        if held < count:
+            self._note(f"{question}: {count} pictures of {held} {what}, which are sampled again with further seeds.")
 
     def _anagram_prompts(self, num_views: int) -> tuple[list[list[str]], Tensor | None]:
         """(for each view, each picture's prompt; label numbers [views, N] where a judge reads), in rounds: each tuple once, then once more
@@ -287,6 +300,8 @@ class Evaluation:
             wanted = (every_pair().T if every else letter_tuples(int(count), num_views)).repeat(1, self.args.num_seeds)
             return letter_prompts(wanted), wanted
         found = read_prompts(Path(self.args.prompt_pairs or PROMPT_PAIRS), num_views)
+        if not every:
+            self._note_again("Anagrams and components", "prompt pairs" if num_views == 2 else "prompt lists", len(found), int(count))
         chosen = found if every else [found[k % len(found)] for k in range(int(count))]
         return [list(texts) * self.args.num_seeds for texts in zip(*chosen)], None
 
