@@ -162,7 +162,7 @@ def check(args: argparse.Namespace) -> None:
         "num_pairs",
         "num_inference_steps",
         "num_seeds",
-        *(name for name in ("batch_size", "num_shown") if getattr(args, name) is not None),
+        *(name for name in ("batch_size", "num_shown", "image_size") if getattr(args, name) is not None),
     ):
         least = 2 if option in ("num_images", "num_letters", "num_pairs") else 1  # a distribution takes two
         value = str(getattr(args, option))

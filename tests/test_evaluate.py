@@ -304,6 +304,18 @@ def test_a_plain_folder_of_pictures(run, vae_alone, tmp_path):
             run(vae_alone, data=folder, judge=None, more=[*more, *words])
 
 
+def test_what_is_no_number_is_noted(run, vae_alone, tmp_path):
+    """Latents of one pixel do not vary."""
+    more = ["--without", "lpips", "inception", "--metrics", "equivariance", "--image-size", 4]
+    (folder := tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "0.png")
+    with pytest.raises(SystemExit, match="flat' holds 1 picture, wanted at least 2"):
+        run(vae_alone, data=folder, judge=None, more=more)
+    Image.new("RGB", (8, 8), "red").save(folder / "1.png")
+    report = (run(vae_alone, data=folder, judge=None, more=more) / "report.md").read_text()
+    assert "no finite number, as of pictures that are too few, too small or all alike: equivariance/" in report
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
@@ -459,6 +471,7 @@ def test_a_pixel_model_has_no_vae_to_ask_of(run, tmp_path, tiny_model_folder):
         (["--inception", "nowhere"], "no Inception weights at 'nowhere'"),
         (["--features", "resnet18"], "--features: got 'resnet18', wanted NAME=WEIGHTS"),
         (["--num-images", "0"], "--num-images: got 0, wanted at least 2"),
+        (["--image-size", "0"], "--image-size: got 0, wanted at least 1"),
         (["--num-pairs", "all", "--views", "flip,mirror"], "--num-pairs all: for two prompts a picture, got 3"),
         (["--num-pairs", "some"], "--num-pairs: got some, wanted at least 2"),
         (["--device", "foo"], "--device foo: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class Evaluation:
             raise ValueError("--num-seeds and --chooser are for anagrams and components, of which none are asked: leave them out")
         self.samples = open_pictures(args.data, args.image_size, args.num_images)
         self.count = min(args.num_images, len(self.samples))
+        if self.count < 2:  # as of --num-images
+            raise ValueError(f"--data '{args.data}' holds {self.count} picture, wanted at least 2: a distribution takes two")
         height, width = self.samples.image_size
         self.batch_size = args.batch_size or max(1, min(64, 2**20 // (height * width)))
         letters = all(_is_letter(self.samples[i]) for i in range(min(self.count, 8)))
@@ -189,6 +192,8 @@ class Evaluation:
                 continue
             findings = summarise(values, real, result, folder)
             result.add(findings, name, self.about_samples(question))
+            if odd := [key for key, value in findings.metrics.items() if not math.isfinite(value)]:
+                self._note(f"{entry.name}: no finite number, as of pictures that are too few, too small or all alike: {', '.join(odd)}.")
             console.print(f"{entry.name}: {name} " + ", ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in headline(findings)))
         return result if complete else None
 
