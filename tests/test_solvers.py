@@ -163,3 +163,13 @@ def test_a_scheduler_that_finds_no_timesteps_is_refused_before_it_samples():
     own = load_scheduler(PRETRAINED / "glyphs-eq")
     with pytest.raises(ValueError, match="KDPM2AncestralDiscreteScheduler does not find its timesteps"):  # not: "the weights are broken"
         solver_for(make_scheduler(dict(own.config), "KDPM2AncestralDiscreteScheduler"), Options(num_inference_steps=5))
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_a_second_estimate_is_not_magnified_from_pure_noise(name):
+    """Seen: glyphs-eq by Heun's, whose first step falls 1,600 times, paints saturated blots where Euler's draws clean letters."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match=f"{name} corrects .* falls from 2.03e.04 to 12.8 times the signal.*: use ddim"):
+        solver_for(make_scheduler({**config, "_class_name": name}), Options(num_inference_steps=20))
+    stable = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "_class_name": name}
+    assert type(solver_for(make_scheduler(stable), Options(num_inference_steps=5))).__name__ == name

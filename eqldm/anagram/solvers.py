@@ -32,6 +32,7 @@ OF_NOISE = (
 the flows' stop short of the picture there."""
 TRAVELLING = ("DDIMScheduler", "DDPMScheduler")  # whose steps remember nothing
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # other levels than those of training
+STEEPEST = 20  # fall of the noise in a first step of order 2, half of which multiplies a change of the estimate (Heun)
 BLENDING = ("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # deterministic, at the levels of training
 
 
@@ -103,6 +104,12 @@ def _set_timesteps(solver: SchedulerMixin, o: Options, use: str) -> None:
         raise ValueError(f"{name} cannot sample in {count} steps: {error} Or use {use}") from error
     if not bool(solver.timesteps.isfinite().all()):  # KDPM2's ancestral one, of a model trained to pure noise
         raise ValueError(f"{name} does not find its timesteps at this model's noise levels (they are NaN): use {use}")
+    if solver.order > 1 and float(solver.sigmas[0]) > STEEPEST * float(solver.sigmas[1]):
+        start, end = map(float, solver.sigmas[:2])
+        raise ValueError(
+            f"{name} corrects each step by a second estimate, magnified as the noise falls in it. At this model's noise levels the first "
+            f"step of {count} falls from {start:.3g} to {end:.3g} times the signal, and would spoil the picture: use {use}"
+        )
     sigmas = [key for key in SIGMAS if solver.config.get(key)]
     if sigmas and solver.config.get("use_flow_sigmas"):
         raise ValueError(f"{name} takes use_flow_sigmas or {sigmas[0]}, not both: set one to false in scheduler_config.json")
