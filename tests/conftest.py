@@ -31,6 +31,10 @@ def pytest_report_header() -> str:
     return f"versions: {'not those of requirements.lock: ' + ', '.join(other) if other else 'those of requirements.lock'}"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--times", type=int, default=1, help="how many times as often each fault of tests/faults is tried")
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

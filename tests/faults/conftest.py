@@ -1,0 +1,40 @@
+"""Faults that are injected: each test that carries `fault` is one kind, tried with several seeds; the end of the report is their table.
+
+    @pytest.mark.fault("training killed at a random moment", tries=4)
+    def test_kill(tmp_path, seed): ...
+
+`pytest tests/faults -m '' --times 10` tries each kind ten times as often, with other seeds: what docs/reliability.md states.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+def pytest_generate_tests(metafunc):
+    if mark := metafunc.definition.get_closest_marker("fault"):
+        tries = mark.kwargs.get("tries", 3) * metafunc.config.getoption("--times")
+        metafunc.parametrize("seed", range(tries))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", mark.args[0]))
+            item.user_properties.append(("file", item.path.name))
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            about = dict(report.user_properties) if hasattr(report, "user_properties") else {}
+            if "fault" in about and (report.when == "call" or outcome != "passed"):
+                counts[about["file"], about["fault"], outcome] += 1
+    if not counts:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line("| what is broken | tried | survived | lost | skipped | file |\n|---|---|---|---|---|---|")
+    for file, kind in sorted({key[:2] for key in counts}):
+        survived, lost = counts[file, kind, "passed"], counts[file, kind, "failed"] + counts[file, kind, "error"]
+        terminalreporter.write_line(f"| {kind} | {survived + lost} | {survived} | {lost} | {counts[file, kind, 'skipped']} | {file} |")
