@@ -27,9 +27,10 @@ from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
+from eqldm.lock import LOCK, held
 from eqldm.model_folder import check_latents, load_text, load_vae, text_hash, vae_hash
 from eqldm.paths import check_folder, place_option
-from eqldm.processes import pick_device, process_rank, processes_here
+from eqldm.processes import launch, pick_device, process_rank, processes_here
 from eqldm.run_model import opened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -103,7 +104,7 @@ def _collate(samples: list[dict]) -> dict:
 def encode(args: argparse.Namespace) -> Path:
     """Encode this process's shards; the process that finds all shards done writes the manifest.
 
-    Raises ValueError where `--out` holds, or is to hold, latents made with other options.
+    Raises ValueError where `--out` holds, or is to hold, latents made with other options, or another launch is writing there.
     """
     rank, world = process_rank()
     check_folder("--out", args.out)
@@ -116,6 +117,12 @@ def encode(args: argparse.Namespace) -> Path:
     if "text_hash" in made:
         about["text_hash"] = made["text_hash"]
     out.mkdir(parents=True, exist_ok=True)
+    with held(out / LOCK, f"'{out}' is being encoded", "give another --out", group=launch()):
+        return _encode(encoder, out, about, rank, world)
+
+
+def _encode(encoder: Encoder, out: Path, about: dict, rank: int, world: int) -> Path:
+    args, shards = encoder.args, encoder.pictures.shards
     if _started(out, about["generator"]):
         print(f"{out}: already encoded with this VAE ({read_manifest(out)['count']} latents)")
         return out

@@ -1,31 +1,117 @@
-"""Files and folders that appear whole: written beside their name, then renamed, so that a reader never opens half of one."""
+"""Files and folders that appear whole: written beside their name, then renamed, so that a reader never opens half of one.
+
+A process that is killed or finds the disk full leaves what stood there. What it wrote beside bears its number, so that two never write
+one file, and the next that writes in that folder removes it.
+"""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from eqldm.lock import held
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+_counter = itertools.count()
+_swept: set[Path] = set()
+
+
+class NotWritten(OSError):
+    """A file or folder could not be written; what stood there still does. reason: the system's words.  full: the disk is."""
+
+    def __init__(self, what: str, error: BaseException, kept: str = "", then: str = "the same command goes on"):
+        cause = next((found for found in _chain(error) if isinstance(found, OSError)), error)  # libraries put their own before or behind
+        number = re.search(r"\(os error (\d+)\)", str(cause))  # safetensors says it in words
+        code = cause.errno if isinstance(cause, OSError) else int(number[1]) if number else None
+        self.full = code in DISK_FULL
+        self.reason = os.strerror(code) if code else (str(cause).splitlines() or [type(cause).__name__])[0]
+        way_out = f"make room, and {then}" if self.full else f"when that is mended, {then}"
+        super().__init__(f"{what} could not be written ({self.reason}){kept}: {way_out}")
+        self.errno = code
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def told(what: str, kept: str = "", then: str = "the same command goes on") -> Iterator[None]:
+    """Turns what libraries raise of a failed write into NotWritten, which says what it was of."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
+        raise NotWritten(what, error, kept, then) from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, whose folder is made; what is written there is gone at the end, or when this process has been killed
+    and another writes in that folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:  # once a process: it may be a large folder
+        _swept.add(path.parent)
+        sweep(path.parent)
+    partial = path.with_name(f".{path.name[:100]}-{platform.node()}-{os.getpid()}-{next(_counter)}.partial")
+    try:
+        yield partial
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path, durable: bool = False) -> Iterator[Path]:
+    """What the block writes at the name that this gives is renamed to `path`. durable: it is on the disk before, come what may."""
+    with beside(path) as partial:
+        yield partial
+        if durable:
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(partial)`, then renamed to `path`, whose folder is made. Several processes may do so at once: each writes its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{platform.node()}-{os.getpid()}.partial")
-    try:
+    """`write(partial)`, then renamed to `path`. Several processes may do so at once: the last one stays. Raises NotWritten."""
+    with told(f"'{path}'"), whole(path) as partial:
         write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The folder that the block makes at the name that this gives takes `folder`'s place; what stood there goes only then.
+
+    Raises Held where another process is writing it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(lock_of(folder), f"'{folder}' is being written"), beside(folder) as partial:
+        recover_folder(folder)
+        yield partial
+        replace_folder(folder, partial)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock file of a folder that is replaced as a whole."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def replace_folder(folder: Path, partial: Path) -> None:
     """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
-    old = folder.with_name(folder.name + ".old")
+    old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -35,10 +121,36 @@ def replace_folder(folder: Path, partial: Path) -> None:
 
 def recover_folder(folder: Path) -> None:
     """Puts back what `replace_folder` had set aside when its process was killed between its two renames. Several processes may do so."""
-    old = folder.with_name(folder.name + ".old")
+    old = _old(folder)
     if old.exists() and not folder.exists():
         try:
             os.replace(old, folder)
         except OSError:
             if not folder.exists():  # else another process has just put it back
                 raise
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes of this machine have left beside their names in a folder."""
+    ours = re.compile(rf"\..+-{re.escape(platform.node())}-(\d+)-\d+\.partial")
+    for entry in os.scandir(folder):
+        match = ours.fullmatch(entry.name)
+        if match and not _alive(int(match[1])):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                Path(entry).unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True

@@ -21,13 +21,13 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from eqldm.atomic import replace_folder
+from eqldm.atomic import beside, lock_of, whole_folder
 from eqldm.autoencoder.fold import fold_map
+from eqldm.lock import held
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
 from eqldm.paths import path_option
@@ -51,9 +51,10 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
         if name in parts:
             _in_dtype(parts[name], dtype, f"{name}/ of '{model}'")
     card = carried_card(model, f"stored in {str(dtype).removeprefix('torch.')} (`python -m eqldm.export`).")
-    save_model_folder(out, card, **parts)
-    if (model / "lora").is_dir():
-        shutil.copytree(model / "lora", out / "lora")
+    with whole_folder(out) as partial:
+        save_model_folder(partial, card, **parts)
+        if (model / "lora").is_dir():
+            shutil.copytree(model / "lora", partial / "lora")
     return out
 
 
@@ -95,9 +96,8 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
         config = run_options(run, args.inputs)
         sources = (getattr(config, name, None) for name in ("model", "vae"))
         check_replaceable(args.out, *(Path(source) for source in sources if source), whole=config.stage == "diffusion")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as made:
-        model = Path(made) / args.out.name
+    with beside(args.out) as made:
+        model = made / args.out.name
         step = export_checkpoint(run, step, model, args.weights, args.inputs)
         print(f"step {step} of '{run}'", file=sys.stderr)
         if not (model / "vae").is_dir() and (args.single_file or args.dtype not in (None, "float16")):
@@ -105,9 +105,19 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
         if args.single_file:
             return export_single_file(model, args.out, DTYPES[args.dtype or "float16"], args.scale_factor)
         if args.dtype in (None, "float32") or not (model / "vae").is_dir():
-            replace_folder(args.out, model)
+            with whole_folder(args.out) as partial:
+                model.rename(partial)
             return args.out
         return export(model, args.out, DTYPES[args.dtype])
+
+
+def _exported(args: argparse.Namespace) -> Path:
+    if run := parse_run(args.model):
+        return export_run(args, *run)
+    if args.weights or args.inputs:
+        raise ValueError(f"--weights and --inputs are for a run's checkpoint (RUN@STEP), and '{args.model}' is none")
+    dtype = DTYPES[args.dtype or "float16"]
+    return export_single_file(args.model, args.out, dtype, args.scale_factor) if args.single_file else export(args.model, args.out, dtype)
 
 
 def main() -> None:
@@ -131,15 +141,9 @@ def main() -> None:
     try:
         if args.scale_factor is not None and not args.single_file:
             raise ValueError("--scale-factor is for --single-file: a model folder states its own")
-        if run := parse_run(args.model):
-            print(export_run(args, *run))
-            return
-        if args.weights or args.inputs:
-            raise ValueError(f"--weights and --inputs are for a run's checkpoint (RUN@STEP), and '{args.model}' is none")
-        dtype = DTYPES[args.dtype or "float16"]
-        print(
-            export_single_file(args.model, args.out, dtype, args.scale_factor) if args.single_file else export(args.model, args.out, dtype)
-        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with held(lock_of(args.out), f"'{args.out}' is being written", "give another --out"):
+            print(_exported(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from eqldm.atomic import recover_folder, replace_folder
+from eqldm.atomic import told, whole_folder
 from eqldm.model_card import CARD
 from eqldm.single_file import read_single_file
 from eqldm.weights import cut_off, read_json
@@ -278,23 +277,16 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
 def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> Path:
     """Write a model folder from `vae` alone, or from all of `vae, unet, text_encoder, tokenizer, scheduler`; and its card.
 
-    Written beside its name and renamed, so that a reader never opens half a model; a folder that stood there is replaced.
+    A reader never opens half a model; a folder that stood there is replaced. Raises NotWritten; Held where another process writes it.
     """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    recover_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     if backend := getattr(parts.get("tokenizer"), "backend_tokenizer", None):  # else its file holds how it was called last
         backend.no_padding()
         backend.no_truncation()
-    try:
+    with told(f"model folder '{folder}'"), whole_folder(folder) as partial:
         _save_parts(partial, parts)
         if card is not None:
             (partial / CARD).write_text(card)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"model folder '{folder}' could not be written ({error}): when that is mended, the same command goes on") from error
-    replace_folder(folder, partial)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import torch
 
@@ -17,6 +18,15 @@ def process_rank() -> tuple[int, int]:
     """(rank, world size) as torchrun or srun state them; (0, 1) without either."""
     names = [("RANK", "WORLD_SIZE"), *([("SLURM_PROCID", "SLURM_NTASKS")] if in_srun_step() else [])]
     return next(((int(os.environ[a]), int(os.environ[b])) for a, b in names if a in os.environ and b in os.environ), (0, 1))
+
+
+def launch() -> str:
+    """What all processes of this one's launch have in common, and no other launch; empty for a process by itself."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        found = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")]
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine, by an address of that machine's own
+        return " ".join(["torchrun", *found, *([platform.node()] if alone else [])])
+    return f"srun {os.environ.get('SLURM_JOB_ID')}.{os.environ['SLURM_STEP_ID']}" if in_srun_step() else ""
 
 
 def processes_here() -> int:

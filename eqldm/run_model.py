@@ -7,10 +7,7 @@ are known by their contents: one that has moved is found by its option (`inputs`
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,11 +17,13 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from eqldm.atomic import write_whole
+from eqldm.atomic import lock_of, whole_folder
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
+from eqldm.lock import held
 from eqldm.training.checkpoints import LAST, check_fits, find_checkpoint, kept_checkpoints, read_whole
 from eqldm.training.run_folder import DONE, INPUTS, changed_inputs, run_card
 from eqldm.training.zero import shard_weights
+from eqldm.weights import read_json
 
 Config = TypeVar("Config", bound=AutoencoderConfig | DiffusionConfig | JudgeConfig)
 Weights = Literal["ema", "raw"]
@@ -64,21 +63,15 @@ def opened(model: str | Path) -> Path:
             return folder
     step, checkpoint = find_checkpoint(run, step)
     folder, stamp = _exported(run, step), _stamp(checkpoint)
-    if (folder / MADE_FROM).is_file() and json.loads((folder / MADE_FROM).read_text()) == stamp:
+    if _made_from(folder) == stamp:
         return folder
-    made = folder.with_name(f".{folder.name}-{platform.node()}-{os.getpid()}")
-    try:
-        export_checkpoint(run, step, made)
-        write_whole(made / MADE_FROM, lambda path: path.write_text(json.dumps(stamp) + "\n"))
-        if folder.exists() and json.loads((folder / MADE_FROM).read_text()) != stamp:  # of another run that lay here
-            shutil.rmtree(folder)
-        if not folder.exists():
-            made.rename(folder)
-    except OSError:
-        if not (folder / MADE_FROM).is_file():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    with held(lock_of(folder), f"'{folder}' is being exported", wait=True):
+        if _made_from(folder) == stamp:  # by another process, in the meantime
+            return folder
+        with whole_folder(folder) as partial:
+            export_checkpoint(run, step, partial)
+            (partial / MADE_FROM).write_text(json.dumps(stamp) + "\n")
     kind = "average of its weights," if run_options(run).optimizer.ema_decay else "trained weights, for the run keeps no average,"
     print(f"'{model}': the {kind} exported to '{folder}'", file=sys.stderr, flush=True)
     return folder
@@ -86,6 +79,10 @@ def opened(model: str | Path) -> Path:
 
 def _exported(run: Path, step: int) -> Path:
     return run / "models" / f"step-{step:09d}"
+
+
+def _made_from(folder: Path) -> dict | None:
+    return read_json(folder / MADE_FROM) if (folder / MADE_FROM).is_file() else None
 
 
 def _stamp(checkpoint: Path) -> dict[str, int]:

@@ -10,7 +10,6 @@ Source of the layout: Latent Diffusion, arXiv 2112.10752, and its code's `ldm/mo
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eqldm.atomic import told, whole, write_whole
 from eqldm.weights import cut_off, read_pickle
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -104,19 +104,14 @@ def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
     if wrong := [fault for fault, there in faults.items() if there]:
         raise ValueError(f"LDM's layout has no place for this autoencoder: it has {', '.join(wrong)}")
     weights = ldm_weights(vae)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about, partial = path.with_name(path.name + ".yaml"), path.with_name(path.name + ".partial")
-    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae))))
-    os.replace(partial, about)
-    try:
+    settings = OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae)))
+    write_whole(path.with_name(path.name + ".yaml"), lambda partial: partial.write_text(settings))
+    with told(f"'{path}'"), whole(path) as partial:
         if path.suffix == ".safetensors":
             save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
         else:
-            torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
-        partial.unlink(missing_ok=True)
-        raise OSError(f"'{path}' could not be written ({error}): when that is mended, the same command goes on") from error
-    os.replace(partial, path)
+            with open(partial, "wb") as file:
+                torch.save({"state_dict": weights, "scale_factor": config.scaling_factor}, file)
     return path
 
 

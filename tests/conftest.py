@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Collection
+import subprocess
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,25 @@ def tiny_model_folder(tmp_path_factory) -> Path:
 def tiny_pictures(tmp_path_factory) -> Path:
     """A shard folder of 24 pictures of 32 px in 3 shards, to be read only."""
     return make_picture_shards(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(kilobytes)`: the folder of a file system of its own, that is so large; called again with another size, it grows or
+    shrinks to that."""
+    folder = tmp_path / "disk"
+
+    def mount(kilobytes: int) -> Path:
+        again = "remount," if folder.exists() else ""
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs leave to mount a small disk, as root has")
+        return folder
+
+    yield mount
+    if folder.exists():
+        subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from eqldm.training.checkpoints import (
     kept_checkpoints,
     link_checkpoint,
     newest_checkpoint,
-    not_written,
     read_about,
     step_checkpoint,
 )
@@ -140,22 +139,6 @@ def test_other_networks_weights_are_named(tmp_path):
         check_fits(tmp_path / "last.ckpt", module)
     torch.save(WHOLE | {"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
     check_fits(tmp_path / "last.ckpt", module)
-
-
-def test_only_a_full_disk_asks_for_room():
-    """torch's own RuntimeError comes before or after that of the file."""
-    for number, words, room in (
-        (28, "No space left on device", True),
-        (122, "Disk quota exceeded", True),
-        (13, "Permission denied", False),
-    ):
-        error = RuntimeError("unexpected pos 704 vs 598")
-        error.__context__ = OSError(number, words)
-        for each in (error, error.__context__):
-            said = str(not_written(Path("last.ckpt"), each))
-            assert words in said and "The one before it is kept" in said and ("make room" in said) is room, said
-    said = str(not_written(Path("last.ckpt"), RuntimeError("cannot pickle a lock\nC++ stack")))
-    assert "could not be written (cannot pickle a lock)" in said and "make room" not in said
 
 
 @pytest.fixture(scope="module")

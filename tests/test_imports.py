@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "paths", "ranges", "weights", "markdown", "atomic", "processes"), ("config", "model_card", "single_file"),
+    ("views", "paths", "ranges", "weights", "markdown", "lock", "processes"), ("atomic", "config", "model_card", "single_file"),
     ("unused",),
     ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
     ("run_model",),

@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eqldm.atomic import DISK_FULL
+from eqldm.atomic import DISK_FULL, sweep
 from eqldm.data.shards import MANIFEST, load_manifest, read_manifest, write_json, write_manifest
+from eqldm.lock import LOCK, held
 
 UNFINISHED = "unfinished.json"  # beside the tars while they are being made: what a resumed run need not redo
 
@@ -111,14 +112,21 @@ def make_folder(
     making was interrupted, only the missing shards are made.
     `finish(entries)` is called when all shards are written: what it takes out of their entries for the manifest. Where it raises, the
     shards are kept as finished ones.
-    Raises: ValueError where the folder holds other shards; OSError where the disk is full or a source cannot be read (finished shards are
-    kept).
+    Raises: ValueError where the folder holds other shards, or another process is making it; OSError where the disk is full or a source
+    cannot be read (finished shards are kept).
     """
     folder = Path(folder)
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     about = json.loads(json.dumps(about))  # tuples become lists, as they will be when read back
     folder.mkdir(parents=True, exist_ok=True)
+    with held(folder / LOCK, f"'{folder}' is being made", "use another folder"):
+        return _make(folder, jobs, write, about, workers, overwrite, finish)
+
+
+def _make(
+    folder: Path, jobs: dict, write: Callable, about: dict, workers: int, overwrite: bool, finish: Callable[[list[dict]], dict] | None
+) -> dict:
     done = _prepare(folder, about["generator"], list(jobs), overwrite)
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
@@ -145,6 +153,7 @@ def make_folder(
                     write_json(folder / UNFINISHED, {**state, "shards": list(done.values())})
                     progress.advance(task)
     except BrokenProcessPool as error:
+        sweep(folder)
         raise OSError(
             f"a worker writing '{folder}' was killed (out of memory, or a file that it read went away?). Finished shards are kept: "
             f"run the same command again, with fewer --workers"
@@ -154,9 +163,6 @@ def make_folder(
         if error.errno in DISK_FULL:
             raise OSError(f"no space left in '{folder}', {after}: free some space and run the same command again") from error
         raise OSError(f"{error}: stopped {after}, run the same command again when that is mended") from error
-    finally:
-        for name in (*jobs, UNFINISHED, MANIFEST):  # other files that end so are not ours
-            (folder / f"{name}.partial").unlink(missing_ok=True)
     entries = [done[name] for name in jobs]
     about |= finish(entries) if finish else {}
     skipped = [item for entry in entries for item in entry.pop("skipped", [])]

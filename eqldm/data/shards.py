@@ -19,16 +19,16 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import webdataset as wds
 
-from eqldm.atomic import replace_folder
+from eqldm.atomic import lock_of, whole, whole_folder
 from eqldm.data import cache, remote
 from eqldm.data.contents import UnfitSample
 from eqldm.data.remote import is_remote
 from eqldm.data.tars import read_tar
+from eqldm.lock import held
 
 MANIFEST = "manifest.json"
 ENTRY = {"name", "count", "bytes", "sha256"}  # what it states of each tar
@@ -45,18 +45,14 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
     a killed process leaves no half shard. Equal samples give equal bytes: owner and time stamps are fixed.
     """
     path = Path(path)
-    beside = path.with_suffix(".tar.partial")
     count = 0
-    with open(beside, "wb") as file:
-        with wds.TarWriter(file, mtime=0, user="eqldm", group="eqldm") as tar:
+    with whole(path, durable=True) as partial:
+        with open(partial, "wb") as file, wds.TarWriter(file, mtime=0, user="eqldm", group="eqldm") as tar:
             for sample in samples:
                 tar.write(sample)
                 count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    sha256 = file_sha256(beside)
-    os.replace(beside, path)
-    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": sha256}
+        size, sha256 = partial.stat().st_size, file_sha256(partial)
+    return {"name": path.name, "count": count, "bytes": size, "sha256": sha256}
 
 
 def file_sha256(path: Path) -> str:
@@ -75,10 +71,8 @@ def hash_file(digest: hashlib._Hash, path: Path) -> None:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write JSON beside its name and rename it, so that a reader never sees half a file."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(beside, path)
+    with whole(Path(path)) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_manifest(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None, **about) -> dict:
@@ -197,23 +191,17 @@ def _stamp(shards: list[dict]) -> str:
 
 
 def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None) -> None:
-    """Write the index of a folder's tars, beside its name and then renamed; several processes may do so at once. Raises as `make_index`."""
-    folder = Path(folder)
-    made = make_index(folder, shards, found)
-    with TemporaryDirectory(dir=folder, prefix=f".{INDEX}-") as own:
-        index = Path(own) / INDEX
-        (index / "places").mkdir(parents=True)
+    """Write the index of a folder's tars, in the place of one that is there. Several processes may do so. Raises as `make_index`."""
+    index = Path(folder) / INDEX
+    made = make_index(Path(folder), shards, found)
+    with held(lock_of(index), f"'{index}' is being written", wait=True), whole_folder(index) as partial:
+        (partial / "places").mkdir(parents=True)
         for name in ("starts", "keys"):
-            np.save(index / f"{name}.npy", made[name])
+            np.save(partial / f"{name}.npy", made[name])
         for name, places in made["places"].items():
-            np.save(index / "places" / f"{name}.npy", places)
-        files = {path.relative_to(own).as_posix(): file_sha256(path) for path in sorted(index.rglob("*.npy"))}
-        write_json(index / "about.json", {"shards": _stamp(shards), "files": files})
-        try:
-            replace_folder(folder / INDEX, index)
-        except OSError:
-            if read_index(folder, shards) is None:  # else another process has just put the same one there
-                raise
+            np.save(partial / "places" / f"{name}.npy", places)
+        files = {f"{INDEX}/{path.relative_to(partial).as_posix()}": file_sha256(path) for path in sorted(partial.rglob("*.npy"))}
+        write_json(partial / "about.json", {"shards": _stamp(shards), "files": files})
 
 
 def read_index(folder: Path, shards: list[dict]) -> dict | None:

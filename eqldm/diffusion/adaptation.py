@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict
 
+from eqldm.atomic import write_whole
 from eqldm.config import DiffusionConfig
 from eqldm.construction import check_unet, make, make_noise
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer, prompt_length
@@ -129,9 +130,7 @@ def _order_header(path: Path) -> None:
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # as the format wants it
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:]))
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

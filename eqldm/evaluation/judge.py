@@ -4,7 +4,6 @@ models; how, is in `judge_training`."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eqldm.atomic import replace_folder
+from eqldm.atomic import told, whole_folder
 from eqldm.model_folder import PRETRAINED, check_finite, weights_hash
 from eqldm.weights import read_json, read_weights
 
@@ -56,18 +54,12 @@ ARGUMENTS = {  # of timm.create_model that an architecture may be given: sizes
 
 
 def save_judge(folder: Path, network: nn.Module, about: dict) -> None:
-    """Write `config.json` and `model.safetensors` (float16), beside their folder's name, then renamed."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    """Write `config.json` and `model.safetensors` (float16). Raises NotWritten, Held."""
     weights = {name: w.half() if w.is_floating_point() else w for name, w in network.cpu().state_dict().items()}
-    try:
+    with told(f"judge '{folder}'"), whole_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(about, indent=2) + "\n")
         save_file({name: w.contiguous() for name, w in weights.items()}, partial / "model.safetensors")
-    except SafetensorError as error:
-        shutil.rmtree(partial)
-        raise OSError(f"judge '{folder}' could not be written ({error}): when that is mended, the same command goes on") from error
-    replace_folder(folder, partial)
 
 
 def make_network(architecture: str, args: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from functools import partial
@@ -14,10 +13,11 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from eqldm.atomic import whole
 from eqldm.config import RunConfig
 from eqldm.data.order import position_seed
 from eqldm.training import stopping
-from eqldm.training.checkpoints import LAST, link_checkpoint, not_written, read_checkpoint, step_checkpoint
+from eqldm.training.checkpoints import LAST, link_checkpoint, read_checkpoint, step_checkpoint, written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,17 +28,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            partial.unlink(missing_ok=True)
-            raise not_written(path, error) from error
-        os.replace(partial, path)
+        with written(path), whole(path, durable=True) as partial, open(partial, "wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
         return read_checkpoint(Path(path))

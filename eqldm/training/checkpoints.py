@@ -13,12 +13,12 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
 
-from eqldm.atomic import DISK_FULL, replace_folder
+from eqldm.atomic import beside, replace_folder, told
 from eqldm.weights import DAMAGED, read_pickle
 
 LAST = Path("checkpoints") / "last.ckpt"
@@ -51,21 +51,16 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
     Raises OSError where it could not be written; what stood at the target is then still there.
     """
-    partial = target.with_name(target.name + ".partial")
-    try:
+    with written(target), beside(target) as partial:
         if source.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
             for file in (file for file in source.rglob("*") if file.is_file()):
                 there = partial / file.relative_to(source)
                 there.parent.mkdir(parents=True, exist_ok=True)
                 _link(file, there)
             replace_folder(target, partial)
         else:
-            partial.unlink(missing_ok=True)
             _link(source, partial)
             os.replace(partial, target)
-    except OSError as error:
-        raise not_written(target, error) from error
 
 
 def _link(source: Path, target: Path) -> None:
@@ -165,18 +160,9 @@ def check_fits(checkpoint: Path, module: nn.Module) -> None:
         )
 
 
-def not_written(path: Path, error: Exception) -> OSError:
-    """What to raise where a checkpoint could not be written. torch may put a RuntimeError of its own before or behind the file's error."""
-    reason = next((found for found in _chain(error) if isinstance(found, OSError)), error)
-    full = isinstance(reason, OSError) and reason.errno in DISK_FULL
-    then = "make room and start the same command again" if full else "when that is mended, the same command goes on"
-    return OSError(f"checkpoint '{path}' could not be written ({_line(reason)}). The one before it is kept: {then}")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def written(path: Path) -> AbstractContextManager[None]:
+    """While a checkpoint is being written: says so where it could not be."""
+    return told(f"checkpoint '{path}'", ". The one before it is kept")
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -26,14 +25,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from eqldm.atomic import recover_folder
+from eqldm.atomic import recover_folder, write_whole
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.remote import is_remote
 from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
+from eqldm.lock import hold
 from eqldm.model_card import model_card
 from eqldm.model_folder import PARTS
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
-from eqldm.training.lock import hold
 from eqldm.weights import read_json
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
@@ -55,7 +54,7 @@ def prepare_run(config: StageConfig) -> Path | None:
     """
     folder = Path(config.run.dir)
     _check_own_place(config)
-    rank_zero_only(hold)(folder)
+    rank_zero_only(hold)(folder, f"run folder '{folder}' is being trained", "use another run.dir")
     recover_folder(folder / LAST)
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
@@ -156,9 +155,7 @@ def _validated(folder: Path, step: int) -> dict[str, float]:
 def _describe_run(config: StageConfig, fresh: bool) -> None:
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.yaml.partial"
-    partial.write_text(to_yaml(config))
-    os.replace(partial, folder / "config.yaml")  # other processes may be reading it
+    write_whole(folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))  # other processes may be reading it
     if fresh:  # a resumed run has just been found to have the same inputs: large models take a while to read
         write_json(folder / INPUTS_FILE, {**input_digests(config), "settings": input_settings(config), "format": FORMAT})
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite
-from eqldm.training.checkpoints import ABOUT, UNREADABLE, damaged, not_written, read_about, unreadable_shards
+from eqldm.training.checkpoints import ABOUT, UNREADABLE, damaged, read_about, unreadable_shards, written
 from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -86,19 +86,18 @@ class ZeRO(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint, filepath, storage_options=None) -> None:
         path = Path(filepath)
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + ".partial")  # one name for all processes; the run folder is locked
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.barrier()
-        try:
+        with written(path):
             super().save_checkpoint(checkpoint, partial, storage_options)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            raise not_written(path, error) from error
         self.barrier()
         if self.is_global_zero:
             about = {"global_step": checkpoint["global_step"], "processes": self.world_size}
-            (partial / ABOUT).write_text(json.dumps(about) + "\n")
-            replace_folder(path, partial)
+            with written(path):
+                (partial / ABOUT).write_text(json.dumps(about) + "\n")
+                replace_folder(path, partial)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path, weights_only=None) -> dict:
