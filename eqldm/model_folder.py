@@ -277,9 +277,11 @@ def make_scheduler(config: dict, class_name: str | None = None) -> SchedulerMixi
 def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> Path:
     """Write a model folder from `vae` alone, or from all of `vae, unet, text_encoder, tokenizer, scheduler`; and its card.
 
-    A reader never opens half a model; a folder that stood there is replaced. Raises NotWritten; Held where another process writes it.
+    A reader never opens half a model; a model that stood there is replaced. Raises NotWritten; Held where another process writes it;
+    ValueError where something else stands there, which would be deleted.
     """
     folder = Path(folder)
+    _check_is_model(folder)
     if backend := getattr(parts.get("tokenizer"), "backend_tokenizer", None):  # else its file holds how it was called last
         backend.no_padding()
         backend.no_truncation()
@@ -317,7 +319,14 @@ def check_replaceable(folder: Path, *inputs: Path, whole: bool = False) -> None:
         raise ValueError(f"--out '{folder}' is where the run '{folder.parent}' keeps its own model: give another folder")
     if not whole and (folder / "unet").is_dir():
         raise ValueError(f"--out '{folder}' holds a whole model, which a VAE alone would replace: give another folder, or remove it first")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "vae" / "config.json").is_file():
+    _check_is_model(folder)
+
+
+def _check_is_model(folder: Path) -> None:
+    """Raises ValueError where a file stands there, or a folder that is neither empty nor a model."""
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / "vae" / "config.json").is_file()):
+        return
+    if folder.exists() or folder.is_symlink():
         raise ValueError(f"--out '{folder}' exists and is no model folder: it would be deleted. Give another, or empty it first")
 
 

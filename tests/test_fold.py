@@ -231,3 +231,25 @@ def test_keep_origin_commutes_with_negate(tiny_vae):
     fold_map(tiny_vae, matrix, offset)
     with torch.no_grad():
         assert torch.allclose(decode(tiny_vae, -scaled), before, atol=1e-4)
+
+
+def test_main_deletes_nothing_but_a_model(make_tiny_vae, samples, tmp_path, monkeypatch):
+    """Seen before: `--out FOLDER` was replaced with all that lay in it, whatever that was."""
+    model = save_model_folder(tmp_path / "model", vae=make_tiny_vae())
+    (tmp_path / "precious").mkdir()
+    for file in (tmp_path / "precious" / "thesis.tex", tmp_path / "file"):
+        file.write_text("years of work")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+
+    def fold(out: str) -> None:
+        monkeypatch.setattr("sys.argv", ["fold", str(model), "--data", str(samples.shards.folder), "--out", str(tmp_path / out)])
+        main()
+
+    for out in ("precious", "file", "dangling", "model"):
+        with pytest.raises(SystemExit, match="^error: --out '.*(is no model folder: it would be deleted|is the model to read)"):
+            fold(out)
+    for out in ("precious", "file", "dangling"):
+        with pytest.raises(ValueError, match="it would be deleted"):
+            save_model_folder(tmp_path / out, vae=make_tiny_vae())
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "precious", "file", "dangling"}
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "years of work"

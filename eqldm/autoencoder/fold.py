@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
-from eqldm.model_folder import check_latents, encode, load_vae, save_model_folder
+from eqldm.model_folder import check_latents, check_replaceable, encode, load_vae, save_model_folder
 from eqldm.paths import place_option
 
 
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--keep-origin", action="store_true", help="fold no offset: for a VAE trained with negation")
     args = parser.parse_args()
     try:
+        check_replaceable(Path(args.out), *(Path(folder) for folder in (args.model, args.align_to) if folder))  # before anything long
         vae = load_vae(args.model)
         align = load_vae(args.align_to) if args.align_to else None
         fold_channels(vae, PictureSamples(args.data), args.num_images, align, args.keep_origin)
