@@ -36,7 +36,10 @@ class NotWritten(OSError):
         self.reason = os.strerror(code) if code else (str(cause).splitlines() or [type(cause).__name__])[0]
         way_out = f"make room, and {then}" if self.full else f"when that is mended, {then}"
         super().__init__(f"{what} could not be written ({self.reason}){kept}: {way_out}")
-        self.errno = code
+        self.errno, self.strerror = code, self.reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from eqldm.atomic import write_whole
 from eqldm.data.samples import tensor_to_picture
 from eqldm.evaluation.clip import Clip, alignment
 from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.lock import LOCK, held
 from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
 from eqldm.run_model import opened
 
@@ -62,6 +63,13 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"folder '{out}' cannot be made ({error.strerror}): give another --out") from error
+    with held(out / LOCK, f"'{out}' is being filled", "give another --out"):
+        return _sample(args, sampler, recipe, chooser, settings, options, out)
+
+
+def _sample(
+    args: argparse.Namespace, sampler: Sampler, recipe: Recipe, chooser: Chooser | None, settings: dict, options: Options, out: Path
+) -> Path:
     check_folder(out, settings, choosing=chooser is not None)
     start = time.perf_counter()
     pictures: dict[int, Tensor] = {}
@@ -92,14 +100,14 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     if chooser:
         seeds = sorted(pictures, key=scores.__getitem__, reverse=True)
     kept = torch.stack([pictures[seed] for seed in seeds])
-    _write(out / "sheet.png", lambda path: recipe_sheet(recipe, kept, seeds).save(path, "png"))
+    write_whole(out / "sheet.png", lambda path: recipe_sheet(recipe, kept, seeds).save(path, "png"))
     with Progress(transient=True) as progress:
         for seed, x in zip(seeds, progress.track(kept, description="animating") if args.animate else ()):
             frames = list(recipe.animate(x))
             for ending in args.animate:
-                _write(out / f"{seed}.{ending}", partial(write_animation, frames, kind=ending))
+                write_whole(out / f"{seed}.{ending}", partial(write_animation, frames, kind=ending))
     shown = [Shown(x, _called(seed, scores), command(settings, batch_of[seed])) for seed, x in zip(seeds, kept)]
-    _write(page := out / "index.html", partial(recipe.write_gallery, shown=shown))
+    write_whole(page := out / "index.html", partial(recipe.write_gallery, shown=shown))
     print(f"{len(batch_of)} pictures, {seconds:.2f} s a picture" + (f", the best {len(seeds)} kept" if chooser else ""))
     return page
 
@@ -205,20 +213,12 @@ def check_folder(out: Path, settings: dict, choosing: bool = False) -> None:
 
 def write_picture(out: Path, picture: Tensor, about: dict) -> None:
     """`SEED.png`, and `SEED.json` beside it."""
-    _write(out / f"{about['seed']}.png", lambda path: tensor_to_picture(picture).save(path, "png"))
+    write_whole(out / f"{about['seed']}.png", lambda path: tensor_to_picture(picture).save(path, "png"))
     _write_json(out / f"{about['seed']}.json", about)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_whole`; its OSError names the file, and the way out."""
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise OSError(f"'{path}' cannot be written ({error.strerror or error}): make room, or give another --out") from error
-
-
 def _write_json(path: Path, value: dict) -> None:
-    _write(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
+    write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 def _called(seed: int, scores: dict[int, float]) -> str:
