@@ -186,7 +186,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], float | None]:
     found, stated = read_pickle(path), None
+    outer: list[dict] = []
     while isinstance(found, dict) and "state_dict" in found:
+        if any(found is each for each in outer):
+            raise ValueError(f"'{path}' holds no weights by name: its state_dict contains itself")
+        outer.append(found)
         stated, found = found.get("scale_factor", stated), found["state_dict"]
     weights = found.items() if isinstance(found, dict) else ()
     return {key: value for key, value in weights if isinstance(key, str) and isinstance(value, Tensor)}, stated

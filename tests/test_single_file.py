@@ -234,3 +234,12 @@ def test_stage_1_starts_from_a_file_and_knows_it_again(tmp_path, tiny_pictures):
     write_single_file(random_vae(scaling_factor=0.5), path)
     with pytest.raises(ValueError, match="the contents of model have changed"):
         train_autoencoder(config)
+
+
+def test_a_state_dict_that_contains_itself_is_refused(tmp_path):
+    """It was looked into for ever."""
+    inner: dict = {}
+    inner["state_dict"] = {"state_dict": inner}
+    torch.save(inner, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt' holds no weights by name: its state_dict contains itself"):
+        load_vae(tmp_path / "a.ckpt")
