@@ -20,7 +20,7 @@ from torch import Tensor
 from eqldm.atomic import lock_of, whole_folder
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
 from eqldm.lock import held
-from eqldm.training.checkpoints import LAST, check_fits, find_checkpoint, kept_checkpoints, read_whole
+from eqldm.training.checkpoints import LAST, check_fits, check_numbers, find_checkpoint, kept_checkpoints, read_whole
 from eqldm.training.run_folder import DONE, INPUTS, changed_inputs, run_card
 from eqldm.training.zero import shard_weights
 from eqldm.weights import read_json
@@ -173,9 +173,14 @@ def checkpoint_weights(config: StageConfig, checkpoint: Path, weights: Weights |
         raise ValueError("the run keeps no average of its weights (optimizer.ema_decay=0): export the trained ones, raw")
     average = averaged and weights != "raw"
     if checkpoint.is_dir():
-        return shard_weights(checkpoint, average)
-    found = read_whole(checkpoint)
-    return found["current_model_state"] if averaged and not average else found["state_dict"]
+        found = shard_weights(checkpoint, average)
+    else:
+        whole = read_whole(checkpoint, check=True)
+        if averaged and "current_model_state" not in whole:
+            raise ValueError(f"checkpoint '{checkpoint}' holds no average of its weights, which the run keeps: it is of another run")
+        found = whole["current_model_state"] if averaged and not average else whole["state_dict"]
+    check_numbers(checkpoint, found)
+    return found
 
 
 def _load(module: torch.nn.Module, checkpoint: Path, found: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from eqldm.atomic import whole
 from eqldm.config import RunConfig
 from eqldm.data.order import position_seed
 from eqldm.training import stopping
-from eqldm.training.checkpoints import LAST, link_checkpoint, read_checkpoint, step_checkpoint, written
+from eqldm.training.checkpoints import LAST, check_numbers, learnt, link_checkpoint, read_checkpoint, step_checkpoint, written
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,7 +32,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None):
-        return read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(Path(path))
+        check_numbers(Path(path), learnt(checkpoint))
+        return checkpoint
 
 
 class SaveLast(Checkpoint):

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 from contextlib import AbstractContextManager
@@ -19,11 +20,11 @@ from pathlib import Path
 from torch import nn
 
 from eqldm.atomic import beside, replace_folder, told
+from eqldm.training.records import LEARNT, WANTED, broken_record, misshapen, not_finite
 from eqldm.weights import DAMAGED, read_pickle
 
 LAST = Path("checkpoints") / "last.ckpt"
 ABOUT = "about.json"  # of a checkpoint folder: its step and its processes
-PARTS = {"global_step", "state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"}  # of every checkpoint file
 NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 UNREADABLE = (*DAMAGED, pickle.UnpicklingError)  # what DeepSpeed raises of such shards
 
@@ -99,29 +100,49 @@ def checkpoint_step(checkpoint: Path) -> int:
     return (read_about(checkpoint) if checkpoint.is_dir() else read_whole(checkpoint))["global_step"]
 
 
-def read_checkpoint(path: Path, mmap: bool = False) -> dict:
+def read_checkpoint(path: Path, mmap: bool = False, check: bool | None = None) -> dict:
     """A checkpoint file, its tensors on the CPU, or left in the file until they are used (mmap).
 
+    check: whether the tensors' bytes are checked too, and not the plain values' alone, which reads the whole file; None: unless mmap.
     Raises ValueError, with what to do, where it is damaged, no checkpoint, or would have to run code; OSError where it cannot be read.
     """
     if path.is_dir():
         raise ValueError(f"checkpoint '{path}' is a folder, wanted a file (ZeRO's are folders: run.strategy). {_way_out(path)}")
     try:
-        checkpoint = read_pickle(path, mmap=mmap and zipfile.is_zipfile(path))
+        records = zipfile.is_zipfile(path)
+        broken = broken_record(path, tensors=not mmap if check is None else check) if records else None
+        checkpoint = {} if broken else read_pickle(path, mmap=mmap and records)
     except (ValueError, OSError) as error:
         if not damaged(error):
             raise OSError(f"checkpoint '{path}' cannot be read: {error}. {_way_out(path)}") from error
         raise ValueError(f"checkpoint '{path}' cannot be used: {_fault(path, error.__cause__ or error)}. {_way_out(path)}") from error
+    if broken:
+        raise ValueError(f"checkpoint '{path}' cannot be used: it is cut or damaged, {broken}. {_way_out(path)}")
+    if not records:
+        print(f"note: '{path}' is in torch's old format, which holds no check sums: a damaged byte would go unnoticed", file=sys.stderr)
     return checkpoint
 
 
-def read_whole(path: Path) -> dict:
+def read_whole(path: Path, check: bool = False) -> dict:
     """As `read_checkpoint` with mmap, of a run of ours. Raises ValueError for other files of tensors too."""
-    checkpoint = read_checkpoint(path, mmap=True)
-    if not isinstance(checkpoint, dict) or not PARTS <= checkpoint.keys():
+    checkpoint = read_checkpoint(path, mmap=True, check=check)
+    if not isinstance(checkpoint, dict) or not WANTED.keys() <= checkpoint.keys():
         names = [str(name) for name in checkpoint][:5] if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"checkpoint '{path}' is not one of a run: it holds {names}. {_way_out(path)}")
+    if fault := misshapen(checkpoint):
+        raise ValueError(f"checkpoint '{path}' is not one of a run: {fault}. {_way_out(path)}")
     return checkpoint
+
+
+def check_numbers(path: Path, learnt: dict) -> None:
+    """Raises ValueError that names the first of a checkpoint's tensors with NaN or infinite numbers. learnt: those to look at, by name."""
+    if broken := not_finite(learnt):
+        raise ValueError(f"checkpoint '{path}' cannot be used: {broken} holds numbers that are NaN or infinite. {_way_out(path)}")
+
+
+def learnt(checkpoint: dict) -> dict:
+    """Of a checkpoint what the steps have changed: weights, their average, the optimizers' state."""
+    return {name: checkpoint[name] for name in LEARNT if name in checkpoint}
 
 
 def read_about(path: Path) -> dict:
@@ -140,6 +161,13 @@ def read_about(path: Path) -> dict:
 def damaged(error: Exception) -> bool:
     """Whether what torch.load raised is of the file's contents, and not of opening it."""
     return not isinstance(error, OSError) or error.errno == errno.EINVAL  # that is a seek to where a cut file would have had its table
+
+
+def check_shards(path: Path, files: list[Path]) -> None:
+    """Raises ValueError, naming the file, where a byte of these shards of a checkpoint folder is not as it was written."""
+    for file in files:
+        if broken := broken_record(file, tensors=True):
+            raise ValueError(f"checkpoint '{path}' cannot be used: {file.relative_to(path)} is cut or damaged, {broken}. {_way_out(path)}")
 
 
 def unreadable_shards(path: Path, error: Exception) -> ValueError:
@@ -183,9 +211,18 @@ def _fault(path: Path, error: BaseException) -> str:
 
 def _way_out(path: Path) -> str:
     run = path.parent.parent
-    others = [step for step, kept in kept_checkpoints(run).items() if kept != path]
-    if path != run / LAST:
+    kept = {step: other for step, other in kept_checkpoints(run).items() if other != path}
+    same = [other.name for other in kept.values() if _same_file(path, other)]  # the newest is often one of the kept, under two names
+    others = [step for step, other in kept.items() if other.name not in same]
+    goes_on = path == run / LAST or not (run / LAST).exists() and not any(other > path for other in kept.values())
+    if not goes_on:
         return "Give another" + (f" (there are those of steps {', '.join(map(str, others))})" if others else "")
+    away = " and ".join(["it", *same]) + (" (the same file)" if same else "")
     if others:
-        return f"Move it away, and the same command goes on from the one kept at step {others[-1]}"
-    return "Move it away to start anew in this folder (run.keep_every keeps earlier ones for such a case)"
+        return f"Move {away} away, and the same command goes on from the one kept at step {others[-1]}"
+    return f"Move {away} away to start anew in this folder (run.keep_every keeps earlier ones for such a case)"
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    files = [each / ABOUT if each.is_dir() else each for each in (path, other)]
+    return all(file.is_file() for file in files) and files[0].samefile(files[1])

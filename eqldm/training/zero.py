@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite
-from eqldm.training.checkpoints import ABOUT, UNREADABLE, damaged, read_about, unreadable_shards, written
+from eqldm.training.checkpoints import ABOUT, UNREADABLE, check_shards, damaged, read_about, unreadable_shards, written
 from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -107,6 +107,7 @@ class ZeRO(DeepSpeedStrategy):
                 f"checkpoint '{checkpoint_path}' is of {about['processes']} processes, now there are {self.world_size}: ZeRO's shards "
                 f"resume with as many as wrote them (run.devices x run.num_nodes)"
             )
+        self._check_share(Path(checkpoint_path))
         try:
             check_checkpoint(Path(checkpoint_path))
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -114,6 +115,18 @@ class ZeRO(DeepSpeedStrategy):
             if not damaged(error):
                 raise
             raise unreadable_shards(Path(checkpoint_path), error) from error
+
+    def _check_share(self, folder: Path) -> None:
+        """Each process reads its share of the files; all raise where one of them has found a damaged one."""
+        faults: list[str | None] = [None] * self.world_size
+        fault = None
+        try:
+            check_shards(folder, sorted(folder.rglob("*.pt"))[self.global_rank :: self.world_size])
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        torch.distributed.all_gather_object(faults, fault)
+        if found := next(filter(None, faults), None):
+            raise ValueError(found)
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -244,6 +257,7 @@ def shard_weights(checkpoint: Path, average: bool) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     read_about(checkpoint)
+    check_shards(checkpoint, sorted(checkpoint.rglob("*.pt")))
     try:
         check_checkpoint(checkpoint)
         with TemporaryDirectory() as copied, redirect_stdout(sys.stderr):
