@@ -9,7 +9,6 @@ is done it gives the model at once. One process at a time trains there (`.lock`)
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.metadata
 import json
@@ -33,6 +32,7 @@ from eqldm.lock import hold
 from eqldm.model_card import model_card
 from eqldm.model_folder import PARTS
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
+from eqldm.training.metrics_log import last_validation
 from eqldm.weights import read_json
 
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
@@ -136,19 +136,7 @@ def run_card(config: StageConfig, folder: Path, about: str, step: int, on: str |
         **({"hardware": on} if on else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in json.loads((folder / "versions.json").read_text()).items()),
     }
-    return model_card(folder.name, about, facts, _validated(folder, step), to_yaml(config), getattr(config, "model", None))
-
-
-def _validated(folder: Path, step: int) -> dict[str, float]:
-    """The metrics that the run's log holds of the last validation at a step or before."""
-    table = folder / "logs" / "metrics.csv"
-    if not table.exists():
-        return {}
-    with open(table, newline="") as file:  # the row of a step counts those before it
-        rows = [(int(row["step"]), {name: float(value) for name, value in row.items() if name.startswith("val/") and value})
-                for row in csv.DictReader(file)]  # fmt: skip
-    steps = [at for at, metrics in rows if metrics and at < step]
-    return {name: value for at, metrics in rows if steps and at == steps[-1] for name, value in metrics.items()}
+    return model_card(folder.name, about, facts, last_validation(folder, step), to_yaml(config), getattr(config, "model", None))
 
 
 @rank_zero_only

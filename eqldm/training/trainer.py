@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 import warnings
@@ -23,6 +22,7 @@ from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumula
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
+from eqldm.training.metrics_log import resumed_table
 from eqldm.training.speed import Throughput, resolved_precision
 from eqldm.training.stopping import listen, listening
 from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
@@ -96,7 +96,7 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*barrier.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
-    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see _loggers
+    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see metrics_log.py
     precision = resolved_precision(run)
     strategy = run.strategy
     if run.strategy in ZERO:
@@ -141,13 +141,5 @@ def _loggers(folder: Path) -> list[CSVLogger | TensorBoardLogger]:
     """The CSV and TensorBoard logs of a run. A resumed run goes on with them from its checkpoint's step."""
     newest = newest_checkpoint(folder)
     start = checkpoint_step(newest) if newest else 0
-    table, rows = folder / "logs" / "metrics.csv", []
-    if table.exists():
-        with open(table, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < start]
-    logger = CSVLogger(folder / "logs", name="", version="")
-    if rows:  # Lightning begins the table anew: put the rows back
-        logger.experiment.metrics = rows
-        logger.save()
     purge = {"purge_step": start} if start else {}
-    return [logger, TensorBoardLogger(folder / "logs", name="", version="", **purge)]
+    return [resumed_table(folder, start), TensorBoardLogger(folder / "logs", name="", version="", **purge)]
