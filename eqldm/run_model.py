@@ -21,7 +21,8 @@ from eqldm.atomic import lock_of, whole_folder
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
 from eqldm.lock import held
 from eqldm.training.checkpoints import LAST, check_fits, check_numbers, find_checkpoint, kept_checkpoints, read_whole
-from eqldm.training.run_folder import DONE, INPUTS, changed_inputs, run_card
+from eqldm.training.identity import INPUTS, check_own, flat, read_options
+from eqldm.training.run_folder import changed_inputs, read_done, run_card
 from eqldm.training.zero import shard_weights
 from eqldm.weights import read_json
 
@@ -82,7 +83,11 @@ def _exported(run: Path, step: int) -> Path:
 
 
 def _made_from(folder: Path) -> dict | None:
-    return read_json(folder / MADE_FROM) if (folder / MADE_FROM).is_file() else None
+    """The stamp of the checkpoint that a folder of RUN/models was exported from; None where it does not say, and so is made anew."""
+    try:
+        return read_json(folder / MADE_FROM)
+    except (ValueError, OSError):
+        return None
 
 
 def _stamp(checkpoint: Path) -> dict[str, int]:
@@ -109,10 +114,10 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
     """
     config = _run_config(run, inputs)
     step, checkpoint = find_checkpoint(run, step)
+    check_own(run, checkpoint, flat(read_options(run, type(config)())))
     found = checkpoint_weights(config, checkpoint, weights)
     about = " The weights that were trained, not their average." if weights == "raw" and config.optimizer.ema_decay else ""
-    done = json.loads((run / DONE).read_text()) if (run / DONE).is_file() else {}
-    card = partial(run_card, config, run, step=step, on=done.get("hardware"))
+    card = partial(run_card, config, run, step=step, on=read_done(run).get("hardware"))
     if config.stage == "autoencoder":
         from eqldm.autoencoder.module import ABOUT, export_autoencoder, prepare_autoencoder
 

@@ -18,6 +18,7 @@ from eqldm.config import RunConfig
 from eqldm.data.order import position_seed
 from eqldm.training import stopping
 from eqldm.training.checkpoints import LAST, check_numbers, learnt, link_checkpoint, read_checkpoint, step_checkpoint, written
+from eqldm.training.identity import ID, stamp
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,6 +55,9 @@ class SaveLast(Checkpoint):
         self.saved_step: int | None = None
         self.between_steps = True
         self.told: signal.Signals | None = None
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        checkpoint[ID] = stamp(self.folder, pl_module.config)
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         # Lightning accumulates, validates and logs by its counts of batches and steps: state them as at the end of the checkpoint's step,

@@ -32,17 +32,12 @@ from eqldm.lock import hold
 from eqldm.model_card import model_card
 from eqldm.model_folder import PARTS
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
-from eqldm.training.metrics_log import last_validation
+from eqldm.training.identity import ID, INPUTS, INPUTS_FILE, RESUMABLE, check_own, flat, free, new_id, read_options, read_record
+from eqldm.training.metrics_log import TABLE, last_validation
 from eqldm.weights import read_json
 
-# May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
-# have moved: they are known by their contents (see `input_digests`).
-INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
-RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
-             "run.keep_every", "run.compile", "run.dir", "data.num_workers", "data.micro_batch_size", "gradient_checkpointing",
-             "sample_prompts", *INPUTS)  # fmt: skip
 DONE = "done.json"
-INPUTS_FILE = "inputs.json"
+UNKNOWN = "unknown"  # on a card, where the file is gone or damaged that said it
 FORMAT = 2  # to be raised by a change after which a run begun before must not go on: other buffers, losses or draws
 
 
@@ -55,6 +50,9 @@ def prepare_run(config: StageConfig) -> Path | None:
     folder = Path(config.run.dir)
     _check_own_place(config)
     rank_zero_only(hold)(folder, f"run folder '{folder}' is being trained", "use another run.dir")
+    for part in (folder / LAST.parent, folder / TABLE.parent):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"'{part}' is a file, where run.dir='{folder}' has a folder: move it away, or use another run.dir")
     recover_folder(folder / LAST)
     checkpoint = newest_checkpoint(folder)
     if checkpoint:
@@ -101,10 +99,21 @@ def finished_model(config: StageConfig) -> Path | None:
     if not (folder / DONE).exists() or not (folder / "model").is_dir():
         return None
     _check_same_run(config)
-    if json.loads((folder / DONE).read_text())["num_steps"] != config.run.num_steps:
+    if read_done(folder).get("num_steps") != config.run.num_steps:
         return None
     rank_zero_only(print)(f"run folder '{folder}' has taken all of its {config.run.num_steps} steps: nothing to do")
     return folder / "model"
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """What a run folder notes of a run that is done; nothing where it is not, or the note is damaged, which is said."""
+    if not (folder / DONE).exists():
+        return {}
+    try:
+        return read_json(folder / DONE)
+    except (ValueError, OSError) as error:
+        print(f"note: '{folder / DONE}' is damaged ({error}): the run counts as one that is not done", file=sys.stderr)
+        return {}
 
 
 def finish_run(config: StageConfig, trainer: pl.Trainer) -> None:
@@ -126,17 +135,27 @@ def run_card(config: StageConfig, folder: Path, about: str, step: int, on: str |
     folder: of the run, wherever it lies now.  on: its `hardware`, None where that is not known any more.
     """
     run = config.run
-    commit = (folder / "git.txt").read_text().strip() if (folder / "git.txt").exists() else "unknown"
-    changed = (folder / "git.diff").exists() and (folder / "git.diff").read_text()
+    commit, changed = _note(folder, "git.txt"), (folder / "git.diff").exists() and _note(folder, "git.diff")
+    try:
+        known = ", ".join(f"{name} {version}" for name, version in read_json(folder / "versions.json").items())
+    except (ValueError, OSError):
+        known = UNKNOWN
     facts = {
         "data": f"`{config.data.train}`",
-        "command": f"`{(folder / 'command.txt').read_text().strip()}`",
+        "command": f"`{_note(folder, 'command.txt')}`",
         "commit of eqldm": commit + (" and changes that are not committed" if changed else ""),
         "training": f"{step} steps of {config.data.batch_size}, seed {run.seed}",
         **({"hardware": on} if on else {}),
-        "versions": ", ".join(f"{name} {version}" for name, version in json.loads((folder / "versions.json").read_text()).items()),
+        "versions": known,
     }
     return model_card(folder.name, about, facts, last_validation(folder, step), to_yaml(config), getattr(config, "model", None))
+
+
+def _note(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text(errors="replace").strip()
+    except OSError:
+        return UNKNOWN
 
 
 @rank_zero_only
@@ -145,7 +164,7 @@ def _describe_run(config: StageConfig, fresh: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", lambda path: path.write_text(to_yaml(config)))  # other processes may be reading it
     if fresh:  # a resumed run has just been found to have the same inputs: large models take a while to read
-        write_json(folder / INPUTS_FILE, {**input_digests(config), "settings": input_settings(config), "format": FORMAT})
+        write_json(folder / INPUTS_FILE, {**input_digests(config), "settings": input_settings(config), "format": FORMAT, ID: new_id()})
     (folder / "command.txt").write_text(shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
     _write_git_state(folder)
@@ -156,19 +175,19 @@ def _check_same_run(config: StageConfig) -> None:
     for name in ("config.yaml", INPUTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"run folder '{folder}' holds checkpoints and no {name}: put it back, or use another run.dir")
-    # Options that are younger than the run had their defaults' effect
-    before = OmegaConf.merge(OmegaConf.create(to_yaml(type(config)())), OmegaConf.create((folder / "config.yaml").read_text()))
-    now = OmegaConf.create(to_yaml(config))
-    assert isinstance(before, DictConfig) and isinstance(now, DictConfig)
+    before, now = read_options(folder, type(config)()), OmegaConf.create(to_yaml(config))
+    assert isinstance(now, DictConfig)
+    if checkpoint := newest_checkpoint(folder):
+        check_own(folder, checkpoint, flat(before))
     changed = _differences(before, now)
     if changed:
-        free = ", ".join(name for name in RESUMABLE if name in _flat(OmegaConf.structured(config)) and name not in (*INPUTS, "run.dir"))
+        may = ", ".join(name for name in RESUMABLE if name in flat(OmegaConf.structured(config)) and name not in (*INPUTS, "run.dir"))
         raise ValueError(
             f"run folder '{folder}' holds a run with other options: {'; '.join(changed)}. Use another run.dir{_from_its_weights(config)}, "
-            f"or remove the folder to start anew. What may change is how a run goes and not what it computes: {free}; where its inputs "
+            f"or remove the folder to start anew. What may change is how a run goes and not what it computes: {may}; where its inputs "
             "lie; and with optimizer.schedule=constant a larger run.num_steps"
         )
-    version = json.loads((folder / INPUTS_FILE).read_text()).get("format", 1)
+    version = read_record(folder / INPUTS_FILE).get("format", 1)
     if version != FORMAT:
         raise ValueError(
             f"run folder '{folder}' was begun by another version of eqldm (format {version}, now {FORMAT}): go on with the commit in "
@@ -193,9 +212,11 @@ def _from_its_weights(config: StageConfig) -> str:
 
 def changed_inputs(config: StageConfig, folder: Path) -> list[str]:
     """The names of the inputs whose contents are others than when the run in the folder began. Raises as `input_digests`."""
-    before, now = json.loads((folder / INPUTS_FILE).read_text()), input_digests(config)
+    before, now = read_record(folder / INPUTS_FILE), input_digests(config)
     settings, settings_now = before.pop("settings", None), input_settings(config)
-    changed = [name for name in sorted((before.keys() | now.keys()) - {"format"}) if before.get(name) != now.get(name)]
+    if settings is not None and not (isinstance(settings, dict) and all(isinstance(files, dict) for files in settings.values())):
+        raise ValueError(f"run folder '{folder}': its {INPUTS_FILE} is damaged (settings): put it back from a copy of the folder")
+    changed = [name for name in sorted((before.keys() | now.keys()) - {"format", ID}) if before.get(name) != now.get(name)]
     for name in settings_now if settings is not None else ():  # runs of before that did not note them
         old, new = settings.get(name, {}), settings_now[name]
         if name not in changed:
@@ -234,8 +255,8 @@ def _settings_digest(path: Path) -> str:
 
 def _sources(config: StageConfig) -> dict[str, str]:
     """The inputs of a run by option name."""
-    flat = _flat(OmegaConf.structured(config))
-    return {name: flat[name] for name in INPUTS if flat.get(name) and (name, flat[name]) != ("vae", "pixels")}
+    options = flat(OmegaConf.structured(config))
+    return {name: options[name] for name in INPUTS if options.get(name) and (name, options[name]) != ("vae", "pixels")}
 
 
 def _digest(name: str, source: str) -> str:
@@ -259,24 +280,9 @@ def versions() -> dict[str, str]:
 
 
 def _differences(old: DictConfig, new: DictConfig) -> list[str]:
-    before, after = _flat(old), _flat(new)
-    # More steps are the same run with more to do, but not where the learning rate falls towards the last one
-    free = (*RESUMABLE, *(["run.num_steps"] if after["optimizer.schedule"] == "constant" else []))
-    names = [name for name in sorted(before.keys() | after.keys()) if name not in free]
+    before, after = flat(old), flat(new)
+    names = [name for name in sorted(before.keys() | after.keys()) if name not in free(after)]
     return [f"{n} was {before.get(n)}, is {after.get(n)}" for n in names if before.get(n) != after.get(n)]
-
-
-def _flat(options: DictConfig) -> dict[str, Any]:
-    tree = OmegaConf.to_container(options)
-    assert isinstance(tree, dict)  # which options by name become
-    return _flat_dict(tree)
-
-
-def _flat_dict(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat_dict(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _write_git_state(folder: Path) -> None:

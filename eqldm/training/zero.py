@@ -27,6 +27,7 @@ from eqldm.atomic import replace_folder
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite
 from eqldm.training.checkpoints import ABOUT, UNREADABLE, check_shards, damaged, read_about, unreadable_shards, written
+from eqldm.training.identity import ID
 from eqldm.weights import read_pickle
 
 ZERO = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -94,7 +95,7 @@ class ZeRO(DeepSpeedStrategy):
             super().save_checkpoint(checkpoint, partial, storage_options)
         self.barrier()
         if self.is_global_zero:
-            about = {"global_step": checkpoint["global_step"], "processes": self.world_size}
+            about = {"global_step": checkpoint["global_step"], "processes": self.world_size, ID: checkpoint.get(ID)}
             with written(path):
                 (partial / ABOUT).write_text(json.dumps(about) + "\n")
                 replace_folder(path, partial)
