@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
@@ -86,17 +87,22 @@ class SaveLast(Checkpoint):
         if step == self.seen_step:  # a micro-batch that completes no step
             return
         self.seen_step, self.between_steps = step, True
-        if step % self.every == 0 or step == trainer.max_steps:
-            self._save(trainer, step)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        # Here, where the step before is validated and logged: at its end its row of the log would be lost
+        # Here, where the step before is validated and logged: at its end these rows of the log would be lost with the process
         if self.between_steps:
             self.between_steps = False
+            self._save_if_due(trainer)
             self._end_if_told(trainer, "the same command goes on from there")
 
     def on_train_end(self, trainer, pl_module) -> None:
+        self._save_if_due(trainer)
         self._end_if_told(trainer, "the same command exports the model")
+
+    def _save_if_due(self, trainer) -> None:
+        step = trainer.global_step
+        if step != self.saved_step and (step % self.every == 0 or step == trainer.max_steps):
+            self._save(trainer, step)
 
     def _end_if_told(self, trainer, then: str) -> None:
         # All must stop at one step, and with one status
@@ -113,6 +119,8 @@ class SaveLast(Checkpoint):
 
     def _save(self, trainer, step: int) -> None:
         self.saved_step, last = step, self.folder / LAST
+        for logger in trainer.loggers:  # a run that is killed goes on from here, with the log of until here
+            logger.save() if isinstance(logger, CSVLogger) else logger.experiment.flush()
         if not self.keep_every or step % self.keep_every:
             trainer.save_checkpoint(last)
             return
@@ -131,8 +139,11 @@ class EMA(EMAWeightAveraging):
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Nothing yet: the last checkpoint is still to hold the trained weights."""
+
     def on_fit_end(self, trainer, pl_module) -> None:
-        self.on_train_end(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
 
 
 class StepSeed(Callback):

@@ -117,7 +117,7 @@ def make_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=run.log_every,
-        logger=_loggers(folder),
+        logger=_loggers(folder, run.num_steps),
         callbacks=callbacks,
         # Lightning's own requeueing would save elsewhere and twice: slurm/train.sbatch and SaveLast do it
         plugins=[AtomicCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
@@ -137,9 +137,10 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
         listen("after the last step, while the model was exported: the same command exports it")
 
 
-def _loggers(folder: Path) -> list[CSVLogger | TensorBoardLogger]:
+def _loggers(folder: Path, num_steps: int) -> list[CSVLogger | TensorBoardLogger]:
     """The CSV and TensorBoard logs of a run. A resumed run goes on with them from its checkpoint's step."""
     newest = newest_checkpoint(folder)
     start = checkpoint_step(newest) if newest else 0
     purge = {"purge_step": start} if start else {}
-    return [resumed_table(folder, start), TensorBoardLogger(folder / "logs", name="", version="", **purge)]
+    until = start if start < num_steps else start + 1  # what is logged at the end bears the number of all steps
+    return [resumed_table(folder, until), TensorBoardLogger(folder / "logs", name="", version="", **purge)]
