@@ -109,6 +109,22 @@ def test_check_finite():
             check_finite({**good, "total": torch.tensor(bad)}, 7, ["a", "b"])
 
 
+class Overflow(pl.Callback):
+    """An infinite weight after step 2, as of an optimizer's step that was too large."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2:
+            next(pl_module.parameters()).data.view(-1)[0] = math.inf
+
+
+def test_weights_that_are_not_finite_are_not_saved(configured, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 2, such as vae\S+: they are not saved, and the last checkpoint is"
+    ):
+        train_autoencoder(configured("run.num_steps=4", "run.checkpoint_every=1"), [Overflow()])
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 1
+
+
 def test_prepare_run_describes_the_run(configured, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "run.seed=5"])
     config = configured("run.seed=5")

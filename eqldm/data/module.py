@@ -73,7 +73,7 @@ class ShardData(pl.LightningDataModule):
 
     def _loader(self, samples, sampler) -> DataLoader:
         workers = self.config.data.num_workers
-        return DataLoader(
+        return Readers(
             samples,
             batch_sampler=sampler,
             num_workers=workers,
@@ -82,6 +82,20 @@ class ShardData(pl.LightningDataModule):
             worker_init_fn=leave_signals_to_the_training,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class Readers(DataLoader):
+    """A DataLoader whose reader processes begin deaf to the signals that tell a run to stop: torch would let them die of one that reaches
+    them before `leave_signals_to_the_training` has."""
+
+    def __iter__(self):
+        if not self.num_workers or threading.current_thread() is not threading.main_thread():
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})  # which they inherit
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_the_training(worker: int) -> None:

@@ -20,6 +20,7 @@ from eqldm.data.order import position_seed
 from eqldm.training import stopping
 from eqldm.training.checkpoints import LAST, check_numbers, learnt, link_checkpoint, read_checkpoint, step_checkpoint, written
 from eqldm.training.identity import ID, stamp
+from eqldm.training.records import not_finite
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -99,6 +100,9 @@ class SaveLast(Checkpoint):
         self._save_if_due(trainer)
         self._end_if_told(trainer, "the same command exports the model")
 
+    def on_fit_end(self, trainer, pl_module) -> None:
+        self._end_if_told(trainer, "the same command exports the model")  # since the last step's end
+
     def _save_if_due(self, trainer) -> None:
         step = trainer.global_step
         if step != self.saved_step and (step % self.every == 0 or step == trainer.max_steps):
@@ -118,6 +122,11 @@ class SaveLast(Checkpoint):
         raise SystemExit(stopping.status(by))
 
     def _save(self, trainer, step: int) -> None:
+        if broken := not_finite(dict(trainer.lightning_module.named_parameters())):
+            raise FloatingPointError(
+                f"weights are not finite after step {step}, such as {broken}: they are not saved, and the last checkpoint is kept. "
+                "Try a lower optimizer.learning_rate or run.precision=32-true, in another run.dir"
+            )
         self.saved_step, last = step, self.folder / LAST
         for logger in trainer.loggers:  # a run that is killed goes on from here, with the log of until here
             logger.save() if isinstance(logger, CSVLogger) else logger.experiment.flush()
