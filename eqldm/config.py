@@ -61,6 +61,9 @@ class RunConfig:
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """How processes share the work; auto: ddp where there is more than one. zero1 to zero3: DeepSpeed's ZeRO, which shards the
     optimizer's state, also the gradients, also the weights; for the UNet. Its checkpoints resume with as many processes as wrote them."""
+    timeout_seconds: int = 1800
+    """Seconds that processes wait for one of them that stands still, until the run ends with an error that names it; longer than the
+    validation and the export, which some is done by one process alone."""
     log_every: int = 20
     """Optimizer steps between log lines."""
     val_every: int = 500

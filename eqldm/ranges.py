@@ -44,6 +44,7 @@ RANGES = {  # of a list, that of each of its numbers
     "run.num_steps": COUNT,
     "run.devices": Range(1, 1024),  # processes
     "run.num_nodes": Range(1, 65536),
+    "run.timeout_seconds": Range(10, 10**6),
     "run.log_every": COUNT,
     "run.val_every": COUNT,
     "run.checkpoint_every": COUNT,

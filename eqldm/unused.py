@@ -21,6 +21,8 @@ def _of_steps(config: StageConfig) -> list[str]:
         )
     if run.keep_every is not None and run.keep_every > steps:
         lines.append(f"run.keep_every={run.keep_every} is past the last step, {steps}: no checkpoint is kept but the newest")
+    if run.devices * run.num_nodes == 1:
+        lines += _idle(config, "a process alone waits for no other", "run.timeout_seconds")
     warmup, rest = config.optimizer.warmup_steps, steps - getattr(config, "boundary_steps", 0)
     if warmup >= rest:
         lines.append(

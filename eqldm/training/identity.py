@@ -21,7 +21,8 @@ from eqldm.weights import read_json
 # May differ between the start of a run and its resumption: where and how long it runs, not what it computes. Inputs may
 # have moved: they are known by their contents (see `input_digests`).
 INPUTS = ("data.train", "data.val", "model", "vae", "fold.align_to")
-RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.log_every", "run.val_every", "run.checkpoint_every",
+RESUMABLE = ("run.devices", "run.num_nodes", "run.accelerator", "run.timeout_seconds", "run.log_every",
+             "run.val_every", "run.checkpoint_every",
              "run.keep_every", "run.compile", "run.dir", "data.num_workers", "data.micro_batch_size", "gradient_checkpointing",
              "sample_prompts", *INPUTS)  # fmt: skip
 INPUTS_FILE = "inputs.json"

@@ -217,8 +217,8 @@ def changed_inputs(config: StageConfig, folder: Path) -> list[str]:
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(files, dict) for files in settings.values())):
         raise ValueError(f"run folder '{folder}': its {INPUTS_FILE} is damaged (settings): put it back from a copy of the folder")
     changed = [name for name in sorted((before.keys() | now.keys()) - {"format", ID}) if before.get(name) != now.get(name)]
-    for name in settings_now if settings is not None else ():  # runs of before that did not note them
-        old, new = settings.get(name, {}), settings_now[name]
+    for name in settings_now if settings is not None else ():  # runs of before did not note them
+        old, new = (settings or {}).get(name, {}), settings_now[name]
         if name not in changed:
             changed += [f"{name} ({file})" for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
     return changed

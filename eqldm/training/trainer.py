@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumula
 from eqldm.data.module import SkippedReport
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
+from eqldm.training.heartbeat import Heartbeat, lost_others
 from eqldm.training.metrics_log import resumed_table
 from eqldm.training.speed import Throughput, resolved_precision
 from eqldm.training.stopping import listen, listening
@@ -82,6 +84,7 @@ def make_trainer(
     if run.strategy in ZERO:
         averaging = [ZeROWeights(ema=bool(averaging))]
     callbacks = [
+        *([Heartbeat(folder, run.timeout_seconds)] if workers > 1 else []),
         StepSeed(),
         GradientGuard(config.optimizer.clip_norm),
         SkippedReport(),
@@ -98,13 +101,14 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see metrics_log.py
     precision = resolved_precision(run)
-    strategy = run.strategy
+    strategy, timeout = run.strategy, timedelta(seconds=run.timeout_seconds)
     if run.strategy in ZERO:
         assert isinstance(config, DiffusionConfig)  # the options of the others refuse it
         overlap = run.accelerator != "cpu" and torch.cuda.is_available()
-        strategy, precision = ZeRO(config=zero_config(config, precision, overlap)), "32-true"  # DeepSpeed autocasts by itself
+        options = zero_config(config, precision, overlap)
+        strategy, precision = ZeRO(config=options, timeout=timeout), "32-true"  # DeepSpeed autocasts by itself
     elif strategy == "ddp" or workers > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused_parameters, gradient_as_bucket_view=True)
+        strategy = DDPStrategy(timeout=timeout, find_unused_parameters=unused_parameters, gradient_as_bucket_view=True)
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
@@ -129,10 +133,19 @@ def make_trainer(
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
-    """Trains to the last step, from the checkpoint where there is one. Raises ValueError where that is of other networks."""
+    """Trains to the last step, from the checkpoint where there is one.
+
+    Raises ValueError where that is of other networks; TimeoutError, which names the process and its step, where another stands still.
+    """
     if checkpoint is not None and checkpoint.is_file():  # ZeRO's shards are checked as they are read
         check_fits(checkpoint, module)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:  # torch.distributed's are of no kind of their own
+        heartbeats = [callback for callback in trainer.callbacks if isinstance(callback, Heartbeat)]
+        if heartbeats and (told := lost_others(error, heartbeats[0])):
+            raise told from error
+        raise
     if listening():
         listen("after the last step, while the model was exported: the same command exports it")
 
