@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from eqldm.config import DiffusionConfig, LoRAConfig
-from eqldm.diffusion.adaptation import build_networks, merge_lora
+from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, load_vae
 
@@ -180,3 +180,11 @@ def test_text_enters_a_scratch_unet_from_zero_and_can_grow(tiny_model_folder):
     unet(z, t, embeds).sample.square().mean().backward()
     doors = [m.weight.grad for n, m in unet.named_modules() if n.endswith("attn2.to_out.0") or n == "add_embedding.norm2"]
     assert len(doors) == 5 and all(bool(gradient.any()) for gradient in doors)
+
+
+def test_equal_updates_are_equal_bytes(tiny_model_folder, tmp_path):
+    """safetensors writes its metadata in another order each time."""
+    unet = build(tiny_model_folder, adapt="lora", lora=LoRAConfig(rank=2, alpha=4)).unet
+    for number in range(6):
+        save_lora(unet, tmp_path / str(number))
+    assert len({path.read_bytes() for path in tmp_path.rglob("*.safetensors")}) == 1
