@@ -18,10 +18,11 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.data.contents import MAX_SKIPS, PICTURE_EXTENSIONS, caption_of, label_of, picture_extension
-from eqldm.data.making import console, run_jobs
+from eqldm.data.making import console
 from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.shards import MANIFEST, MANY, file_sha256, read_index, read_manifest, write_index, write_manifest
 from eqldm.data.tars import read_tar
+from eqldm.data.workers import run_jobs
 
 ARRAYS = {"npy", "npz", "safetensors", "pt", "pth"}  # what latents come as
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.atomic import DISK_FULL, sweep
 from eqldm.data.shards import MANIFEST, load_manifest, read_manifest, write_json, write_manifest
+from eqldm.data.workers import run_jobs
 from eqldm.lock import LOCK, held
 
 UNFINISHED = "unfinished.json"  # beside the tars while they are being made: what a resumed run need not redo
@@ -28,33 +25,6 @@ console = Console(stderr=True)
 def num_cores() -> int:
     """The cores that this process may use: fewer than the machine has, under Slurm or in a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ignore_interrupts() -> None:  # Ctrl-C reaches the whole process group: the parent alone answers it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def run_jobs(jobs: dict, write: Callable, workers: int) -> Generator[tuple[str, Any], None, None]:
-    """`(name, entry)` of each job as it finishes: in this process, or in spawned ones that each write whole shards."""
-    if min(workers, len(jobs)) <= 1:
-        yield from ((name, write(job)) for name, job in jobs.items())
-        return
-    # spawn, not fork: this process may run threads (the progress bar, torch), which a fork would leave half-locked
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _ignore_interrupts)
-    try:
-        futures = {pool.submit(write, job): name for name, job in jobs.items()}
-        for future in as_completed(futures):
-            if future.exception():
-                break
-            yield futures.pop(future), future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    # After a failure: first what the other workers have finished, so that it is recorded and not made again
-    ended = [future for future in futures if not future.cancelled()]
-    yield from ((futures[future], future.result()) for future in ended if not future.exception())
-    for future in ended:
-        future.result()
 
 
 def _prepare(folder: Path, generator: dict, names: list[str], overwrite: bool) -> dict[str, dict]:
