@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader
 
 from eqldm.atomic import DISK_FULL, write_whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
+from eqldm.data.readers import naming_lost_readers, reader
 from eqldm.data.remote import is_remote
 from eqldm.data.samples import PictureSamples, collate, pack_array
 from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
@@ -34,6 +34,7 @@ from eqldm.processes import launch, pick_device, process_rank, processes_here
 from eqldm.run_model import opened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+READERS = "--num-workers"
 
 
 class Encoder:
@@ -55,7 +56,7 @@ class Encoder:
         """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
         self.pictures.turns = shards
         batches = (list(batch) for n in shards for batch in self._batches(n))
-        self.loader = iter(DataLoader(self.pictures, batch_sampler=batches, num_workers=self.args.num_workers, collate_fn=_collate))
+        self.loader = iter(reader(self.pictures, batches, self.args.num_workers, collate=_collate, option=READERS))
 
     @torch.no_grad()
     def samples(self, n: int, on_batch):
@@ -223,7 +224,11 @@ def main() -> None:
             if (given := getattr(args, option)) < least:
                 raise ValueError(f"--{option.replace('_', '-')}: got {given}, wanted at least {least}")
         args.model, args.text_model = opened(args.model), args.text_model and opened(args.text_model)
-        print(encode(args))
+        with naming_lost_readers(READERS):
+            print(encode(args))
+    except KeyboardInterrupt:
+        print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -113,7 +113,7 @@ def test_resumes_without_encoding_again(run, tmp_path, monkeypatch, capsys):
         encoded.append(n)
         yield from samples(self, n, on_batch)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(script.Encoder, "samples", stops)
         run(tmp_path / "out")
     assert encoded == [0, 1]
@@ -175,7 +175,7 @@ def test_other_options_are_refused(run, refused, tmp_path, make_model_folder, ma
     pictures = make_picture_shards(tmp_path / "pictures", seed=1)
     out = run(tmp_path / "finished")
     begun = tmp_path / "begun"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(script, "_finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         run(begun)
     for folder in (out, begun):

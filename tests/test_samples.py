@@ -14,12 +14,12 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 from conftest import picture_bytes
 from eqldm.config import DataConfig, JudgeConfig, RunConfig
 from eqldm.data.module import ShardData, SkippedReport
 from eqldm.data.order import StreamSampler, epoch_order
+from eqldm.data.readers import reader
 from eqldm.data.samples import UNREADABLE, LatentSamples, PictureSamples, collate, decode_picture, pack_array, tensor_to_picture
 from eqldm.data.shards import write_manifest, write_shard
 
@@ -126,7 +126,7 @@ def test_a_label_that_is_none_is_named(tmp_path, content):
     assert samples[0]["label"] == -1
     for workers in (0, 1) if content == b"{" else (0,):
         with pytest.raises(ValueError, match=r"^sample '1' of '.*': (the label in its|its) .json is .*data/make_shards.py") as info:
-            list(DataLoader(samples, batch_size=2, num_workers=workers, collate_fn=collate))
+            list(reader(samples, [[0, 1]], workers))
         assert "\n" not in str(info.value)
 
 
@@ -207,7 +207,7 @@ def test_workers_give_the_same_batches_as_none(make_picture_shards, tmp_path):
 
     def batches(workers):
         sampler = StreamSampler(4, 2, 1, 2, start_step=3)
-        return list(islice(DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=collate), 5))
+        return list(islice(reader(samples, sampler, workers), 5))
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert torch.equal(a.pop("x"), b.pop("x")) and torch.equal(a.pop("position"), b.pop("position"))

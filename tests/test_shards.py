@@ -194,6 +194,17 @@ def test_a_count_that_differs_from_the_manifest_is_refused(folder):
         ShardSet.open(folder)
 
 
+@pytest.mark.parametrize("place", [(0, 1 << 40), (-512, 10), (1 << 40, 10)])
+def test_a_place_outside_its_tar_is_the_indexs_fault(folder, place):
+    """And is not read: the size may be any number."""
+    path = folder / "index" / "places" / "png.npy"
+    places = np.load(path)
+    places[1] = place
+    np.save(path, places)
+    with pytest.raises(ValueError, match="the index of .* is damaged: .png of sample '.*' would lie at bytes .* Remove"):
+        ShardSet.open(folder).read(1, "png")
+
+
 def test_a_tar_truncated_after_it_was_opened_is_named(folder):
     shards = ShardSet.open(folder)
     truncate(folder, "pictures-000000.tar", 600, tell_manifest=False)

@@ -32,13 +32,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 class UnfitSample(ValueError):
-    """A sample that no training can use; the message names it, in one line.
-
-    A DataLoader raises what a worker raised anew, with the worker's traceback in the message; here the last line of it is what was said.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rstrip().rpartition("\n")[2].removeprefix(f"{__name__}.{type(self).__name__}: "))
+    """A sample that no training can use; the message names it, in one line."""
 
 
 def picture_extension(counts: Mapping[str, int]) -> str | None:

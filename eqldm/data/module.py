@@ -13,8 +13,12 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from eqldm.config import StageConfig, micro_batch_size
 from eqldm.data.order import StreamSampler
-from eqldm.data.samples import LatentSamples, PictureSamples, collate
+from eqldm.data.readers import reader
+from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import read_manifest
+from eqldm.data.workers import end_with_parent
+
+TO_THE_TRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # which tell it to stop
 
 
 def check_image_size(config: StageConfig, folder: str, size: tuple[int, int]) -> None:
@@ -73,43 +77,30 @@ class ShardData(pl.LightningDataModule):
 
     def _loader(self, samples, sampler) -> DataLoader:
         workers = self.config.data.num_workers
-        return Readers(
+        return reader(
             samples,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
+            sampler,
+            workers,
+            start=leave_signals_to_the_training,
+            deaf=TO_THE_TRAINING,
             persistent_workers=workers > 0,
-            worker_init_fn=leave_signals_to_the_training,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-class Readers(DataLoader):
-    """A DataLoader whose reader processes begin deaf to the signals that tell a run to stop: torch would let them die of one that reaches
-    them before `leave_signals_to_the_training` has."""
-
-    def __iter__(self):
-        if not self.num_workers or threading.current_thread() is not threading.main_thread():
-            return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})  # which they inherit
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals_to_the_training(worker: int) -> None:
     """Of a reader process: it reads on when Ctrl-C or a scheduler tells the whole process group to stop, for the step at hand needs it.
 
-    The training process ends it when that is done, by SIGTERM if need be, which it obeys from that process alone.
+    It ends with the training process, and when that says so, by SIGTERM if need be, which it obeys from that process alone.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who has sent a signal
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before there is another thread that would obey it
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS does not tell who has sent a signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
 
 
 def _end_with(parent: int) -> None:

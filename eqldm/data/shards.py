@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from eqldm.data import cache, remote
 from eqldm.data.contents import UnfitSample
 from eqldm.data.remote import is_remote
 from eqldm.data.tars import read_tar
+from eqldm.data.workers import run_jobs
 from eqldm.lock import held
 
 MANIFEST = "manifest.json"
@@ -152,11 +152,12 @@ def index_tar(path: str | Path) -> list[dict]:
 
 def index_tars(tars: list[Path]) -> list[list[dict]]:
     """`index_tar` of each, many of them by several processes."""
-    if len(tars) < MANY:
-        return [index_tar(tar) for tar in tars]
-    # spawn, not fork: this process may run threads, which a fork would leave half-locked
-    with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(index_tar, tars, chunksize=8))
+    workers = min(32, len(os.sched_getaffinity(0))) if len(tars) >= MANY else 1
+    try:
+        found = dict(run_jobs({str(tar): tar for tar in tars}, index_tar, workers))
+    except BrokenProcessPool as error:
+        raise OSError(f"a process that read the tars' headers in '{tars[0].parent}' was killed (out of memory?): try again") from error
+    return [found[str(tar)] for tar in tars]
 
 
 def make_index(folder: Path, shards: list[dict], found: list[list[dict]] | None = None) -> dict:
@@ -316,11 +317,23 @@ class ShardSet:
         """The bytes of one file of one sample. Raises ValueError where the sample has none; that names the tar where it ends too early."""
         if not self.holds(number, extension):
             raise UnfitSample(f"sample '{self.keys[number]}' of '{self.folder}' has no file .{extension}")
-        offset, size = self.places[extension][number]
+        offset, size = map(int, self.places[extension][number])
         entry = self.manifest["shards"][self.shard_of(number)]
-        with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(Path(self.folder) / entry["name"], "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+        if offset < 0 or offset + size > entry["bytes"]:  # else all memory would be asked for
+            raise UnfitSample(
+                f"the index of '{self.folder}' is damaged: .{extension} of sample '{self.keys[number]}' would lie at bytes {offset} to "
+                f"{offset + size} of '{entry['name']}', which has {entry['bytes']}. Remove '{Path(self.folder) / INDEX}', and have it "
+                "written anew by data/make_shards.py --index"
+            )
+        try:
+            with cache.open_tar(self.folder, entry) if is_remote(self.folder) else open(Path(self.folder) / entry["name"], "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+        except OSError as error:
+            if error.errno is None or isinstance(error, cache.CacheFull):
+                raise
+            at = f"'{self.folder}/{entry['name']}'"
+            raise OSError(error.errno, f"{error.strerror}, while reading sample '{self.keys[number]}' of {at}") from error
         if len(content) != size:
             raise UnfitSample(f"shard '{file.name}' ended while reading sample '{self.keys[number]}': it was truncated after the start")
         return content

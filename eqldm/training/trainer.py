@@ -21,6 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
+from eqldm.data.readers import Reader, naming_lost_readers
 from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.heartbeat import Heartbeat, lost_others
@@ -140,7 +141,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     if checkpoint is not None and checkpoint.is_file():  # ZeRO's shards are checked as they are read
         check_fits(checkpoint, module)
     try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        with naming_lost_readers(Reader.option):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except RuntimeError as error:  # torch.distributed's are of no kind of their own
         heartbeats = [callback for callback in trainer.callbacks if isinstance(callback, Heartbeat)]
         if heartbeats and (told := lost_others(error, heartbeats[0])):
