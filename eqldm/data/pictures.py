@@ -99,13 +99,30 @@ def _mute() -> None:
 def _decode(content: bytes) -> Image.Image:
     """The first picture of a file, as it lies. Raises: UnfitPicture where it is too large; one of `CORRUPT`."""
     try:
+        _check_size(_webp_size(content))
         picture = Image.open(io.BytesIO(content), formats=_formats())
-        if picture.width * picture.height > MAX_PIXELS:  # where Pillow's own limit was lifted
-            raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
+        _check_size(picture.size)  # where Pillow's own limit was lifted
         picture.load()
     except Image.DecompressionBombError as error:
         raise UnfitPicture(f"too large: wanted at most {MAX_PIXELS} pixels ({_about(error)})") from error
     return picture
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{size[0]} x {size[1]} pixels")
+
+
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Of a WebP, by its header; (0, 0) of anything else. Pillow makes its canvases, of 8 bytes a pixel, before it tells the size."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
+        return 0, 0
+    if content[12:16] == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if content[12:16] == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
 
 
 def _decode_without_metadata(content: bytes, error: Exception) -> tuple[Image.Image, str]:
