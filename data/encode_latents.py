@@ -22,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eqldm.atomic import DISK_FULL, write_whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
+from eqldm.data.manifest import MANIFEST, read_object, what_is_wrong
 from eqldm.data.readers import naming_lost_readers, reader
 from eqldm.data.remote import is_remote
-from eqldm.data.samples import PictureSamples, collate, pack_array
-from eqldm.data.shards import MANIFEST, read_manifest, write_index, write_json, write_shard
+from eqldm.data.samples import PictureSamples, pack_array
+from eqldm.data.shards import read_manifest, write_index, write_json, write_shard
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
 from eqldm.lock import LOCK, held
 from eqldm.model_folder import check_latents, load_text, load_vae, text_hash, vae_hash
@@ -56,7 +57,7 @@ class Encoder:
         """Begins to read shards: one pool of readers for all, that reads on while a shard is being finished."""
         self.pictures.turns = shards
         batches = (list(batch) for n in shards for batch in self._batches(n))
-        self.loader = iter(reader(self.pictures, batches, self.args.num_workers, collate=_collate, option=READERS))
+        self.loader = iter(reader(self.pictures, batches, self.args.num_workers, option=READERS))
 
     @torch.no_grad()
     def samples(self, n: int, on_batch):
@@ -95,11 +96,6 @@ class Encoder:
                 f"{made} of picture '{keys[first]}' of '{shard}' reach {float(values[first].abs().max()):.4g} and do not fit "
                 f"{self.args.dtype}: give --dtype bfloat16"
             )
-
-
-def _collate(samples: list[dict]) -> dict:
-    """A batch, and whether each place was taken by another picture; keys do not tell, for two tars may have the same ones."""
-    return {**collate(samples), "replaced": [bool(sample["skipped"]) for sample in samples]}
 
 
 def encode(args: argparse.Namespace) -> Path:
@@ -181,7 +177,9 @@ def _started(out: Path, wanted: dict) -> bool:
             raise ValueError(f"'{out}' holds tars that this script did not make: {', '.join(foreign[:3])}. Give another --out")
         write_whole(record, lambda path: write_json(path, {"generator": wanted}))
         return False
-    found = json.loads(record.read_text()).get("generator") or {}
+    found = read_object(record, "Remove it, or give another --out").get("generator") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"'{record}' is damaged: its generator is {json.dumps(found)[:60]}. Remove it, or give another --out")
     changed = [f"{name} (there {found.get(name)}, now {wanted.get(name)})" for name in sorted({*found, *wanted})
                if found.get(name) != wanted.get(name)]  # fmt: skip
     if changed:
@@ -192,7 +190,7 @@ def _started(out: Path, wanted: dict) -> bool:
 def _finish(out: Path, entries: list[Path], about: dict) -> None:
     """Write the manifest, if all shards are done. Several processes may find so at once: each writes the same one."""
     try:
-        shards = [json.loads(path.read_text()) for path in entries]
+        shards = [_done(path) for path in entries]
     except FileNotFoundError:  # others are still at work, or one of them has finished the folder
         if not (out / MANIFEST).is_file():
             done = sum(path.is_file() for path in entries)
@@ -205,6 +203,15 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
     write_whole(out / MANIFEST, lambda path: write_json(path, manifest))
     for path in (*entries, out / UNFINISHED):
         path.unlink(missing_ok=True)
+
+
+def _done(path: Path) -> dict:
+    """The entry of a shard that is encoded, as its process wrote it. Raises FileNotFoundError where it is not; ValueError as it says."""
+    way_out = "Remove it, and the same command encodes that shard again"
+    entry = read_object(path, way_out)
+    if what := what_is_wrong({"shards": [entry], "skipped": entry.get("skipped")}):
+        raise ValueError(f"'{path}' is damaged: {what}. {way_out}")
+    return entry
 
 
 def main() -> None:

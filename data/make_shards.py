@@ -4,6 +4,7 @@
     python data/make_shards.py --tars FOLDER --out FOLDER --size 512        # tars, as img2dataset and WebDataset write them
     python data/make_shards.py --dataset FOLDER --out FOLDER --size 512     # a data set of Hugging Face's `datasets`, saved to disk
     python data/make_shards.py --index FOLDER                               # no new shards: check tars of squares, write their manifest
+    python data/make_shards.py --check FOLDER                               # no new shards: are they still what their manifest states?
 
 Captions come, in a folder, from a `.txt` beside each picture, or from a `metadata.jsonl` or `metadata.csv` (columns `file_name` and
 `text` or `caption`, as in Hugging Face's imagefolder); in tars from a sample's `.txt`, or the `caption` of its `.json`. Of a list of
@@ -30,6 +31,7 @@ from PIL import Image
 
 from eqldm.data.captions import draw_caption, is_odd
 from eqldm.data.checking import index_folder
+from eqldm.data.integrity import check_folder
 from eqldm.data.listing import check_share, count_left_out, describe_left_out, left_out_list
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.pictures import MAX_PIXELS, UnfitPicture
@@ -217,12 +219,26 @@ def make_shards(
     return manifest
 
 
+def say_check(folder: str | Path, workers: int) -> int:
+    """Prints which tars of a folder, and files of its index, are not what the manifest states; the exit status, 0 where all are."""
+    wrong, count = check_folder(folder, workers)
+    for line in wrong:
+        print(line)
+    if not wrong:
+        print(f"{folder}: all {count} files are what the manifest states")
+        return 0
+    again = "copy them again, or remove them and make the shards anew; an index is written anew by --index, when its folder is removed"
+    print(f"error: {folder}: {len(wrong)} files are not what the manifest states: {again}", file=sys.stderr)
+    return 1
+
+
 MADE = {
     "out", "size", "crop", "format", "quality", "max_aspect", "seed", "workers", "upscale", "allow_missing_captions", "allow_left_out",
     "overwrite",
 }  # fmt: skip
 READ = {  # what each way of making a set reads of the options
     "index": {"index", "quick", "workers", "overwrite"},
+    "check": {"check", "workers"},
     "pictures": {"pictures", "shard_size", *MADE},
     "tars": {"tars", *MADE},
     "dataset": {"dataset", "image_column", "text_column", "shard_size", *MADE},
@@ -232,6 +248,7 @@ READ = {  # what each way of making a set reads of the options
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", type=path_option, metavar="FOLDER", help="check the tars there, and write their manifest.json")
+    parser.add_argument("--check", type=path_option, metavar="FOLDER", help="read all tars there, and name those that have changed")
     parser.add_argument("--quick", action="store_true", help="of --index: look into the first sample of each tar alone")
     parser.add_argument("--pictures", type=path_option, metavar="FOLDER", help="pictures, searched through all its subfolders")
     parser.add_argument("--tars", type=path_option, metavar="FOLDER", help="tars of pictures of any size, each of which gives a shard")
@@ -255,9 +272,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args(argv)
     sources = [name for name in ("pictures", "tars", "dataset") if getattr(arguments, name)]
-    if arguments.index is None and (len(sources) != 1 or not arguments.out):
-        parser.error("one of --pictures, --tars and --dataset, and --out, are needed (or --index)")
-    of = "index" if arguments.index else sources[0]
+    alone = [name for name in ("index", "check") if getattr(arguments, name)]
+    if not alone and (len(sources) != 1 or not arguments.out):
+        parser.error("one of --pictures, --tars and --dataset, and --out, are needed (or --index, or --check)")
+    of = (alone or sources)[0]
     if unread := [name for name in vars(arguments) if name not in READ[of] and getattr(arguments, name) != parser.get_default(name)]:
         parser.error(f"--{unread[0].replace('_', '-')} is no option of --{of}: leave it out")
     if arguments.workers < 1:
@@ -268,10 +286,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = vars(parse_arguments(argv))
     index, pictures, tars, dataset, quick = (options.pop(name) for name in ("index", "pictures", "tars", "dataset", "quick"))
+    check = options.pop("check")
     columns = options.pop("image_column"), options.pop("text_column")
     try:
         if index:
             index_folder(index, options["overwrite"], quick=quick, workers=options["workers"])
+        elif check:
+            return say_check(check, options["workers"])
         elif pictures:
             make_shards(pictures, **options)
         else:

@@ -164,7 +164,7 @@ def test_latents(tmp_path, capsys):
     with pytest.raises(ValueError, match="0.tar/2: it is 2 x 4 x 5, most are 2 x 4 x 4"):
         index_folder(write(tmp_path / "shapes", made))
     made[2] |= {"moments.npy": array[:50]}
-    with pytest.raises(ValueError, match="0.tar/2: its moments.npy cannot be read"):
+    with pytest.raises(ValueError, match="0.tar/2: its array .moments.npy. cannot be read"):
         index_folder(write(tmp_path / "broken", made))
 
 

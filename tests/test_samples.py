@@ -185,6 +185,12 @@ def test_latents_need_captions_and_the_right_kind(make_picture_shards, tmp_path)
         LatentSamples(write_set(tmp_path / "latents", [{**moments, "txt": ""}], kind="latents"), vae_hash="abc")
 
 
+def numbers(value) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.full((2, 2, 4), value))
+    return buffer.getvalue()
+
+
 def test_latents_that_do_not_fit_each_other_are_named(tmp_path):
     def latents(name: str, *arrays: bytes, **more: bytes) -> LatentSamples:
         made = [{"__key__": str(n), "txt": "", "moments.npy": array} for n, array in enumerate(arrays)]
@@ -196,6 +202,17 @@ def test_latents_that_do_not_fit_each_other_are_named(tmp_path):
         latents("shapes", array, pack_array(torch.zeros(2, 4, 5)))[1]
     with pytest.raises(ValueError, match=r"sample '1' of .*: its array .*cannot be read"):
         latents("broken", array, array[:-100])[1]
+    for spoilt, message in (
+        (numbers(np.float16("nan")), "holds 16 NaN or infinities"),
+        (pack_array(torch.full((2, 4, 4), torch.inf).bfloat16()), "holds 32 NaN or infinities"),
+        (numbers(1), "is of int64, wanted float16"),
+        (numbers("x"), "is of <U1"),
+        (b"", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=f"^sample '1' of .*: its array .moments.npy. .*{message}.*data/make_shards.py"):
+            latents("spoilt", array, spoilt)[1]
+    with pytest.raises(ValueError, match=r"moments.npy of the first sample is \(4, 4\), wanted \(2 C, h, w\)"):
+        latents("flat", pack_array(torch.zeros(4, 4)))
     with pytest.raises(ValueError, match=r"1 of 2 samples have no prompt_embeds.npy, the first is '1'"):
         latents("embeds", array, array, prompt_embeds_npy=array)
     with pytest.raises(ValueError, match=r"1 of 1 samples have no moments.npy, the first is '0'"):
@@ -253,6 +270,17 @@ def test_skipped_pictures_are_counted_and_reported_each_epoch(make_picture_shard
     with pytest.warns(UserWarning, match="epoch 0: 3 unreadable pictures were skipped .here: 000000001, 000000005, 000000006"):
         module = fit(folder, tmp_path, steps=6, data={"batch_size": 4, "micro_batch_size": 2}, accumulate_grad_batches=2)
     assert [p for batch in module.shown for p in batch] == list(range(24))
+    assert skipped(tmp_path) == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_skipped_pictures_of_one_key_are_counted_each(tmp_path):
+    """Tars may repeat keys."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tars = [[{"__key__": str(n), "png": picture_bytes(n) if n else b"no picture", "txt": ""} for n in range(4)] for _ in range(3)]
+    write_manifest(folder, [write_shard(folder / f"{n}.tar", samples) for n, samples in enumerate(tars)])
+    fit(folder, tmp_path, steps=6, data={"batch_size": 4})
     assert skipped(tmp_path) == [3, 3]
 
 

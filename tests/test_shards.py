@@ -13,7 +13,7 @@ import webdataset as wds
 
 from eqldm.data import shards as module
 from eqldm.data.checking import index_folder
-from eqldm.data.shards import INDEX, MANIFEST, ShardSet, _stamp, index_tar, read_manifest, write_manifest, write_shard
+from eqldm.data.shards import INDEX, MANIFEST, ShardSet, digest_of, index_tar, read_manifest, write_manifest, write_shard
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_damaged_index_is_named(folder):
     about.write_text("{")
     with pytest.raises(ValueError, match=r"about.json' is no JSON .*: remove '.*index', and have the index written anew"):
         ShardSet.open(folder)
-    for content in ("[]", "{}", json.dumps({"shards": _stamp(read_manifest(folder)["shards"])})):  # the last: an early version
+    for content in ("[]", "{}", json.dumps({"shards": digest_of(read_manifest(folder)["shards"])})):  # the last: an early version
         about.write_text(content)
         assert np.array_equal(ShardSet.open(folder).places["txt"], txt)
 
@@ -146,6 +146,26 @@ def test_an_empty_set_is_refused(tmp_path):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ([], "holds .*, wanted an object"),
+    ({"shards": {}}, "it lists no shards"),
+    ({"shards": [3]}, "a shard is 3"),
+    ({"count": "6"}, 'its count is "6", its shards have 10 samples'),
+    ({"count": 7}, "its count is 7, its shards"),
+    ({"generator": [1]}, "its generator is .1."),
+    ({"skipped": 3}, "what it skipped is 3"),
+    *[({"shards": [{"name": "a.tar", "count": 6, "bytes": 1024, "sha256": "0" * 64} | entry]}, f"{next(iter(entry))} of a shard is")
+      for entry in ({"name": "../a.tar"}, {"name": 3}, {"name": "a\0.tar"}, {"count": -1}, {"count": True}, {"bytes": 1.5},
+                    {"sha256": "x"})],
+], ids=str)  # fmt: skip
+def test_a_manifest_of_another_shape_is_named(folder, change, message):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(change if isinstance(change, list) else manifest | change))
+    with pytest.raises(ValueError, match=f"manifest.json' .*{message}") as info:
+        read_manifest(folder)
+    assert "\n" not in str(info.value) and "make the shards anew" in str(info.value)
+
+
 def test_a_missing_tar_is_named(folder):
     (folder / "pictures-000001.tar").unlink()
     with pytest.raises(FileNotFoundError, match="pictures-000001.tar' is named in .* but missing"):
@@ -189,6 +209,7 @@ def test_a_file_that_is_no_tar_is_named(folder):
 def test_a_count_that_differs_from_the_manifest_is_refused(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["shards"][2]["count"] = 3
+    manifest["count"] += 1
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="pictures-000002.tar' holds 2 samples, the manifest says 3"):
         ShardSet.open(folder)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import webdataset as wds
 
-from eqldm.data.shards import ShardSet, index_tar, write_manifest
+from eqldm.data.shards import ShardSet, index_tar, write_manifest, write_shard
 from eqldm.data.tars import read_tar
 
 
@@ -55,7 +55,7 @@ LONG = "a/" * 60 + "0001"  # a name that needs an extended header
     ["__meta__", "__about__/x.json", "0001.jpg", "__a__.jpg"],
     ["README.md", "0001.jpg"],
     [f"{LONG}.jpg", f"{LONG}.txt", "\u00e4\u4e2d.jpg", "\u00e4\u4e2d.txt"],
-    ["../../etc/0001.jpg", "/abs/0001.jpg", "/abs/0001.txt"],
+    ["a/..b/0001.jpg", "a../0001.jpg", "etc...d/0001.jpg"],
     ["a b (1).jpg", "a b (1).txt", "-x.jpg", "~$x.jpg"],
     [("0001.jpg", {"pax_headers": {"comment": "hello", "mtime": "1.5"}}), "0001.txt"],
     ["0001.jpg", ("0002.jpg", {"type": tarfile.SYMTYPE, "linkname": "0001.jpg"}), ("0003.jpg", {"type": tarfile.LNKTYPE, "linkname": "x"})],
@@ -101,6 +101,24 @@ def test_a_sample_in_two_places_is_refused(tmp_path):
         index_tar(path)
 
 
+@pytest.mark.parametrize("name", ["../0001.jpg", "a/../../0001.jpg", "/etc/0001.jpg", "a\\..\\b/0001.jpg", "C:\\0001.jpg", "C:/0001.jpg"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    """They would be copied into new shards, and what unpacks these writes there."""
+    with pytest.raises(ValueError, match="x.tar': sample '.*' .*leads out of its folder.*--transform"):
+        read_tar(write_tar(tmp_path / "x.tar", "ok.jpg", name))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        write_shard(tmp_path / "y.tar", [{"__key__": name.removesuffix(".jpg"), "jpg": b""}])
+    assert not list(tmp_path.glob("*y.tar*"))
+
+
+def test_a_nul_in_a_name_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", ("0001.jpg", {"pax_headers": {"path": "00\0x.jpg"}}))
+    with pytest.raises(ValueError, match=r"sample '00\\x00x' has a NUL"):
+        read_tar(path)
+    with pytest.raises(ValueError, match="NUL"):
+        write_shard(tmp_path / "y.tar", [{"__key__": "00\0", "jpg": b""}])
+
+
 def test_names_of_other_encodings_can_be_printed(tmp_path):
     path = write_tar(tmp_path / "x.tar", "caf\udce9.jpg", "caf\udce9.txt", format=tarfile.GNU_FORMAT)
     (sample,) = index_tar(path)
@@ -121,7 +139,7 @@ def test_tars_joined_or_compressed_are_refused(tmp_path):
 def test_too_many_endings_are_refused(tmp_path):
     """Each would be a file of the index."""
     path = write_tar(tmp_path / "x.tar", *(f"{n}.{n}.jpg" for n in range(101)))
-    entry = {"name": "x.tar", "count": 101, "bytes": path.stat().st_size, "sha256": ""}
+    entry = {"name": "x.tar", "count": 101, "bytes": path.stat().st_size, "sha256": "0" * 64}
     with pytest.raises(ValueError, match="files of 101 endings, such as 0.jpg"):
         write_manifest(tmp_path, [entry])
     long = write_tar(tmp_path / "y.tar", f"0001.{'very ' * 60}long.jpg", "0002.jpg")

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eqldm.data.contents import MAX_SKIPS, PICTURE_EXTENSIONS, caption_of, label_of, picture_extension
+from eqldm.data.contents import MAX_SKIPS, PICTURE_EXTENSIONS, array_of, caption_of, label_of, picture_extension
 from eqldm.data.making import console
 from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.shards import MANIFEST, MANY, file_sha256, read_index, read_manifest, write_index, write_manifest
@@ -49,7 +48,7 @@ def index_folder(folder: str | Path, overwrite: bool = False, *, quick: bool = F
     tars = find_tars(folder)
     if (folder / MANIFEST).exists() and not overwrite:
         raise ValueError(f"'{folder}' has a {MANIFEST} already: use --overwrite to write it anew")
-    heads = _each(read_tar, {tar.name: tar for tar in tars}, workers if len(tars) >= MANY else 1, f"{folder}, names")
+    heads = each(read_tar, {tar.name: tar for tar in tars}, workers if len(tars) >= MANY else 1, f"{folder}, names")
     found = {name: samples for name, (samples, _) in heads.items() if samples}
     _say_ignored(folder, heads)
     kind = find_kind(folder, found)
@@ -57,7 +56,7 @@ def index_folder(folder: str | Path, overwrite: bool = False, *, quick: bool = F
     extension = picture_extension(counts) if kind == "pictures" else None
     jobs = {name: (folder / name, samples) for name, samples in found.items()}
     look = partial(check_tar, extension=extension, quick=quick)
-    reports = _each(look, jobs, workers, f"{folder}, {'first samples' if quick else 'samples'}")
+    reports = each(look, jobs, workers, f"{folder}, {'first samples' if quick else 'samples'}")
     size = check_reports(folder, reports, counts["__key__"])
     unreadable = [{"file": f"{name}/{key}", "reason": why} for name in reports for _, key, why in reports[name]["unreadable"]]
     stated: dict[str, Any] = {"kind": kind, "generator": {"name": "index"}, "unreadable": unreadable}
@@ -140,11 +139,11 @@ def _check_sample(file: io.BufferedReader, sample: dict, number: int, extension:
             report["counts"]["notes"] += "note" in picture.info
             size = picture.size
         else:
-            size = np.load(io.BytesIO(held), allow_pickle=False).shape
+            size = array_of(held, "moments.npy").shape
     except UnfitPicture as error:
         report["unreadable"].append((number, key, str(error)))
-    except (ValueError, OSError, EOFError) as error:
-        report["problems"].append((key, f"its moments.npy cannot be read ({error})"))
+    except ValueError as error:
+        report["problems"].append((key, str(error)))
     else:
         report["sizes"].setdefault(size, []).append(key)
 
@@ -184,7 +183,7 @@ def _check_runs(folder: Path, reports: dict[str, dict], any_readable: bool) -> N
         raise ValueError(f"'{folder}': {len(numbers)} pictures cannot be read, {many}; the first is {numbers[0][1]}")
 
 
-def _each(function: Callable, jobs: dict[str, Any], workers: int, about: str) -> dict[str, Any]:
+def each(function: Callable, jobs: dict[str, Any], workers: int, about: str) -> dict[str, Any]:
     """{name: what the function gives of its job}, by several processes, in the order of the jobs."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tars"), TimeRemainingColumn()
     done = {}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tokenize
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from eqldm.data.pictures import PICTURES
 
@@ -12,6 +16,8 @@ MAX_SKIPS = 100  # consecutive unreadable pictures after which the data set, not
 READ = ("file_name", "text", "caption", "label")  # all that is read of JSON
 _FIRST = ("png", "jpg", "jpeg", "webp")  # where samples hold pictures in several formats
 PICTURE_EXTENSIONS = (*_FIRST, *(ending[1:] for ending in PICTURES if ending[1:] not in _FIRST))
+# What numpy raises of bytes that are no array file: some headers are read as an old version's, by Python's tokenizer
+NO_ARRAY = (ValueError, OSError, EOFError, TypeError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -54,6 +60,21 @@ def label_of(content: bytes) -> int:
     if type(label) is not int or not -(2**63) <= label < 2**63:  # not isinstance: true is no label
         raise ValueError(f"the label in its .json is {_short(label)}, wanted an integer, or no label")
     return label
+
+
+def array_of(content: bytes, name: str) -> np.ndarray:
+    """A latent's array, of floats, or of int16 that are the bits of bfloat16. Raises ValueError where it is none, or not finite."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except NO_ARRAY as error:
+        raise ValueError(f"its array ({name}) cannot be read ({error})") from error
+    if not isinstance(array, np.ndarray) or not (array.dtype.kind == "f" or array.dtype == np.int16):
+        what = f"of {array.dtype}" if isinstance(array, np.ndarray) else "an archive of several"
+        raise ValueError(f"its array ({name}) is {what}, wanted float16, float32, or int16 (the bits of bfloat16)")
+    finite = np.isfinite(array) if array.dtype.kind == "f" else (array.view(np.uint16) & 0x7F80) != 0x7F80
+    if not finite.all():
+        raise ValueError(f"its array ({name}) holds {int((~finite).sum())} NaN or infinities")
+    return array
 
 
 def caption_of(content: bytes) -> str:

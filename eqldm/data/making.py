@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.atomic import DISK_FULL, sweep
-from eqldm.data.shards import MANIFEST, load_manifest, read_manifest, write_json, write_manifest
+from eqldm.data.manifest import MANIFEST, load_manifest
+from eqldm.data.shards import read_manifest, write_json, write_manifest
 from eqldm.data.workers import run_jobs
 from eqldm.lock import LOCK, held
 

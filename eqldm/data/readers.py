@@ -28,22 +28,22 @@ class _Failure(NamedTuple):
 class _Batches(Dataset):
     """Samples, by the positions of a batch; or what was wrong with one of them."""
 
-    def __init__(self, samples: Any, collate: Callable[[list], dict]):
-        self.samples, self.collate = samples, collate
+    def __init__(self, samples: Any):
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, positions: list[int]) -> dict | _Failure:
         try:
-            return self.collate([self.samples[position] for position in positions])
+            return collate([self.samples[position] for position in positions])
         except (ValueError, OSError) as error:
             if get_worker_info() is None:
                 return _Failure(error)
             return _Failure(OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error)))  # which can be pickled
 
 
-def _as_it_is(batch: dict | _Failure) -> dict | _Failure:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -80,7 +80,7 @@ def _checked(batches: Iterator[dict | _Failure], option: str) -> Iterator[dict]:
 
 
 def reader(
-    samples: Any, batches: Iterable[list[int]], num_workers: int, *, collate: Callable[[list], dict] = collate,
+    samples: Any, batches: Iterable[list[int]], num_workers: int, *,
     start: Callable[[int], None] = start_worker, deaf: tuple[signal.Signals, ...] = (), option: str = Reader.option, **options: Any,
 ) -> Reader:  # fmt: skip
     """Reads batches of samples, given by their positions, in `num_workers` processes, or here where that is 0.
@@ -88,7 +88,7 @@ def reader(
     start: what each process does first.  deaf: signals that it begins deaf to.  option: what the user sets to have fewer of them.
     """
     made = Reader(
-        _Batches(samples, collate), batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is,
+        _Batches(samples), batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is,
         worker_init_fn=start if num_workers else None, **options,
     )  # fmt: skip
     made.option, made.deaf = option, deaf

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from eqldm.data.cache import check_cache
-from eqldm.data.contents import MAX_SKIPS, UnfitSample, caption_of, label_of, picture_extension
+from eqldm.data.contents import MAX_SKIPS, UnfitSample, array_of, caption_of, label_of, picture_extension
+from eqldm.data.integrity import check_some
 from eqldm.data.order import epoch_order, epoch_shards
 from eqldm.data.pictures import UnfitPicture, read_picture
 from eqldm.data.remote import is_remote
@@ -63,6 +64,8 @@ class ShardSamples(Dataset):
         self.shards, self.seed, self.window = ShardSet.open(folder), seed, window
         if is_remote(folder):  # a window is read, the next one comes, and the slowest reader may be in the one before
             check_cache(folder, self.shards.manifest["shards"], 2 if seed is None else 3 * window)
+        else:
+            check_some(Path(folder), self.shards.digest)
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs: a batch may straddle them
         self._asked = range(0)  # the positions of the window whose tars, and the next one's, were asked for
 
@@ -199,6 +202,13 @@ class LatentSamples(ShardSamples):
                 )
         _check_captions(self.shards)
         self.shape = read_array(self.shards, 0, "moments.npy").shape
+        if len(self.shape) != 3 or self.shape[0] % 2:
+            raise ValueError(
+                f"latents '{folder}': moments.npy of the first sample is {tuple(self.shape)}, wanted (2 C, h, w), means and "
+                "log-variances: encode the pictures with data/encode_latents.py"
+            )
+        held = "prompt_embeds.npy" in self.shards.places
+        self.embeds_shape = read_array(self.shards, 0, "prompt_embeds.npy").shape if held else None
 
     def check_text_encoder(self, text_hash: str) -> None:
         """Raises ValueError where the shards hold prompt embeddings of another text encoder."""
@@ -224,8 +234,13 @@ class LatentSamples(ShardSamples):
             "position": position,
             "skipped": [],
         }
-        if "prompt_embeds.npy" in self.shards.places:
-            sample["prompt_embeds"] = read_array(self.shards, number, "prompt_embeds.npy")
+        if self.embeds_shape is not None:
+            sample["prompt_embeds"] = embeds = read_array(self.shards, number, "prompt_embeds.npy")
+            if embeds.shape != self.embeds_shape:
+                raise UnfitSample(
+                    f"prompt embeddings of '{self.shards.keys[number]}' of '{self.shards.folder}' are {tuple(embeds.shape)}, the first "
+                    f"ones {tuple(self.embeds_shape)}: encode the pictures anew with data/encode_latents.py"
+                )
         return sample
 
 
@@ -237,26 +252,21 @@ def pack_array(x: Tensor) -> bytes:
 
 
 def read_array(shards: ShardSet, number: int, extension: str) -> Tensor:
-    """float32 tensor of an array file that `pack_array` wrote. Raises UnfitSample where it is none."""
-    array = _read_as(partial(_array_of, name=extension), shards, number, extension)
+    """float32 tensor of an array file that `pack_array` wrote. Raises UnfitSample where it is none, or not finite."""
+    array = torch.from_numpy(_read_as(partial(array_of, name=extension), shards, number, extension))
     return (array.view(torch.bfloat16) if array.dtype == torch.int16 else array).float()
 
 
-def _array_of(content: bytes, name: str) -> Tensor:
-    try:
-        return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
-    except (ValueError, OSError, EOFError, TypeError) as error:  # TypeError: of texts, of which torch has no tensors
-        raise ValueError(f"its array ({name}) cannot be read ({error})") from error
-
-
 def collate(samples: list[dict]) -> dict:
-    """Tensors stacked, numbers as int64 tensors, text as lists, skipped keys joined."""
+    """Tensors stacked, numbers as int64 tensors, text as lists, skipped keys joined; `replaced`: whether each place was taken by another
+    picture, for keys do not tell: two tars may have the same ones."""
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], Tensor):
             batch[name] = torch.stack(values)
         elif isinstance(values[0], int):
             batch[name] = torch.tensor(values)
+    batch["replaced"] = [bool(keys) for keys in batch["skipped"]]
     batch["skipped"] = [key for keys in batch["skipped"] for key in keys]
     return batch
 

@@ -24,14 +24,13 @@ import webdataset as wds
 
 from eqldm.atomic import lock_of, whole, whole_folder
 from eqldm.data import cache, remote
-from eqldm.data.contents import UnfitSample
+from eqldm.data.contents import NO_ARRAY, UnfitSample
+from eqldm.data.manifest import MANIFEST, digest_of, load_manifest
 from eqldm.data.remote import is_remote
-from eqldm.data.tars import read_tar
+from eqldm.data.tars import check_key, read_tar
 from eqldm.data.workers import run_jobs
 from eqldm.lock import held
 
-MANIFEST = "manifest.json"
-ENTRY = {"name", "count", "bytes", "sha256"}  # what it states of each tar
 INDEX = "index"  # folder: about.json, starts.npy, keys.npy, places/EXTENSION.npy
 MAX_ENDINGS = 100  # of the files of all samples: each is a file of the index
 MANY = 64  # tars, from which on their headers are read by several processes
@@ -43,12 +42,14 @@ def write_shard(path: str | Path, samples: Iterable[dict]) -> dict:
     A sample is `{"__key__": str, extension: value}`; values are bytes, or what webdataset encodes by extension
     (str for `txt`, dict for `json`, array for `npy`). The tar is written beside its name and renamed when whole, so
     a killed process leaves no half shard. Equal samples give equal bytes: owner and time stamps are fixed.
+    Raises ValueError as `check_key`.
     """
     path = Path(path)
     count = 0
     with whole(path, durable=True) as partial:
         with open(partial, "wb") as file, wds.TarWriter(file, mtime=0, user="eqldm", group="eqldm") as tar:
             for sample in samples:
+                check_key(sample["__key__"], f"'{path}'")
                 tar.write(sample)
                 count += 1
         size, sha256 = partial.stat().st_size, file_sha256(partial)
@@ -104,20 +105,6 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = _local_manifest(Path(folder))
     if manifest["count"] == 0:
         raise ValueError(f"data set '{folder}' is empty: its manifest counts 0 samples")
-    return manifest
-
-
-def load_manifest(path: Path) -> dict:
-    """What the file of a manifest holds, or of the record of an unfinished one. Raises: ValueError where it is no such file."""
-    way_out = "If it is of something else, move it or use another folder; if it is damaged, remove it and make the shards anew"
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is no JSON ({error}). {way_out}") from error
-    shards = manifest.get("shards") if isinstance(manifest, dict) else None
-    whole = isinstance(shards, list) and all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in shards)
-    if not whole or not isinstance(manifest.get("count", 0), int) or not isinstance(manifest.get("generator") or {}, dict):
-        raise ValueError(f"'{path}' is no manifest of shards, it holds {json.dumps(manifest)[:60]}. {way_out}")
     return manifest
 
 
@@ -185,12 +172,6 @@ def make_index(folder: Path, shards: list[dict], found: list[list[dict]] | None 
     }
 
 
-def _stamp(shards: list[dict]) -> str:
-    return hashlib.sha256(
-        json.dumps([[entry[name] for name in ("name", "count", "bytes", "sha256")] for entry in shards]).encode()
-    ).hexdigest()
-
-
 def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None) -> None:
     """Write the index of a folder's tars, in the place of one that is there. Several processes may do so. Raises as `make_index`."""
     index = Path(folder) / INDEX
@@ -202,7 +183,7 @@ def write_index(folder: str | Path, shards: list[dict], found: list[list[dict]] 
         for name, places in made["places"].items():
             np.save(partial / "places" / f"{name}.npy", places)
         files = {f"{INDEX}/{path.relative_to(partial).as_posix()}": file_sha256(path) for path in sorted(partial.rglob("*.npy"))}
-        write_json(partial / "about.json", {"shards": _stamp(shards), "files": files})
+        write_json(partial / "about.json", {"shards": digest_of(shards), "files": files})
 
 
 def read_index(folder: Path, shards: list[dict]) -> dict | None:
@@ -218,7 +199,7 @@ def read_index(folder: Path, shards: list[dict]) -> dict | None:
     except ValueError as error:
         raise ValueError(f"'{path}' is no JSON ({error}): remove '{path.parent}', and have the index written anew") from error
     files = about.get("files") if isinstance(about, dict) else None  # early versions did not list them: none would be missed
-    if not isinstance(files, dict) or about.get("shards") != _stamp(shards) or not all((folder / name).is_file() for name in files):
+    if not isinstance(files, dict) or about.get("shards") != digest_of(shards) or not all((folder / name).is_file() for name in files):
         return None
     return _map(path.parent, files, shards)
 
@@ -230,7 +211,7 @@ def _map(index: Path, files: Iterable[str], shards: list[dict]) -> dict:
     def read(path: Path) -> np.ndarray:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except NO_ARRAY as error:
             raise ValueError(f"'{path}' is no array of numbers ({error}): {anew}") from error
 
     paths = [index.parent / name for name in sorted(files) if name.startswith(f"{INDEX}/places/")]
@@ -238,8 +219,8 @@ def _map(index: Path, files: Iterable[str], shards: list[dict]) -> dict:
     starts, keys, *places = found.values()
     ends = np.cumsum([0, *(entry["count"] for entry in shards)])
     for path, array in found.items():
-        shape = (ends[-1],) if array is keys else (ends[-1], 2)
-        if not (np.array_equal(array, ends) if array is starts else array.shape == shape):
+        shape, kind = ((ends[-1],), "U") if array is keys else ((ends[-1], 2), "i")
+        if not (np.array_equal(array, ends) if array is starts else array.shape == shape and array.dtype.kind == kind):
             raise ValueError(f"'{path}' does not fit the {ends[-1]} samples that the manifest counts: {anew}")
     return {"starts": starts, "keys": keys, "places": {path.name.removesuffix(".npy"): array for path, array in zip(paths, places)}}
 
@@ -253,7 +234,7 @@ def _remote_index(address: str, shards: list[dict]) -> dict:
         raise OSError(f"{error}. Shards elsewhere are read by their index: {how}") from None
     if not isinstance(about.get("files"), dict):
         raise ValueError(f"the index of '{address}' was written by an early version, and does not list its files: {how}")
-    if about.get("shards") != _stamp(shards):
+    if about.get("shards") != digest_of(shards):
         raise ValueError(f"the index of '{address}' is of other tars than its manifest: {how}")
     return _map(cache.fetch_index(address, about["files"]), about["files"], shards)
 
@@ -275,7 +256,7 @@ class ShardSet:
     @property
     def digest(self) -> str:
         """Of all contents: two sets are the same where it is."""
-        return _stamp(self.manifest["shards"])
+        return digest_of(self.manifest["shards"])
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:

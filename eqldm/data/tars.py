@@ -1,7 +1,7 @@
 """Which members of a tar are files of a sample: by webdataset's rules, so that tars of any origin can be read.
 
 A name is split at the first dot of its last part: `v1.0/0001.seg.png` is file `seg.png` of sample `v1.0/0001`. Members in turn with one key
-are one sample. A name is nothing but a name, `../0001.png` too: nothing is ever extracted.
+are one sample. Nothing is ever extracted here; names that lead out of a folder are refused all the same, for they would be copied.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ from pathlib import Path
 # As a file of the index is named after it (see `cache.INDEX_FILE`); a longer one is the rest of a sentence with a dot in it
 ENDING = re.compile(r"\w[\w.+@-]{0,99}")
 METADATA = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX|PaxHeaders?[^/]*)/")  # the first as webdataset has it
+ELSEWHERE = re.compile(r"/|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
+
+
+def check_key(key: str, what: str) -> None:
+    """Raises ValueError that begins with `what` for a sample's name that is none, or leads out of the folder it is unpacked in."""
+    if "\0" in key:
+        raise ValueError(f"{what}: sample {key!r} has a NUL in its name: the tar is damaged, or was made to do harm")
+    if ELSEWHERE.match(key):
+        raise ValueError(
+            f"{what}: sample '{key}' has a name that leads out of its folder. Make the tar anew with names relative to it, such as by "
+            "tar --transform, if you trust where it comes from"
+        )
 
 
 def read_tar(path: str | Path) -> tuple[list[dict], dict[str, list[str]]]:
@@ -21,7 +33,7 @@ def read_tar(path: str | Path) -> tuple[list[dict], dict[str, list[str]]]:
     members that are no sample's, by the reason why: these are ignored. Folders are not named.
 
     Raises: ValueError that names the tar where it is truncated or no tar at all, or a sample has two files of one ending, or lies in two
-    places.
+    places; as `check_key`.
     """
     samples: list[dict] = []
     ignored: dict[str, list[str]] = {}
@@ -39,6 +51,7 @@ def read_tar(path: str | Path) -> tuple[list[dict], dict[str, list[str]]]:
                 raise ValueError(
                     f"shard '{path}': sample '{key}' lies in two places ('{name}' comes late): its files must follow each other"
                 )
+            check_key(key, f"shard '{path}'")
             keys.add(key)
             samples.append({"__key__": key})
         if extension in samples[-1]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from eqldm.data.shards import ShardSet
+from eqldm.data.shards import ShardSet, file_sha256, write_manifest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -60,8 +60,8 @@ def test_a_damaged_sample(make_picture_shards, make_model_folder, tmp_path, seed
     found, number = ShardSet.open(shards), random.Random(seed).randrange(1, 48)
     tar = shards / found.manifest["shards"][found.shard_of(number)]["name"]
     ending = ("txt", "json", "png")[seed % 3]
-    if ending == "png":  # the tar is cut while it is read, so that its manifest is right when it is opened
-        with open(shards / "index" / "places" / "png.npy", "r+b") as file:  # not what `about.json` says: as a disk's fault would
+    if ending == "png":  # its place in the index
+        with open(shards / "index" / "places" / "png.npy", "r+b") as file:
             file.seek(-8, os.SEEK_END)
             file.write((1 << 40).to_bytes(8, "little"))
     else:
@@ -69,6 +69,9 @@ def test_a_damaged_sample(make_picture_shards, make_model_folder, tmp_path, seed
         with open(tar, "r+b") as file:
             file.seek(offset)
             file.write(b"\xff" * int(size))
+        entries = found.manifest["shards"]  # else it is found when the set is opened
+        entries[found.shard_of(number)]["sha256"] = file_sha256(tar)
+        write_manifest(shards, entries, kind="pictures", image_size=32)
     with tarfile.open(tar) as whole:
         assert whole.getnames()
     process = encode(tmp_path)
