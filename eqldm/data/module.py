@@ -114,6 +114,7 @@ class SkippedReport(pl.Callback):
 
     def __init__(self) -> None:
         self.skipped: set[str] = set()
+        self.count = 0  # not of the keys, which tars may share
         self.epoch = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -124,12 +125,13 @@ class SkippedReport(pl.Callback):
             self._report(pl_module, trainer)
             self.epoch = epoch
         self.skipped.update(batch["skipped"])
+        self.count += sum(batch["replaced"])  # an epoch comes to each picture's own place once
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._report(pl_module, trainer)
 
     def _report(self, pl_module, trainer) -> None:
-        count = len(self.skipped)
+        count = self.count
         if trainer.world_size > 1:
             count = int(trainer.strategy.reduce(torch.tensor(float(count), device=pl_module.device), reduce_op="sum"))
         if count:
@@ -137,4 +139,4 @@ class SkippedReport(pl.Callback):
             rank_zero_warn(f"epoch {self.epoch}: {count} unreadable pictures were skipped (here: {shown})")
         for logger in trainer.loggers:
             logger.log_metrics({"data/skipped": count}, step=trainer.global_step)
-        self.skipped = set()
+        self.skipped, self.count = set(), 0
