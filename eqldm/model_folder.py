@@ -33,6 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from eqldm.atomic import told, whole_folder
 from eqldm.model_card import CARD
 from eqldm.single_file import read_single_file
+from eqldm.text_files import PREFIX, save_text_encoder, save_tokenizer
 from eqldm.weights import cut_off, read_json
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
@@ -221,9 +222,9 @@ def check_finite(network: Network, folder: Path) -> Network:
 
 
 def _names_in(path: Path) -> set[str]:
-    """Of the tensors in a safetensors file."""
+    """Of the tensors in a safetensors file, as networks name them."""
     with safe_open(path, "pt") as file:
-        return set(file.keys())
+        return {name.removeprefix(PREFIX) for name in file.keys()}
 
 
 def check_settings(folder: Path) -> None:
@@ -282,9 +283,6 @@ def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> P
     """
     folder = Path(folder)
     _check_is_model(folder)
-    if backend := getattr(parts.get("tokenizer"), "backend_tokenizer", None):  # else its file holds how it was called last
-        backend.no_padding()
-        backend.no_truncation()
     with told(f"model folder '{folder}'"), whole_folder(folder) as partial:
         _save_parts(partial, parts)
         if card is not None:
@@ -293,20 +291,20 @@ def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> P
 
 
 def _save_parts(folder: Path, parts: dict[str, Any]) -> None:
-    if set(parts) == set(PARTS) and isinstance(parts["vae"], Pixels):
-        for name, part in parts.items():
-            part.save_pretrained(folder / name, safe_serialization=True)
-    elif set(parts) == set(PARTS):
-        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    elif set(parts) == {"vae"}:
-        parts["vae"].save_pretrained(folder / "vae", safe_serialization=True)
-    else:
+    if set(parts) not in (set(PARTS), {"vae"}):
         raise ValueError(f"a model folder is vae alone or all of {', '.join(PARTS)}: got {', '.join(parts)}")
-    if "text_encoder" in parts:
-        # diffusers opens weights in float32 whatever they are, transformers in the dtype that config.json states: say float32 too
-        path = folder / "text_encoder" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    pipeline = None  # stock ones have none of pixels
+    if len(parts) > 1 and not isinstance(parts["vae"], Pixels):
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for name, part in parts.items():
+        if name == "text_encoder":
+            save_text_encoder(part, folder / name)
+        elif name == "tokenizer":
+            save_tokenizer(part, folder / name)
+        else:
+            part.save_pretrained(folder / name, safe_serialization=True)
+    if pipeline is not None:
+        pipeline.save_config(folder)  # model_index.json
 
 
 def check_replaceable(folder: Path, *inputs: Path, whole: bool = False) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "paths", "ranges", "weights", "markdown", "lock", "processes"), ("atomic", "config", "model_card", "single_file"),
+    ("views", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes"),
+    ("atomic", "config", "model_card", "single_file"),
     ("unused",),
     ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
     ("run_model",),

@@ -63,9 +63,10 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_file(digest: hashlib._Hash, path: Path) -> None:
-    """Adds a file's bytes to a digest (hashlib.file_digest, but for Python 3.10 and for several files)."""
+def hash_file(digest: hashlib._Hash, path: Path, skip: int = 0) -> None:
+    """Adds a file's bytes, without the first `skip`, to a digest (hashlib.file_digest, but for Python 3.10 and for several files)."""
     with open(path, "rb") as file:
+        file.seek(skip)
         while block := file.read(1 << 20):
             digest.update(block)
 

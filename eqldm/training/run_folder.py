@@ -31,6 +31,7 @@ from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.lock import hold
 from eqldm.model_card import model_card
 from eqldm.model_folder import PARTS
+from eqldm.text_files import OLD_VOCABULARY, header_without_prefix
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 from eqldm.training.identity import ID, INPUTS, INPUTS_FILE, RESUMABLE, check_own, flat, free, new_id, read_options, read_record
 from eqldm.training.metrics_log import TABLE, last_validation
@@ -217,11 +218,19 @@ def changed_inputs(config: StageConfig, folder: Path) -> list[str]:
     if settings is not None and not (isinstance(settings, dict) and all(isinstance(files, dict) for files in settings.values())):
         raise ValueError(f"run folder '{folder}': its {INPUTS_FILE} is damaged (settings): put it back from a copy of the folder")
     changed = [name for name in sorted((before.keys() | now.keys()) - {"format", ID}) if before.get(name) != now.get(name)]
+    # runs of before noted a text encoder's file as it lies, whatever the prefix of its names
+    changed = [name for name in changed if name not in now or before.get(name) != _digest(name, _sources(config)[name], as_it_lies=True)]
     for name in settings_now if settings is not None else ():  # runs of before did not note them
-        old, new = (settings or {}).get(name, {}), settings_now[name]
+        old, new = _without_copies((settings or {}).get(name, {})), _without_copies(settings_now[name])
         if name not in changed:
             changed += [f"{name} ({file})" for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
     return changed
+
+
+def _without_copies(settings: dict[str, str]) -> dict[str, str]:
+    """The settings of a model without those that only old transformers read: `tokenizer.json` says the same."""
+    copies = {f"tokenizer/{file}" for file in OLD_VOCABULARY} if "tokenizer/tokenizer.json" in settings else set()
+    return {file: digest for file, digest in settings.items() if file not in copies}
 
 
 def input_digests(config: StageConfig) -> dict[str, str]:
@@ -259,7 +268,7 @@ def _sources(config: StageConfig) -> dict[str, str]:
     return {name: options[name] for name in INPUTS if options.get(name) and (name, options[name]) != ("vae", "pixels")}
 
 
-def _digest(name: str, source: str) -> str:
+def _digest(name: str, source: str, as_it_lies: bool = False) -> str:
     digest, folder = hashlib.sha256(), Path(source)
     if holds_shards(source):
         digest.update(json.dumps([entry["sha256"] for entry in read_manifest(source)["shards"]]).encode())
@@ -269,7 +278,11 @@ def _digest(name: str, source: str) -> str:
         raise FileNotFoundError(f"{name}: '{folder}' holds neither shards (manifest.json) nor a model (.safetensors)")
     for path in weights:
         digest.update(path.relative_to(folder).as_posix().encode())
-        hash_file(digest, path)
+        skip = 0
+        if path.parent.name == "text_encoder" and not as_it_lies:  # the same weights under names with a prefix and without
+            header, skip = header_without_prefix(path)
+            digest.update(header)
+        hash_file(digest, path, skip)
     return digest.hexdigest()[:16]
 
 
