@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 
 from eqldm.anagram.preview import SampleGrid
 from eqldm.anagram.sampling import Sampler
@@ -299,8 +300,11 @@ def test_lora_exports_a_plain_unet(configure, tiny_model_folder):
 
 
 def test_lora_is_exported_by_itself_too(configure, tmp_path, tiny_model_folder):
-    """Loaded by stock diffusers onto the UNet that it updates, it gives the merged one; its scale is in the file."""
+    """Loaded by stock diffusers onto the UNet that it updates, it gives the merged one; its scale is in its weights, and it states none:
+    diffusers 0.31 passes over one in the file's header, and one that is of a newer peft stops 0.36."""
     merged = load_unet(train_diffusion(configure("optimizer.learning_rate=0.02", adapt="lora", lora={"rank": 2, "alpha": 6})))
+    with safe_open(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and not [name for name in file.keys() if "lora_A" not in name and "lora_B" not in name]
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder, safety_checker=None)
     z, t, embeds = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 8, 16)
     with torch.no_grad():

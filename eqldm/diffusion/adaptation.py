@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
 
 from eqldm.atomic import write_whole
 from eqldm.config import DiffusionConfig
@@ -114,23 +115,22 @@ def add_lora(unet: UNet2DConditionModel, config: DiffusionConfig) -> None:
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Writes the low-rank updates as `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads."""
-    about = unet.peft_config["default"].to_dict()  # its alpha
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers={name: weight.contiguous() for name, weight in get_peft_model_state_dict(unet).items()},
-        unet_lora_adapter_metadata={name: sorted(value) if isinstance(value, set) else value for name, value in about.items()},
-    )
-    _order_header(folder / "pytorch_lora_weights.safetensors")
+    """Writes the low-rank updates as `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads.
+
+    Their scale, alpha / rank, is in the weights: old versions of diffusers and other programs take an alpha that they do not find for the
+    rank, and pass over the settings that new ones note in the file, or stop at one that their peft does not know.
+    """
+    config = unet.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    layers = {
+        name: weight * scale if name.endswith("lora_B.weight") else weight.contiguous()
+        for name, weight in get_peft_model_state_dict(unet).items()
+    }
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, save_function=_write_whole)
 
 
-def _order_header(path: Path) -> None:
-    """Puts the header of a safetensors file in one order: safetensors writes its metadata in another one each time."""
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # as the format wants it
-    write_whole(path, lambda partial: partial.write_bytes(len(header).to_bytes(8, "little") + header + data[end:]))
+def _write_whole(weights: dict[str, Tensor], path: str) -> None:
+    write_whole(Path(path), lambda partial: save_file(weights, partial, {"format": "pt"}))
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:
