@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import versions
-from versions import LOCK, ROOT, locked, normalised, oldest, requirements
+from versions import LOCK, ROOT, Unreachable, beside, locked, normalised, oldest, requirements
 
 
 def test_the_lock_satisfies_pyproject():
@@ -36,6 +36,14 @@ def test_the_oldest_set_is_the_lower_bounds(monkeypatch):
     monkeypatch.setattr(versions, "requirements", lambda: [Requirement("torch")])
     with pytest.raises(ValueError, match="'torch' needs one lower bound"):
         oldest()
+
+
+def test_packages_that_cannot_be_fetched_are_told(monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    before = set(ROOT.glob(".venv-beside*"))
+    with pytest.raises(Unreachable, match="pip cannot install eqldm-of-nobody==1: ERROR: No matching distribution"):
+        beside("eqldm-of-nobody==1")
+    assert set(ROOT.glob(".venv-beside*")) <= before | set(ROOT.glob(".venv-beside-new-*"))
 
 
 def test_python_is_the_one_that_is_promised():

@@ -10,9 +10,12 @@ what a run of `newest` that passed has installed: to renew it, remove `.venv`, r
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +69,29 @@ def write_lock() -> None:
     freeze = [python, "-m", "pip", "freeze", "--exclude-editable", "--disable-pip-version-check"]
     frozen = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
     LOCK.write_text(HEADER + frozen)
+
+
+class Unreachable(Exception):
+    """pip could not fetch packages: why."""
+
+
+def beside(*pins: str) -> Path:
+    """A folder with packages of other versions, without what they depend on: in front of PYTHONPATH they hide those of the environment,
+    whose torch stays. Installed once. Raises Unreachable."""
+    folder = ROOT / f".venv-beside-{pins[0].replace('==', '-')}-{hashlib.sha256(' '.join(pins).encode()).hexdigest()[:8]}"
+    if folder.is_dir():
+        return folder
+    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".venv-beside-new-") as partial:  # another process may install the same
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
+        done = subprocess.run([*install, "--timeout", "20", "--target", f"{partial}/in", *pins], capture_output=True, text=True)
+        if done.returncode:
+            raise Unreachable(f"pip cannot install {' '.join(pins)}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        try:
+            os.rename(f"{partial}/in", folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def run_tests(which: str, arguments: list[str]) -> int:
