@@ -85,6 +85,7 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
         if durable:
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
+        _usual_modes(partial)
         os.replace(partial, path)
 
 
@@ -104,7 +105,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     with held(lock_of(folder), f"'{folder}' is being written"), beside(folder) as partial:
         recover_folder(folder)
         yield partial
+        _usual_modes(partial)
         replace_folder(folder, partial)
+
+
+def _usual_modes(path: Path) -> None:
+    """Gives a new file, or those of a new folder, the mode that open() gives: safetensors 0.8 lets nobody but their owner read its own."""
+    mask = os.umask(0o077)  # there is no other way to ask
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def lock_of(folder: Path) -> Path:

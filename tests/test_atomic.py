@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from eqldm.atomic import NotWritten, beside, told, whole, whole_folder, write_whole
 
@@ -99,3 +101,18 @@ def test_files_are_renamed_here_alone():
     sources = [*(ROOT / "eqldm").rglob("*.py"), *(ROOT / "data").glob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in sources if renames.search(path.read_text())}
     assert found <= allowed
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, mask):
+    """safetensors 0.8 makes files that only their owner may read: colleagues could not open a model in a folder that they share."""
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "a", lambda partial: save_file({"x": torch.zeros(2)}, partial))
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "unet").mkdir(parents=True)
+            save_file({"x": torch.zeros(2)}, partial / "unet" / "b")
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "model" / "unet" / "b")} == {0o666 & ~mask}
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
