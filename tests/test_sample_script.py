@@ -153,6 +153,12 @@ def test_a_full_disk(failed, run, tiny_model_folder, small_disk):
         (["--views", "identity", "rescale"], "'rescale' is no view for sampling"),
         (["--negative-prompt", "a " * 20], "is longer than the model's 8 tokens"),
         (["--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
+        (["--num-samples", "1000000000"], "--num-samples: got 1000000000, wanted at most 100000"),
+        (["--image-size", "100000"], "image_size: got 100000, wanted at least 1, up to 16384"),
+        (["--time-travel", "1000000000"], "time_travel: got 1000000000, wanted at least 1, up to 1000"),
+        (["--upscale", "1000000"], "upscale: got 1000000, wanted at least 1, up to 64"),
+        (["--guidance-scale", "1e308"], "guidance_scale: got 1e+308, wanted finite numbers, none below 0, up to 10000"),
+        (["--num-inference-steps", "1000000000"], "num_inference_steps: got 1000000000, but DDIMScheduler knows no more than 1000"),
         (["--num-inference-steps", "0"], "num_inference_steps: got 0, wanted at least 1"),
     ],
 )

@@ -164,6 +164,7 @@ def test_what_is_refused_says_why(text, message):
         ("square_hinge:1025", "at most 1024"),
         ("skew:1.5:999999999", "at most 1024"),
         ("jigsaw:2:0:999999998", "at most 1024"),
+        ("patch_permute:30000", "30000 x 30000 cells: wanted at most 1024"),
         ("patch_permute:97@patch_permute:101", "9797 x 9797"),
         ("patch_permute:4:99999999999999999999", r"SEED is 99999999999999999999, wanted 0 to 2\^63 - 1"),
         ("jigsaw:2:9223372036854775808:8", "SEED"),
@@ -180,3 +181,11 @@ def test_latents_finer_than_that_have_their_own_grid():
 
 def test_views_of_any_number_can_be_put_together():
     assert parse_view("@".join(["flip"] * 2000)).turns == IDENTITY.turns
+
+
+@pytest.mark.parametrize("slope", ["-1e308", "1e300", "8.5", "-9"])
+def test_slopes_of_more_than_the_grid_are_refused(slope):
+    """Seen: a traceback at -1e308, and a view of rounding errors at 1e300."""
+    with pytest.raises(ValueError, match=re.escape(f"view 'skew:{float(slope):g}:8': wanted a slope of -8 to 8")):
+        parse_view(f"skew:{slope}", 8)
+    assert sorted(parse_view("skew:-8", 8).source) == list(range(64))

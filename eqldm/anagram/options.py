@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eqldm.anagram.denoiser import shares_of
+from eqldm.ranges import RANGES, Range
 from eqldm.views import IDENTITY, View
 
 DECODINGS = ("upright", "views")
 REDUCTIONS = ("mean", "weighted", "rectified", "alternate")
 BLENDS = ("latents", "pixels")
+TIMES = Range(1, 1000)  # that a step is done
+ENLARGED = Range(1, 64)  # so many times
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,12 @@ class Options:
             "reduction": (self.reduction in REDUCTIONS, f"one of {', '.join(REDUCTIONS)}"),
             "decoding": (self.decoding in (None, *DECODINGS), f"one of {', '.join(DECODINGS)}"),
             "blend": (self.blend in BLENDS, f"one of {', '.join(BLENDS)}"),
-            "time_travel": (self.time_travel >= 1, "at least 1"),
+            "time_travel": (self.time_travel in TIMES, str(TIMES)),
+            "image_size": (self.image_size is None or self.image_size in RANGES["data.image_size"], str(RANGES["data.image_size"])),
             "travel_band": (0 <= self.travel_band[0] < self.travel_band[1] <= 1, "two rising shares from 0 to 1"),
-            "upscale": (self.upscale >= 1, "at least 1"),
+            "upscale": (self.upscale in ENLARGED, str(ENLARGED)),
             "upscale_strength": (0 < self.upscale_strength < 1, "above 0, below 1"),
-            "guidance_scale": (all(0 <= scale < math.inf for scale in self.guidance_scales), "finite numbers, none below 0"),
+            "guidance_scale": (all(0 <= scale <= 10**4 for scale in self.guidance_scales), "finite numbers, none below 0, up to 10000"),
         }
         for name, (fits, what) in wanted.items():
             if not fits:

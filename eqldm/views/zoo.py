@@ -39,6 +39,8 @@ def skew(slope: float, cells: int) -> View:
     """Column j rolled down by round(slope j) of `cells` cells; what leaves below comes in above."""
     if cells < 2 or not math.isfinite(slope):
         raise ValueError(f"view 'skew:{slope:g}:{cells}': wanted a finite slope and at least 2 cells a side")
+    if abs(slope) > cells:  # it shears no further, and where the columns land becomes a matter of rounding
+        raise ValueError(f"view 'skew:{slope:g}:{cells}': wanted a slope of -{cells} to {cells}, as many as there are cells")
     rolls = [math.floor(slope * column + 0.5) for column in range(cells)]
     source = [(row - rolls[column]) % cells * cells + column for row in range(cells) for column in range(cells)]
     written = f"{slope:g}" if float(f"{slope:g}") == slope else repr(slope)  # the name must give the same view again
