@@ -127,6 +127,9 @@ def test_a_flow_may_be_stated_in_either_way():
             sampler.networks.unet.seen.clear()
 
 
+LEADING = {"timestep_spacing": "leading"}
+
+
 @pytest.mark.parametrize(("name", "prediction", "config", "options", "message"), [
     ("EDMEulerScheduler", "epsilon", {}, {}, r"scheduler, EDMEulerScheduler, cannot .*: choose another with --scheduler \(ddim, "),
     ("DDIMInverseScheduler", "epsilon", {}, {}, "DDIMInverseScheduler, cannot sample a UNet of Stable Diffusion's kind"),
@@ -141,6 +144,11 @@ def test_a_flow_may_be_stated_in_either_way():
     ("PNDMScheduler", "epsilon", {"skip_prk_steps": False}, {"num_inference_steps": 3}, "needs 4 steps or more, got 3: use ddim"),
     ("LCMScheduler", "epsilon", {}, {"num_inference_steps": 60}, "LCMScheduler cannot sample in 60 steps: .* Or use ddim"),
     ("EulerDiscreteScheduler", "epsilon", {}, {"num_inference_steps": 1001}, "got 1001, but EulerDiscreteScheduler knows no more"),
+    ("DDIMScheduler", "epsilon", LEADING, {"num_inference_steps": 1000}, "got 1000, which DDIMScheduler takes from timestep 1000 to 1 "),
+    ("DDIMScheduler", "v_prediction", LEADING, {"num_inference_steps": 1000}, "of a model that knows 0 to 999: wanted fewer steps"),
+    ("EulerDiscreteScheduler", "epsilon", LEADING, {"num_inference_steps": 1000}, "from timestep 1000 to 1 .timestep_spacing leading"),
+    ("UniPCMultistepScheduler", "epsilon", LEADING, {"num_inference_steps": 999}, "from timestep 1000 to"),
+    ("DPMSolverMultistepScheduler", "epsilon", LEADING, {"num_inference_steps": 1000}, "takes from timestep 1 to 1"),
     ("UniPCMultistepScheduler", "flow_prediction", {"final_sigmas_type": "sigma_min"}, {}, "stops where 0.03.* of the noise is left"),
     ("DPMSolverMultistepScheduler", "flow_prediction", {"use_karras_sigmas": True}, {}, "takes use_flow_sigmas or use_karras_sigmas"),
     ("DDIMScheduler", "epsilon", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, {}, "epsilon model states no picture"),

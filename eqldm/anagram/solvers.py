@@ -100,10 +100,16 @@ def _set_timesteps(solver: SchedulerMixin, o: Options, use: str) -> None:
         raise ValueError(f"{name} with skip_prk_steps: false needs 4 steps or more, got {count}: use {use}")
     try:
         solver.set_timesteps(count)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise ValueError(f"{name} cannot sample in {count} steps: {error} Or use {use}") from error
     if not bool(solver.timesteps.isfinite().all()):  # KDPM2's ancestral one, of a model trained to pure noise
         raise ValueError(f"{name} does not find its timesteps at this model's noise levels (they are NaN): use {use}")
+    begins, ends = float(solver.timesteps.max()), float(solver.timesteps.min())
+    if begins > most - (not is_flow(solver)) or (begins == ends and count > 1):  # leading spacing has no room for all, and its offset
+        raise ValueError(
+            f"num_inference_steps: got {count}, which {name} takes from timestep {begins:g} to {ends:g} (timestep_spacing "
+            f"{solver.config.get('timestep_spacing')}), of a model that knows 0 to {most - 1}: wanted fewer steps"
+        )
     if solver.order > 1 and float(solver.sigmas[0]) > STEEPEST * float(solver.sigmas[1]):
         start, end = map(float, solver.sigmas[:2])
         raise ValueError(
