@@ -1,21 +1,25 @@
 """The studio, a page to make anagrams in: python -m eqldm.studio [--model FOLDER]
 
 Choose a model, prompts, and views or parts, see pictures form step by step in all of them, keep the good seeds, and take them away as PNG,
-MP4 and a gallery. Needs the extra `studio` (Gradio): pip install -e .[studio]. Only this machine can open it, unless --host says otherwise.
+MP4 and a gallery. Needs the extra `studio` (Gradio): pip install -e .[studio]. Only this machine can open it, unless --host says otherwise;
+it answers to no other names than this machine's and those of --allow-host.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,11 +30,12 @@ from torch import Tensor
 
 from eqldm.anagram.animation import write_animation
 from eqldm.anagram.gallery import Shown
-from eqldm.anagram.options import BLENDS, REDUCTIONS, Options
+from eqldm.anagram.options import Options
 from eqldm.anagram.recipes import Anagram, Composition, Recipe, released
 from eqldm.anagram.sampling import Sampler
-from eqldm.anagram.solvers import SCHEDULERS
 from eqldm.data.samples import tensor_to_picture
+from eqldm.form import CHOICES, KINDS, MOST_CHARACTERS, NUMBERS, OWN, PARTS, VIEWS, read_form
+from eqldm.gate import MOST_BYTES, Gate, check_listening, is_everywhere, names_of
 from eqldm.model_folder import PRETRAINED
 from eqldm.paths import place_option
 from eqldm.sample import DEFAULT, SWITCHES, check_seeds, command, hashes, record, write_picture
@@ -43,8 +48,8 @@ except ImportError:  # the extra `studio` is not installed: `main` says so
     gr = None
 
 PREVIEWS = 10  # of a picture that forms
-OWN = "the model's own"
-VIEWS, PARTS = "these views", "these parts"
+MOST_WAITING = 32  # clicks that wait for their turn
+MOST_SESSIONS = 100  # pages that are open, whose pictures are held
 
 
 class Stopped(Exception):
@@ -68,7 +73,8 @@ class Made:
 
 def sampler_of(model: str) -> tuple[Sampler, Mapping[str, str]]:
     """A model, and the hashes of its weights; opened once, and again where the folder has changed since."""
-    files = sorted(path for path in Path(model).rglob("*") if path.is_file())
+    found = Path(model).rglob("*") if (Path(model) / "unet").is_dir() else ()  # never through all of what is no model, such as /
+    files = sorted(path for path in found if path.is_file())
     return _opened(model, tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files))
 
 
@@ -80,16 +86,13 @@ def _opened(model: str, files: tuple) -> tuple[Sampler, Mapping[str, str]]:
 
 def told(error: Exception) -> str:
     """What the page says of an error: the line that sample.py would print, of one that was not foreseen what it was and where more is."""
+    text = " ".join(str(error).encode(errors="replace").decode().split())
     if isinstance(error, ValueError | OSError):
-        text = " ".join(str(error).split())
+        text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"  # it may quote what was typed
     else:
         traceback.print_exception(error)
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (not foreseen; the terminal of the studio shows where)"
-    return "**error: " + re.sub(r"([\\`*_\[\]<>#~|])", r"\\\1", text) + "**"  # as it is, not as Markdown
-
-
-def lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        text = f"{type(error).__name__}: {text[:300]} (not foreseen; the terminal of the studio shows where)"
+    return "**error: " + re.sub(r"([\\`*_\[\]<>#~|&@]|:(?=//)|(?<=www)\.)", r"\\\1", text) + "**"  # as it is: no Markdown, HTML or link
 
 
 def make(
@@ -198,30 +201,17 @@ def build(model: str):
     ):  # fmt: skip
         formed = False  # until then, what stood here before stands, and can be kept
         try:
-            numbers = {"First seed": seed, "Pictures": count, "Steps": steps, "Guidance": scale, "Time travel": travel, "Upscale": upscale}
-            if left := [name for name, number in numbers.items() if number is None]:
-                raise ValueError(f"{left[0]}: wanted a number, got none")
-            texts = {"Prompts": prompts, "Negative prompt": negative, "Style": style, "One prompt for each of": kind}
-            texts |= {"Views": views} if kind == VIEWS else {"Parts": parts}
-            for name, text in texts.items():
-                if not isinstance(text, str):
-                    raise ValueError(f"{name}: wanted a text, got {'none' if text is None else text}")
-            if not isinstance(model, str) or not model.strip():  # an empty one would be the folder that the studio was started in
-                raise ValueError("Model folder: wanted a text, got none")
-            if kind not in (VIEWS, PARTS):
-                raise ValueError(f"One prompt for each of: got '{kind}', wanted '{VIEWS}' or '{PARTS}'")
-            seeds = list(range(int(seed), int(seed) + int(count)))
-            options = Options(
-                num_inference_steps=int(steps), guidance_scale=float(scale), negative_prompt=negative, style=style, reduction=reduction,
-                scheduler=None if scheduler == OWN else scheduler, blend=blend, time_travel=int(travel), upscale=int(upscale),
-            )  # fmt: skip
-            stop = running[request.session_hash][-1]
+            asked = read_form(
+                model, prompts, kind, views, parts, seed, count, steps, scale, negative, style, scheduler, reduction, blend, travel, upscale
+            )  # not Gradio's `preprocess`, which would say no more than "Error"
+            # a program that asks may not have clicked
+            stop = running[request.session_hash][-1] if request.session_hash in running else threading.Event()
             running[request.session_hash] = [stop]
-            for pictures in make(model, lines(prompts), lines(views) if kind == VIEWS else parts, seeds, options, stop):
+            for pictures in make(*asked, stop):
                 columns = sides_of(pictures[0]) * max(1, 4 // sides_of(pictures[0]))  # whole pictures, in all that they are, beside another
                 yield gr.Gallery(as_shown(pictures), columns=columns), [], ""  # none can be kept before it is whole
                 formed = True
-            yield gr.skip(), pictures, f"{len(seeds)} pictures. Click those that are to be kept."
+            yield gr.skip(), pictures, f"{len(pictures)} pictures. Click those that are to be kept."
         except Stopped:
             yield gr.skip(), [] if formed else gr.skip(), "Stopped" + (": these are half-formed, none can be kept." if formed else ".")
         except Exception as error:  # else the page would say no more than "Error"
@@ -246,34 +236,43 @@ def build(model: str):
         if not kept:
             return None, "Nothing is kept yet: click a picture first."
         try:
-            return str(export(kept, Path(tempfile.mkdtemp()) / "anagrams", films)), f"{len(kept)} pictures"
+            folder = Path(tempfile.mkdtemp()) / "anagrams"
+            archive = export(kept, folder, films)
+            shutil.rmtree(folder)  # the archive holds it all
+            return str(archive), f"{len(kept)} pictures"
         except Exception as error:
             return None, told(error)
 
+    def slider(label: str, value: float, **more) -> gr.Slider:
+        return gr.Slider(NUMBERS[label].low, NUMBERS[label].high, value, label=label, **more)
+
+    def textbox(value: str, **more) -> gr.Textbox:
+        return gr.Textbox(value, max_length=MOST_CHARACTERS, **more)
+
     known = ", ".join([*SIMPLE, *(form.text(name) for name, form in FORMS.items())])
-    with gr.Blocks(title="eqldm studio", analytics_enabled=False) as page:
+    with gr.Blocks(title="eqldm studio", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:  # pictures shown, after a day
         pictures, kept = gr.State([]), gr.State([])
         gr.Markdown("# eqldm studio\nOne picture, several readings: one prompt for each view, or for each part.")
         with gr.Row():
             with gr.Column(scale=1):
-                prompts = gr.Textbox("the letter A\nthe letter V", label="Prompts, one a line", lines=3)
-                kind = gr.Radio([VIEWS, PARTS], value=VIEWS, label="One prompt for each of")
-                views = gr.Textbox("identity\nrotate_180", label="Views, one a line", lines=3, info=known)
-                parts = gr.Textbox("hybrid:0.06", label="Parts", info=", ".join(components.FORMS.values()), visible=False)
+                prompts = textbox("the letter A\nthe letter V", label="Prompts, one a line", lines=3)
+                kind = gr.Radio(KINDS, value=VIEWS, label="One prompt for each of")
+                views = textbox("identity\nrotate_180", label="Views, one a line", lines=3, info=known)
+                parts = textbox("hybrid:0.06", label="Parts", info=", ".join(components.FORMS.values()), visible=False)
                 with gr.Row():
-                    seed, count = gr.Number(0, label="First seed", precision=0), gr.Slider(1, 16, 4, step=1, label="Pictures")
+                    seed, count = gr.Number(0, label="First seed", precision=0), slider("Pictures", 4, step=1)
                 with gr.Accordion("More", open=False):
-                    folder = gr.Textbox(model, label="Model folder")
-                    steps, scale = gr.Slider(1, 100, 30, step=1, label="Steps"), gr.Slider(1, 15, 5, label="Guidance")
-                    negative, style = gr.Textbox("", label="Negative prompt"), gr.Textbox("", label="Style, before each prompt")
-                    scheduler = gr.Dropdown([OWN, *SCHEDULERS], value=OWN, label="Scheduler")
-                    reduction = gr.Dropdown([name for name in REDUCTIONS if name != "weighted"], value="mean", label="Reduction")
-                    blend = gr.Dropdown(list(BLENDS), value="latents", label="Blend in", info="pixels: slower; hybrids and colour want it")
-                    travel = gr.Slider(1, 4, 1, step=1, label="Time travel")
-                    upscale = gr.Slider(1, 4, 1, step=1, label="Upscale", info="a second pass, so many times larger")
+                    folder = textbox(model, label="Model folder")
+                    steps, scale = slider("Steps", 30, step=1), slider("Guidance", 5)
+                    negative, style = textbox("", label="Negative prompt"), textbox("", label="Style, before each prompt")
+                    chosen = {"Scheduler": OWN, "Reduction": "mean", "Blend in": "latents"}
+                    scheduler, reduction, blend = (gr.Dropdown(CHOICES[name], value=own, label=name) for name, own in chosen.items())
+                    blend.info = "pixels: slower; hybrids and colour want it"
+                    travel = slider("Time travel", 1, step=1)
+                    upscale = slider("Upscale", 1, step=1, info="a second pass, so many times larger")
                 with gr.Row():
                     button, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
-                note = gr.Markdown("")
+                note = gr.Markdown("", latex_delimiters=[], elem_id="note")
             with gr.Column(scale=2):
                 forming = gr.Gallery(
                     label="Pictures, each in its views", columns=4, height="auto", allow_preview=False, format="png", elem_id="forming"
@@ -286,13 +285,42 @@ def build(model: str):
         sampled_with = [steps, scale, negative, style, scheduler, reduction, blend, travel, upscale]
         inputs = [folder, prompts, kind, views, parts, seed, count, *sampled_with]
         # `begin` waits for nobody, so that one can stop what still waits for its turn
-        button.click(begin, queue=False).then(sample, inputs, [forming, pictures, note], concurrency_limit=1)
+        button.click(begin, queue=False).then(sample, inputs, [forming, pictures, note], concurrency_limit=1, preprocess=False)
         stop.click(halt, queue=False)
         page.unload(halt)
         kind.change(lambda kind: (gr.update(visible=kind == VIEWS), gr.update(visible=kind == PARTS)), kind, [views, parts])
         forming.select(keep, [pictures, kept], [kept, shown, number])
         away.click(take, [kept, films], [file, number], concurrency_limit=1)
     return page
+
+
+def serve(page, host: str = "127.0.0.1", port: int | None = None, further: Sequence[str] = ()) -> str:
+    """Opens the page to its users, and returns its address. further: names that it answers to beside this machine's own and `host`.
+
+    Raises ValueError, OSError where it cannot be served there.
+    """
+    check_listening(host, port)
+    names = names_of(host, further)
+
+    @asynccontextmanager
+    async def behind_gate(app):  # outside of all that Gradio has put around its application, before the first request
+        app.middleware_stack = Gate(app.middleware_stack, names, is_everywhere(host))
+        yield
+
+    page.queue(max_size=MOST_WAITING)
+    _, address, _ = page.launch(
+        server_name=f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host, server_port=port, share=False,
+        footer_links=[], prevent_thread_lock=True, app_kwargs={"lifespan": behind_gate}, max_file_size=MOST_BYTES,
+        state_session_capacity=MOST_SESSIONS, show_error=True, ssr_mode=False, num_workers=0, mcp_server=False, run_history=False,
+        enable_monitoring=False,
+    )  # fmt: skip
+    return address
+
+
+def _end(number: int, frame) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a further Ctrl-C ends it there and then
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
@@ -302,15 +330,30 @@ def main() -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in, who may then open any folder")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument(
+        "--allow-host", nargs="+", action="extend", default=[], metavar="NAME",
+        help="names that it answers to beside localhost and --host, such as that of a proxy before it",
+    )  # fmt: skip
     args = parser.parse_args()
     if gr is None:
         sys.exit("error: the studio needs Gradio: pip install -e .[studio]")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     try:
-        sampler_of(args.model)
-        page = build(args.model)
-        page.launch(server_name=args.host, server_port=args.port, share=False, footer_links=[])
+        # all that it writes lies in one folder, which goes with it
+        with tempfile.TemporaryDirectory(prefix="eqldm-studio-", ignore_cleanup_errors=True) as tempfile.tempdir:
+            sampler_of(args.model)
+            page = build(args.model)
+            try:
+                serve(page, args.host, args.port, args.allow_host)
+                threading.Event().wait()
+            finally:
+                page.close(verbose=False)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except SystemExit as told:  # a thread may be at a step of a picture, which nobody waits for
+        sys.stdout.flush()
+        os._exit(int(told.code or 0))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes"),
+    ("views", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes", "gate"),
     ("atomic", "config", "model_card", "single_file"),
     ("unused",),
     ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
-    ("run_model",),
+    ("run_model", "form"),
 )  # fmt: skip
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 PACKAGE = sorted(path for path in (ROOT / "eqldm").rglob("*.py"))

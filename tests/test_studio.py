@@ -166,16 +166,109 @@ def test_every_error_is_told_on_the_page(model, monkeypatch, capsys):
         ({"views": "identity\npatch_permute:3"}, "patch\\_permute:3' needs sides divisible by 3"),
         ({"kind": studio.PARTS, "parts": "colour"}, "error: components"),
         ({"negative": "x", "scale": 1.0}, "error: negative\\_prompt means nothing without guidance"),
-        ({"seed": float("inf")}, "**error: OverflowError: cannot convert float infinity to integer (not foreseen; the terminal of the"),
+        ({"seed": float("inf")}, "**error: First seed: wanted a whole number, got inf**"),
+        ({"model": "/"}, "**error: '/' is no model folder with"),
+        ({"model": "x" * 9000}, " ... "),
     ):
         assert message in note(**changes)
-    assert "Traceback" in capsys.readouterr().err
+    assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr(Sampler, "decode", lambda *a, **k: {}["lost"])
     assert "**error: KeyError: 'lost' (not foreseen" in note()
+    assert "Traceback" in capsys.readouterr().err
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(studio, "write_picture", lambda *a: (_ for _ in ()).throw(full))
     kept = [SimpleNamespace(x=None, seed=0, settings={}, batch=[0], command="")]
     assert "(No space left on device): make room, or start the studio with TMPDIR=DIR" in functions["take"](kept, False)[1]
+
+
+@pytest.fixture
+def served(model, monkeypatch):
+    """A client of a studio of a tiny model."""
+    pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")  # Gradio's own
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    page = studio.build(model)
+    try:
+        with httpx.Client(base_url=studio.serve(page), timeout=60, trust_env=False) as client:
+            yield client
+    finally:
+        page.close(verbose=False)
+
+
+def call(client, name: str, data: list) -> str:
+    """What a function of the studio answers last to a program."""
+    event = client.post(f"gradio_api/call/{name}", json={"data": data}).raise_for_status().json()["event_id"]
+    return client.get(f"gradio_api/call/{name}/{event}").text.rpartition("event: ")[2]
+
+
+def form_data(model: str, count=1, steps=2, travel=1) -> list:
+    """The form of the page, filled in."""
+    texts = "\n".join(PROMPTS), studio.VIEWS, "identity\nrotate_180", "hybrid:0.1"
+    return [model, *texts, 0, count, steps, 3.0, "", "", "ddim", "mean", "latents", travel, 1]
+
+
+def test_it_answers_its_own_page_alone(served):
+    """Neither a stranger's page under a name that points here (DNS rebinding), nor another page's requests; no files; nothing large."""
+    port = served.base_url.port
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert served.get("/", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", f"evil.example:{port}", f"localhost.evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "", "a b"):
+        answer = served.get("gradio_api/info", headers={"Host": host})
+        assert answer.status_code == 400 and answer.headers["content-type"].startswith("text/plain") and f"'{host}'" in answer.text
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    assert served.options("gradio_api/call/begin", headers={"Host": "evil.example", **preflight}).status_code == 400
+    assert served.options("gradio_api/call/begin", headers=preflight).status_code == 403
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://[", 403), (f"http://localhost:{port}", 200)):
+        assert served.post("gradio_api/call/begin", json={"data": []}, headers={"Origin": origin}).status_code == status
+        assert served.get("config", headers={"Origin": origin}).status_code == status
+    for files in ({"files": b"text"}, {"files": bytes(2**23)}):
+        answer = served.post("gradio_api/upload", files=files)
+        assert (answer.status_code, answer.text) == (403, "This studio takes no files.\n")
+    large = {"data": ["a" * 2**21]}
+    assert served.post("gradio_api/call/sample", json=large).status_code == 413
+    assert served.post("gradio_api/call/sample", content=iter([json.dumps(large).encode()] * 2)).status_code == 413  # of unknown length
+    for path in ("/etc/passwd", __file__, "../../etc/passwd", "http://localhost:1/"):
+        assert served.get(f"gradio_api/file={path}").status_code in (403, 404)
+    assert "Nothing is kept yet" in call(served, "take", [True])  # it goes on
+
+
+def test_what_the_page_does_not_offer_is_refused(served, model):
+    """Each value that a program may send in place of the page's is told in a note; the studio goes on."""
+    asked = form_data(model)
+    for place, value, note in (
+        (6, 10**9, "Pictures: got 1000000000, wanted 1 to 16"),
+        (6, "x", "Pictures: wanted a number, got 'x'"),
+        (7, 10**6, "Steps: got 1000000, wanted 1 to 100"),
+        (11, "<img src=x onerror=alert(1)>", "Scheduler: got '\\\\<img src=x onerror=alert(1)\\\\>', wanted one of the model's own, ddim"),
+        (1, "a" * 10**5, "Prompts: got 100000 characters, wanted at most 10000"),
+        (3, "identity\npatch_permute:30000", "wanted at most 1024 a side"),
+        (0, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "Cannot move /etc/passwd"),
+    ):
+        assert note in call(served, "sample", [*asked[:place], value, *asked[place + 1 :]])
+    assert "1 pictures. Click those that are to be kept." in call(served, "sample", asked)
+
+
+@pytest.mark.slow
+def test_a_closed_tab_frees_the_studio(served, model):
+    """Who is gone, at the front of the queue or in it, holds up nobody; and the queue has an end."""
+    data = form_data(model, count=16, steps=100, travel=4)
+    functions = {each["api_name"]: each["id"] for each in served.get("config").json()["dependencies"]}
+
+    def join(session: str) -> int:
+        body = {"data": data, "fn_index": functions["sample"], "session_hash": session, "trigger_id": None}
+        return served.post("gradio_api/queue/join", json=body).status_code
+
+    for session in ("first", "second"):
+        assert join(session) == 200
+        with served.stream("GET", "gradio_api/queue/data", params={"session_hash": session}) as messages:
+            wanted = '"process_generating"' if session == "first" else '"estimation"'
+            next(line for line in messages.iter_lines() if wanted in line)
+    for _ in range(studio.MOST_WAITING):
+        assert join("third") == 200
+    full = [join("third") for _ in range(3)]  # what waited of the first ones may have been dropped
+    assert 503 in full
+    with served.stream("GET", "gradio_api/queue/data", params={"session_hash": "third"}) as messages:
+        next(line for line in messages.iter_lines() if '"process_generating"' in line)
 
 
 def test_what_is_taken_away(model, tmp_path):
@@ -264,3 +357,18 @@ def test_in_a_browser(model, monkeypatch, chromium):
     finally:
         page_of_studio.close()
     assert not complaints
+
+
+def test_notes_show_what_was_typed_as_it_is(served, chromium):
+    """No HTML, Markdown, formula or link of an error is rendered."""
+    typed = "<img src=x onerror=document.title=1> **a** $$x^2$$ [b](c) ![d](e) http://f.example www.g.example h@i.example &lt;b&gt; `j`"
+    page = chromium.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(str(served.base_url))
+    page.get_by_label("Prompts, one a line").fill(f"{typed}\nthe letter v")  # the first is too long for the model
+    page.get_by_role("button", name="Sample").click()
+    note = page.locator("#note")
+    note.get_by_text("error: ").wait_for()
+    assert typed in note.inner_text()
+    assert note.locator("img, a, code, em, b, .katex").count() == 0 and page.title() == "eqldm studio"
+    page.close()
