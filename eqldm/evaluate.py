@@ -11,7 +11,8 @@ guidance_scale, num_inference_steps.
 Writes DIR/report.html (one file, opens offline), DIR/report.md, and for each model DIR/NAME/metrics.json and pictures. What was measured is
 kept in DIR: the same command goes on where it was stopped, and one that asks for more takes what is there of the same pictures, options,
 batch size and code; the report is of the last command. docs/metrics.md says what each figure means. Exit status: 3 where a metric was not
-computed for want of weights, which the report lists with the way to get them; `--without` says that one does without.
+computed for want of weights, which the report lists with the way to get them; `--without` says that one does without. 1 where a model
+failed: the report names it and holds the others' results, and the same command tries it again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
-from eqldm.evaluation.run import QUESTIONS, Evaluation
+from eqldm.evaluation.run import FAULTS, QUESTIONS, Evaluation
 from eqldm.paths import place_option
 from eqldm.processes import checked_device, pick_device, process_rank
 from eqldm.run_model import opened
@@ -35,8 +36,9 @@ QUICK = {"num_images": 128, "num_letters": 64, "num_pairs": "32", "num_inference
 INCOMPLETE = 3  # exit status
 
 
-def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]:
-    """(The path of the report, or None where other processes are still at work; whether weights were missing)."""
+def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool, list[str]]:
+    """(The path of the report, or None where other processes are still at work or all models failed; whether weights were missing; what
+    failed)."""
     rank, world = place = process_rank()
     entries = parse_entries([*([args.baseline] if args.baseline else []), *args.models])
     entries = [replace(entry, folder=opened(entry.folder), vae=entry.vae and opened(entry.vae)) for entry in entries]
@@ -47,20 +49,29 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool]
     def ask() -> None:
         evaluation.look_at_data()
         for entry in entries:
-            if entry.name not in results and (result := evaluation.answer(entry)) is not None:
+            if entry.name in results:
+                continue
+            try:
+                result = evaluation.answer(entry)
+            except FAULTS as error:
+                evaluation.fail(f"'{entry.name}'", error)
+                continue
+            if result is not None:
                 results[entry.name] = result
                 keep(evaluation.out, result, command)
 
     ask()
     if world > 1 and len(results) < len(entries):  # others may have finished meanwhile
         ask()
-    if len(results) < len(entries):
+    if len(results) < len(entries) and (world > 1 or not evaluation.failed):
         print(f"process {rank} of {world} is done: the report is written by the one that finishes last")
-        return None, bool(evaluation.missing)
+        return None, bool(evaluation.missing), evaluation.failed
+    found = [results[entry.name] for entry in entries if entry.name in results]  # in the tables' order, whichever was found first
+    if not found:
+        return None, bool(evaluation.missing), evaluation.failed
     title = f"{evaluation.count} pictures of {args.data}"
-    found = [results[entry.name] for entry in entries]  # in the tables' order, whichever was found first
-    report = write_results(evaluation.out, found, evaluation.missing, evaluation.notes, title)
-    return report, bool(evaluation.missing)
+    report = write_results(evaluation.out, found, evaluation.missing, evaluation.notes, title, evaluation.failed)
+    return report, bool(evaluation.missing), evaluation.failed
 
 
 def parse_args() -> argparse.Namespace:
@@ -178,11 +189,13 @@ def main() -> None:
     try:
         args = parse_args()
         check(args)
-        report, incomplete = evaluate(args, shlex.join(["python", "-m", "eqldm.evaluate", *sys.argv[1:]]))
+        report, incomplete, failed = evaluate(args, shlex.join(["python", "-m", "eqldm.evaluate", *sys.argv[1:]]))
         if report is not None:
             print(f"report: {report}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if failed:
+        sys.exit("\n".join(f"error: {text}" for text in failed))
     if incomplete:
         sys.exit(INCOMPLETE)
 

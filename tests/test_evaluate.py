@@ -547,3 +547,54 @@ def test_folders_that_are_no_models(run, tmp_path):
 def test_judge_reads_other_sizes(tiny_judge):
     judge = Judge.open(tiny_judge)
     assert judge(torch.zeros(3, 3, 64, 64)).shape == (3,)
+
+
+def test_a_model_that_fails_does_not_stop_the_others(run, tiny_model_folder, make_model_folder, tmp_path, monkeypatch, capsys):
+    """What failed is named on the screen and in the report, by status 1; all else is written, and the same command tries it again."""
+    broken = make_model_folder(tmp_path / "model")
+    (path,) = (broken / "unet").glob("*.safetensors")
+    sound = load_file(path)
+    save_file(sound | {"conv_out.bias": torch.full_like(sound["conv_out.bias"], 1e38)}, path, {"format": "pt"})
+    models = [f"large={broken}", f"other={tiny_model_folder}"]
+    asked = ["--metrics", "reconstruction", "generation", "--without", "lpips"]
+    why = r"generation of 'large': sampling: after step [12] .* are NaN or infinite"
+    with pytest.raises(SystemExit, match=f"^error: {why}"):
+        run(*models, more=asked)
+    out = tmp_path / "out"
+    assert re.search(f"failed: {why}", capsys.readouterr().err)
+    assert "generation/read_right" in metrics_of(out, "other") and "reconstruction/psnr" in metrics_of(out, "large")
+    assert not [name for name in metrics_of(out, "large") if name.startswith("generation")]
+    for name in ("report.md", "report.html"):
+        text = (out / name).read_text()
+        assert "Failed" in text and "sampling: after step" in text and "other" in text
+    kept = metrics_of(out, "other")
+    save_file(sound, path, {"format": "pt"})
+    run(*models, more=asked)
+    assert metrics_of(out, "other") == kept and "generation/read_right" in metrics_of(out, "large")
+    assert "Failed" not in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("broken", ["features", "probabilities", "draw"])
+def test_values_that_are_no_numbers_name_model_and_picture(run, tiny_model_folder, tiny_judge, monkeypatch, broken):
+    """They would be a letter, a black picture, or the end of the process."""
+
+    def spoilt(function):
+        def call(self, *arguments, **options):
+            values = function(self, *arguments, **options)
+            values[-1] = torch.nan
+            return values
+
+        return call
+
+    monkeypatch.setattr(*{
+        "features": (Judge, "features", spoilt(Judge.features)),
+        "probabilities": (Judge, "probabilities", spoilt(Judge.probabilities)),
+        "draw": (Sampled, "_draw", spoilt(Sampled._draw)),
+    }[broken])  # fmt: skip
+    what = {
+        "features": "features 'judge' hold NaN or infinity for 1 of 6 pictures, first for picture 000000005",
+        "probabilities": "generation of 'tiny': the judge's answers hold NaN or infinity for 1 of 4 pictures, first for picture 3 .seed 3.",
+        "draw": "generation of 'tiny': pixels hold NaN or infinity for 1 of 4 pictures, first for picture 3 .seed 3.",
+    }[broken]
+    with pytest.raises(SystemExit, match=what):
+        run(tiny_model_folder, more=["--metrics", "generation"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from eqldm.evaluation.quality import fid, high_frequency_energy, kid, round_trip_psnr
+from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.finite import finite
+from eqldm.evaluation.quality import RealPictures, distances, fid, high_frequency_energy, kid, precision_recall, round_trip_psnr
 
 
 @pytest.fixture
@@ -99,3 +103,21 @@ def test_round_trip_is_the_reconstruction_of_what_was_sampled(tiny_vae):
     x = torch.rand(3, 3, 32, 32) * 2 - 1
     values = round_trip_psnr(tiny_vae, x, batch_size=2)
     assert values.shape == (3,) and torch.allclose(values, round_trip_psnr(tiny_vae, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_features_that_are_no_numbers_are_refused(features, value):
+    """LAPACK of MKL ends the process of them, with all that it had measured."""
+    real, fake = features
+    for place in (0, 1):
+        broken = [real.clone(), fake.clone()]
+        broken[place][[7, 9], 2] = value
+        whose = ("real", "sampled")[place]
+        for distance in (fid, kid, precision_recall):
+            with pytest.raises(
+                ValueError, match=f"features of {whose} pictures hold NaN or infinity for 2 of 60 pictures, first for picture 7"
+            ):
+                distance(*broken)
+        with pytest.raises(ValueError, match=f"features 'judge' of {whose} pictures hold NaN or infinity for 2 of 60 pictures"):
+            distances(Findings(torch.arange(60)), RealPictures({"judge": broken[0]}, None, 0.0), {"judge": broken[1]}, "generation/")
+    assert finite("features", real) is real and len(finite("features", real[:0])) == 0

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eqldm.atomic import told, whole_folder
+from eqldm.evaluation.finite import finite
 from eqldm.model_folder import PRETRAINED, check_finite, weights_hash
 from eqldm.weights import read_json, read_weights
 
@@ -129,12 +130,14 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, batch_size: int = 256) -> Tensor:
-        return torch.cat([self.network(part).argmax(1) for part in self._sized(x).split(batch_size)])
+        logits = torch.cat([self.network(part) for part in self._sized(x).split(batch_size)])
+        return finite("the judge's logits", logits).argmax(1)  # which reads something in NaN, too
 
     @torch.no_grad()
     def probabilities(self, x: Tensor, batch_size: int = 256) -> Tensor:
         """[B, 27] of pictures [B, 3, H, W] in [-1, 1]; the last is that of no letter."""
-        return torch.cat([self.network(part).float().softmax(1) for part in self._sized(x).split(batch_size)])
+        logits = torch.cat([self.network(part) for part in self._sized(x).split(batch_size)])
+        return finite("the judge's logits", logits).float().softmax(1)
 
     def worst_view(self, faces: Sequence[Tensor], labels: Sequence[Tensor | int] | Tensor) -> Tensor:
         """[B] probability of the wanted letter in the view that shows it worst. faces: for each view pictures [B, 3, H, W] as it shows

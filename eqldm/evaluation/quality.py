@@ -20,6 +20,7 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
+from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.pictures import Pictures
 from eqldm.model_folder import decode, encode
@@ -72,14 +73,15 @@ class RealData:
         """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
         `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter.
 
-        Raises ValueError where a judge reads and a label is that of no letter."""
+        Raises ValueError where a judge reads and a label is that of no letter, and where a value is NaN or infinite."""
         batch = collate([self.samples[i] for i in numbers])
         if self.judge is not None:
             check_letters(batch["label"], batch["key"])
         x = batch["x"]
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
-        values = {"label": batch["label"], "unreadable": unreadable, "energy": high_frequency_energy(x)}
-        values |= {f"features/{f.name}": f.extract(x) for f in self.features}
+        values = {"label": batch["label"], "unreadable": unreadable}
+        values["energy"] = finite("energies", high_frequency_energy(x), batch["key"])
+        values |= {f"features/{f.name}": finite(f"features '{f.name}'", f.extract(x), batch["key"]) for f in self.features}
         if self.judge is not None:
             values["read"] = self.judge(x)
             for name, parts in self.components.items():
@@ -108,9 +110,12 @@ def distances(findings: Findings, real: RealPictures, features: dict[str, Tensor
 
     `kid`, `fid`            distances from those of real pictures
     `precision`, `recall`   how many sampled pictures lie among real ones, and the reverse
+
+    Raises ValueError, naming the features, where some are NaN or infinite.
     """
     for name, fake in features.items():
-        known = real.features[name]
+        known = finite(f"features '{name}' of real pictures", real.features[name])
+        finite(f"features '{name}' of sampled pictures", fake)
         findings.of_weights(f"{prefix}kid_{name}{suffix}", partial(kid, known, fake, real_labels=real.labels))
         findings.metrics[f"{prefix}fid_{name}{suffix}"] = float(fid(known, fake))
         if min(len(known), len(fake)) > NEIGHBOURS:
@@ -122,8 +127,9 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """(precision, recall) of features fake [N, D] among real [M, D]: the share of each that lies nearer to one of the other than that
     one's third neighbour among its own.
 
-    Source: arXiv 1904.06991, eq. 1 and 2 (torch-fidelity).
+    Raises ValueError where some are NaN or infinite. Source: arXiv 1904.06991, eq. 1 and 2 (torch-fidelity).
     """
+    _check(real, fake)
     found = prc_features_to_metric(fake.float(), real.float(), prc_neighborhood=NEIGHBOURS, verbose=False)
     return found["precision"], found["recall"]
 
@@ -134,8 +140,10 @@ def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: 
     weights: [R, N] counts of a bootstrap over the fake ones; the result is then [R], else []. Pairs of one picture with its
     own copies are left out, so that a resampled estimate of independent pictures stays unbiased.
     real_labels: [M] of a balanced set, in which two pictures are of one label less often than in independent draws; with them
-    the estimate is that of such draws. Source: KID, arXiv 1801.01401, section 4.
+    the estimate is that of such draws. Raises ValueError where some features are NaN or infinite.
+    Source: KID, arXiv 1801.01401, section 4.
     """
+    _check(real, fake)
     real, fake = real.double(), fake.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -167,12 +175,20 @@ def _mean_over_pairs(values: Tensor, labels: Tensor | None) -> Tensor:
 def fid(real: Tensor, fake: Tensor) -> Tensor:
     """[] Frechet distance of Gaussians fitted to features real [M, D] and fake [N, D]; biased upward for few samples.
 
-    Source: FID, arXiv 1706.08500, eq. 6 (torchmetrics).
+    Raises ValueError where some are NaN or infinite: LAPACK may end the process of them. Source: FID, arXiv 1706.08500, eq. 6
+    (torchmetrics).
     """
+    _check(real, fake)
     metric = FrechetInceptionDistance(feature=_AsFeatures(real.shape[1]))
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return metric.compute()
+
+
+def _check(real: Tensor, fake: Tensor) -> None:
+    """Raises ValueError where features [M, D] or [N, D] are NaN or infinite."""
+    finite("features of real pictures", real)
+    finite("features of sampled pictures", fake)
 
 
 class _AsFeatures(nn.Module):

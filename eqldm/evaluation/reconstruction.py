@@ -13,6 +13,7 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
+from eqldm.evaluation.finite import finite
 from eqldm.evaluation.pictures import Pictures
 from eqldm.evaluation.quality import RealPictures, features_of, fid
 from eqldm.evaluation.work import identity
@@ -39,9 +40,9 @@ class Reconstruction:
         y = decoded.clamp(-1, 1)
         ssim = structural_similarity_index_measure(y, x, data_range=(-1.0, 1.0), reduction="none")
         values = {"psnr": psnr(y, x), "ssim": ssim.view(len(x))}
-        values |= {f"features/{f.name}": f.extract(y) for f in self.features}
+        values |= {f"features/{f.name}": finite(f"features '{f.name}'", f.extract(y), batch["key"]) for f in self.features}
         if self.lpips is not None:
-            values["lpips"] = self.lpips(y, x).view(len(x))
+            values["lpips"] = finite("LPIPS", self.lpips(y, x).view(len(x)), batch["key"])
         return {name: value.cpu() for name, value in values.items()}
 
 

@@ -35,13 +35,14 @@ class Model:
 class Report:
     """All models (the first is what the others are held against), what was not computed, and what else a reader must know.
 
-    shared: pictures of all models together, by title.
+    shared: pictures of all models together, by title.  failed: what could not be measured, and why.
     """
 
     models: Sequence[Model]
     missing: Sequence[str]
     notes: Sequence[str]
     shared: dict[str, Path]
+    failed: Sequence[str] = ()
 
     def questions(self) -> list[str]:
         """Those that were answered, in order."""
@@ -100,6 +101,8 @@ def write_report(out: Path, report: Report) -> tuple[str, str]:
 
 def _markdown(report: Report, against: Sequence[dict[str, Difference]]) -> str:
     parts = ["# Evaluation\n"]
+    if report.failed:
+        parts.append("## Failed\n\n" + "".join(f"- {text}\n" for text in report.failed))
     parts += [f"**{model.measured.name}**: {model.verdict.text}\n" for model in report.models if model.verdict]
     for question in report.questions():
         parts.append(f"## {QUESTION_TITLES.get(question, question.capitalize())}\n")
@@ -160,12 +163,13 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
         for model in report.models
         if model.verdict
     ]
-    missing = "".join(f"<li>{html.escape(text)}</li>" for text in report.missing)
+    missing, failed = ("".join(f"<li>{html.escape(text)}</li>" for text in texts) for texts in (report.missing, report.failed))
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     links = " ".join(f'<a href="#{name}">{html.escape(title.split(":")[0])}</a>' for name, title, _ in sections)
     parts = [
         f"<h1>Evaluation of {html.escape(', '.join(names))}</h1>",
         f"<nav>{links} <a href='#provenance'>Where the figures are from</a></nav>",
+        f'<div class="missing"><h2>Failed</h2><ul>{failed}</ul></div>' if failed else "",
         *verdicts,
         f'<div class="missing"><h2>Not computed</h2><ul>{missing}</ul></div>' if missing else "",
         notes,

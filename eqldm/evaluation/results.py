@@ -62,10 +62,12 @@ def keep(out: Path, result: Result, command: str) -> None:
     write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
 
 
-def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], notes: Sequence[str], title: str) -> Path:
+def write_results(
+    out: Path, results: Sequence[Result], missing: Sequence[str], notes: Sequence[str], title: str, failed: Sequence[str] = ()
+) -> Path:
     """Writes the report on results that `keep` has kept, and what they share; prints the table. Returns the path of the page.
 
-    missing, notes: see `Instruments`.  title: of the table.
+    missing, notes: see `Instruments`.  title: of the table.  failed: see `Evaluation`.
     """
     shared: dict[str, Path] = {}
     decodings = {result.entry.name: result.decodings for result in results if result.decodings}
@@ -81,7 +83,7 @@ def write_results(out: Path, results: Sequence[Result], missing: Sequence[str], 
         share("models", models_sheet(readings))
     measured = [Measured.open(out / result.entry.name) for result in results]
     models = [Model(m, r.verdict, r.sheets) for m, r in zip(measured, results)]
-    text, page = write_report(out, Report(models, missing, notes, shared))
+    text, page = write_report(out, Report(models, missing, notes, shared, failed))
     write_whole(out / "report.md", lambda path: path.write_text(text))
     write_whole(out / "report.html", lambda path: path.write_text(page))
     Console().print(console_table(measured, title))

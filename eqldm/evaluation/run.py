@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 
 from eqldm.anagram.options import Options
@@ -45,6 +46,9 @@ from eqldm.views.components import Component, parse_components
 OF_VAES = ("reconstruction", "equivariance")
 QUESTIONS = (*OF_VAES, "fit", "generation", "anagram", "components")
 
+FAULTS = (ValueError, ArithmeticError, RuntimeError, FileNotFoundError, SafetensorError)
+"""What a model raises that cannot be measured: of broken weights, of too little memory, of a folder that is gone. A full disk is none."""
+
 console = Console(stderr=True)
 
 
@@ -52,6 +56,7 @@ class Evaluation:
     """The pictures, judges and features that all models are measured with.
 
     missing: what cannot be computed for want of weights, with the way to get them.  notes: what else a reader must know.
+    failed: what of a model could not be measured, and why; the rest was.
     """
 
     def __init__(self, args: argparse.Namespace, entries: list[Entry], place: tuple[int, int] = (0, 1)):
@@ -77,6 +82,7 @@ class Evaluation:
         letters = all(_is_letter(self.samples[i]) for i in range(min(self.count, 8)))
         self.tools = Instruments(args, self.asked, letters, self.device)
         self.missing, self.notes, self.judge = self.tools.missing, self.tools.notes, self.tools.judge
+        self.failed: list[str] = []
         self.values: dict[str, Tensor] | None = None  # of the real pictures
         self.precision = native_precision(self.device.type) if args.precision == "auto" else args.precision
         few = [n for n in (self.count, args.num_letters, args.num_pairs) if n != "all" and int(n) < 100]
@@ -176,7 +182,7 @@ class Evaluation:
         return vae, sampler
 
     def answer(self, entry: Entry) -> Result | None:
-        """All that is found of a model; None while other processes are at work on it."""
+        """All that is found of a model; None while other processes are at work on it, or where all failed. Raises `FAULTS`."""
         folder, result, complete = self.out / entry.name, Result(entry, self.about(entry)), True
         folder.mkdir(parents=True, exist_ok=True)
         vae, sampler = self.open(entry)
@@ -185,17 +191,26 @@ class Evaluation:
         for name, question, summarise in self.questions(entry, vae, sampler):
             try:
                 values = self.ask(question, folder, entry.name)
-            except ValueError as error:
-                raise ValueError(f"{name} of '{entry.name}': {error}") from error
-            if values is None or real is None:
-                complete = False
+                if values is None or real is None:
+                    complete = False
+                    continue
+                findings = summarise(values, real, result, folder)
+            except FAULTS as error:  # the other questions, and models, are worth their answers
+                self.fail(f"{name} of '{entry.name}'", error)
                 continue
-            findings = summarise(values, real, result, folder)
             result.add(findings, name, self.about_samples(question))
             if odd := [key for key, value in findings.metrics.items() if not math.isfinite(value)]:
                 self._note(f"{entry.name}: no finite number, as of pictures that are too few, too small or all alike: {', '.join(odd)}.")
             console.print(f"{entry.name}: {name} " + ", ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in headline(findings)))
-        return result if complete else None
+        return result if complete and result.samples else None
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Takes down, and says, what failed."""
+        plain = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {str(error)[:400]}"
+        text = f"{what}: {' '.join(plain.split())}"
+        if text not in self.failed:
+            self.failed.append(text)
+            console.print(f"failed: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def about_samples(self, question: Question) -> dict:
         """What the pictures of a question were: where it is equal, two models were measured on the same."""

@@ -14,6 +14,7 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import from_bytes, to_bytes
 from eqldm.evaluation.clip import Clip
 from eqldm.evaluation.features import Features
+from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
 from eqldm.evaluation.work import identity
@@ -72,27 +73,33 @@ class Sampled:
         `energy` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
         `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `chosen` [B] what the chooser gives the worst;
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
+
+        Raises ValueError, naming the first picture, where a picture or a value is NaN or infinite.
         """
         prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
-        saved = to_bytes(self._draw(prompts, [self.seed + number for number in numbers]))
+        names = [f"{number} (seed {self.seed + number})" for number in numbers]
+        drawn = self._draw(prompts, [self.seed + number for number in numbers])
+        saved = to_bytes(finite("pixels", drawn, names))  # a byte has no NaN
         x = from_bytes(saved)
         seen = [face(x).clamp(-1, 1) for face in self.faces]  # a part may leave the range
         shown = [number - numbers.start for number in self.shown.tolist() if number in numbers]
         values = {"shown": saved[shown]}
         if not self.parts:
-            values["energy"] = torch.stack([high_frequency_energy(x) for x in seen], 1)
-            values |= {f"features/{f.name}": torch.stack([f.extract(x) for x in seen], 1) for f in self.features}
+            values["energy"] = finite("energies", torch.stack([high_frequency_energy(x) for x in seen], 1), names)
+            for f in self.features:
+                values[f"features/{f.name}"] = finite(f"features '{f.name}'", torch.stack([f.extract(x) for x in seen], 1), names)
         if not isinstance(self.sampler.vae, Pixels):
             values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
         if self.judge is not None:
-            probabilities = torch.stack([self.judge.probabilities(x) for x in seen], 1)
+            probabilities = finite("the judge's answers", torch.stack([self.judge.probabilities(x) for x in seen], 1), names)
             values |= {"read": probabilities.argmax(-1), "forced": probabilities[..., : len(LETTERS)].argmax(-1)}
         if self.chooser is not None:
             assert self.wanted is not None  # it is given where a judge reads
-            values["chosen"] = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
+            worst = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
+            values["chosen"] = finite("the chooser's answers", worst, names)
         if self.clip is not None:
             texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
-            values["similarity"] = torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT
+            values["similarity"] = finite("CLIP's scores", torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT, names)
         return values
 
     def _draw(self, prompts: Sequence[Sequence[str]], seeds: Sequence[int]) -> Tensor:
