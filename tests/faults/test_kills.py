@@ -62,7 +62,7 @@ def exhaust(folder: Path, work: Callable[[], object], check: Callable[[], object
 
 @pytest.mark.slow
 @pytest.mark.fault("killed while a model is exported", tries=TRIES)
-def test_export(tiny_model_folder, make_model_folder, tmp_path, seed):
+def test_export(tiny_model_folder, make_model_folder, tmp_path, seed, tried):
     out, other = tmp_path / "to" / "out", make_model_folder(tmp_path / "other", seed=1)
     hashes = [vae_hash(load_vae(model).half().float()) for model in (other, tiny_model_folder)]
     work = runs(export.main, tiny_model_folder, "--out", out)
@@ -77,40 +77,40 @@ def test_export(tiny_model_folder, make_model_folder, tmp_path, seed):
         Networks.open(found)
         assert vae_hash(load_vae(found)) in hashes
 
-    assert exhaust(out.parent, work, whole, seed, begin) > 2
+    tried(exhaust(out.parent, work, whole, seed, begin))
     assert vae_hash(load_vae(out)) == hashes[1] and [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 @pytest.mark.fault("killed while latents are encoded", tries=TRIES)
-def test_encode(tiny_model_folder, tiny_pictures, tmp_path, seed):
+def test_encode(tiny_model_folder, tiny_pictures, tmp_path, seed, tried):
     words = ["--data", tiny_pictures, "--model", tiny_model_folder, "--num-workers", 0]
     assert status(fork(runs(encode_latents.main, *words, "--out", tmp_path / "whole"))) == 0
     out = tmp_path / "to" / "out"
     work = runs(encode_latents.main, *words, "--out", out)
-    assert exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)) > 2
+    tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.fault("killed while glyphs are made", tries=TRIES)
-def test_glyphs(tmp_path, seed):
+def test_glyphs(tmp_path, seed, tried):
     sizes = ["--num-train", 6, "--num-val", 2, "--num-test", 2, "--size", 32, "--shard-size", 3, "--workers", 1]
     assert status(fork(runs(glyphs.main, "--out", tmp_path / "whole", *sizes))) == 0
     out = tmp_path / "to" / "out"
     work = runs(glyphs.main, "--out", out, *sizes)
-    assert exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)) > 2
+    tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.fault("killed while pictures are sampled", tries=TRIES)
-def test_sample(tiny_model_folder, tmp_path, seed):
+def test_sample(tiny_model_folder, tmp_path, seed, tried):
     words = ["--model", tiny_model_folder, "--prompts", "the letter a", "the letter v", "--num-samples", 2, "--num-inference-steps", 2]
     assert status(fork(runs(sampling.main, *words, "--out", tmp_path / "whole"))) == 0
     out = tmp_path / "to" / "out"
     work = runs(sampling.main, *words, "--out", out)
-    assert exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)) > 2
+    tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     whole = contents(tmp_path / "whole")
     assert {name for name in contents(out)} == set(whole)
     assert all(contents(out)[name] == value for name, value in whole.items() if name.endswith(".png"))
@@ -119,7 +119,7 @@ def test_sample(tiny_model_folder, tmp_path, seed):
 @pytest.mark.slow
 @pytest.mark.fault("killed while a run trains, saves and exports", tries=TRIES)
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
-def test_training(stage, make_picture_shards, write_tiny_options, write_tiny_unet_options, tiny_model_folder, tmp_path, seed):
+def test_training(stage, make_picture_shards, write_tiny_options, write_tiny_unet_options, tiny_model_folder, tmp_path, seed, tried):
     shards = make_picture_shards(tmp_path / "shards", count=8, size=32)
     steps = {"num_steps": 4, "checkpoint_every": 1, "keep_every": 2, "val_every": 2}
     if stage == "autoencoder":
@@ -138,7 +138,7 @@ def test_training(stage, make_picture_shards, write_tiny_options, write_tiny_une
         if (run / "model").exists():
             load_vae(run / "model") if stage == "autoencoder" else Networks.open(run / "model")
 
-    assert exhaust(run, work, check, seed, lambda: shutil.rmtree(run, ignore_errors=True)) > 2
+    tried(exhaust(run, work, check, seed, lambda: shutil.rmtree(run, ignore_errors=True)))
     ours, theirs = contents(run / "model"), contents(whole / "model")
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in theirs if name.endswith(".safetensors"))
@@ -151,10 +151,12 @@ def test_training(stage, make_picture_shards, write_tiny_options, write_tiny_une
 
 @pytest.mark.slow
 @pytest.mark.fault("killed while RUN@STEP is opened", tries=TRIES)
-def test_a_step_of_a_run(make_picture_shards, write_tiny_options, tmp_path, seed):
+def test_a_step_of_a_run(make_picture_shards, write_tiny_options, tmp_path, seed, tried):
     shards = make_picture_shards(tmp_path / "shards", count=8, size=32)
     run = tmp_path / "run"
-    config = load_config(write_tiny_options(tmp_path / "tiny.yaml", shards, num_steps=2, keep_every=1), [f"run.dir={run}"])
+    config = load_config(
+        write_tiny_options(tmp_path / "tiny.yaml", shards, num_steps=2, checkpoint_every=1, keep_every=1), [f"run.dir={run}"]
+    )
     assert status(fork(lambda: train_autoencoder(config))) == 0
     models = run / "models"
 
@@ -162,5 +164,5 @@ def test_a_step_of_a_run(make_picture_shards, write_tiny_options, tmp_path, seed
         for model in models.glob("step-*"):
             load_vae(model)
 
-    exhaust(models, lambda: opened(f"{run}@1"), check, seed, lambda: shutil.rmtree(models, ignore_errors=True))
+    tried(exhaust(models, lambda: opened(f"{run}@1"), check, seed, lambda: shutil.rmtree(models, ignore_errors=True)))
     assert [path.name for path in models.iterdir()] == ["step-000000001"]
