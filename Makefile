@@ -1,4 +1,4 @@
-# make setup | demo | demo-scratch | test | test-slow | test-slurm | test-all | test-oldest | test-newest | lint | clean-demo
+# make setup | demo | demo-scratch | test | test-slow | test-faults | test-slurm | test-all | test-oldest | test-newest | lint | clean-demo
 # RUN=FOLDER: where a demo writes.  LOCK=FILE: the versions that are installed; LOCK= takes the newest that there are
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 LOCK ?= requirements.lock
 STAMP := $(VENV)/.installed$(if $(LOCK),,-newest)
 
-.PHONY: setup demo demo-scratch test test-slow test-slurm test-all test-oldest test-newest lint clean-demo
+.PHONY: setup demo demo-scratch test test-slow test-faults test-slurm test-all test-oldest test-newest lint clean-demo
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ test-all: test test-slow test-slurm
 # On the lowest versions that pyproject.toml allows, and on the newest, each in a .venv of its own
 test-oldest test-newest:
 	$(PYTHON) tests/versions.py $(@:test-%=%) -q $(ARGS)
+
+# What docs/reliability.md states: each kind of fault, TIMES times as often
+test-faults: TIMES ?= 1
+test-faults: setup
+	$(PY) -m pytest -q $(PARALLEL) -m '' --times $(TIMES) tests/faults
 
 # The jobs of slurm/ on a Slurm of two nodes, started here; as root, after apt-get install slurm-wlm munge
 test-slurm: setup
