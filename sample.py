@@ -11,11 +11,13 @@ import argparse
 import sys
 import time
 
+from eqldm.command import Parser, real, whole
 from eqldm.paths import place_option
+from eqldm.ranges import SAMPLING, SEED
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -29,24 +31,51 @@ def parse_args() -> argparse.Namespace:
     add("--hold", metavar="PART", help="which: low, high, grey, colour, moving, still, ...")
     add("--style", default="", help='goes before each prompt: "an oil painting of"')
     add("--negative-prompt", nargs="+", default=[""], help="one, or one for each prompt")
-    add("--num-samples", type=int, default=8, help="pictures, of seeds SEED, SEED + 1, ... (default: 8)")
-    add("--seed", type=int, default=0, help="of the first picture (default: 0)")
-    add("--batch-size", type=int, default=16, help="pictures sampled together; does not change them beyond rounding (default: 16)")
-    add("--keep", type=int, help="of all that are sampled keep so many, those that read best: by the judge (letters) or --clip")
+    add("--num-samples", type=whole(1, 10**5), default=8, help="pictures, of seeds SEED, SEED + 1, ... (default: 8)")
+    add("--seed", type=whole(SEED), default=0, help="of the first picture (default: 0)")
+    add(
+        "--batch-size",
+        type=whole(1, 4096),
+        default=16,
+        help="pictures sampled together; does not change them beyond rounding (default: 16)",
+    )
+    add("--keep", type=whole(1, 10**5), help="of all that are sampled keep so many, those that read best: by the judge (letters) or --clip")
     add("--clip", type=place_option, metavar="FOLDER", help="a CLIP of transformers, for --keep")
     add("--animate", nargs="+", default=[], choices=["mp4", "gif", "webp"], help="each picture moving from view to view")
-    add("--num-inference-steps", type=int, default=30, help="default: 30")
-    add("--guidance-scale", type=float, nargs="+", default=[5.0], help="one, or one for each prompt; up to 1 is unguided (default: 5)")
-    add("--guidance-rescale", type=float, default=0.0, help="0 to 1, against too much contrast")
+    add("--num-inference-steps", type=whole(SAMPLING["num_inference_steps"]), default=30, help="default: 30")
+    add(
+        "--guidance-scale",
+        type=real(SAMPLING["guidance_scale"]),
+        nargs="+",
+        default=[5.0],
+        help="one, or one for each prompt; up to 1 is unguided (default: 5)",
+    )
+    add("--guidance-rescale", type=real(SAMPLING["guidance_rescale"]), default=0.0, help="0 to 1, against too much contrast")
     add("--reduction", default="mean", help="of the views: mean, weighted (--weights), rectified (keeps the noise's variance), alternate")
-    add("--weights", type=float, nargs="+", help="of the views")
+    add("--weights", type=real(SAMPLING["weights"]), nargs="+", help="of the views")
     add("--blend", default="latents", help="latents, or pixels: for models whose latents do not turn (slow)")
     add("--scheduler", help="ddim, ddpm, euler, euler_ancestral, dpm++, unipc, flow_euler; default: the model's own")
-    add("--time-travel", type=int, default=1, help="how often each step of --travel-band is done, after its noise was given back")
-    add("--travel-band", type=float, nargs=2, default=[0.2, 0.8], help="from which to which share of the steps (default: 0.2 0.8)")
-    add("--image-size", type=int, help="pixels a side; default: what the UNet was trained at")
-    add("--upscale", type=int, default=1, help="a second pass, so many times larger, that keeps every view")
-    add("--upscale-strength", type=float, default=0.5, help="the share of the steps that it takes (default: 0.5)")
+    add(
+        "--time-travel",
+        type=whole(SAMPLING["time_travel"]),
+        default=1,
+        help="how often each step of --travel-band is done, after its noise was given back",
+    )
+    add(
+        "--travel-band",
+        type=real(SAMPLING["travel_band"]),
+        nargs=2,
+        default=[0.2, 0.8],
+        help="from which to which share of the steps (default: 0.2 0.8)",
+    )
+    add("--image-size", type=whole(SAMPLING["image_size"]), help="pixels a side; default: what the UNet was trained at")
+    add("--upscale", type=whole(SAMPLING["upscale"]), default=1, help="a second pass, so many times larger, that keeps every view")
+    add(
+        "--upscale-strength",
+        type=real(SAMPLING["upscale_strength"]),
+        default=0.5,
+        help="the share of the steps that it takes (default: 0.5)",
+    )
     add("--decoding", help="upright, or views: the mean over the views (default: views where one cuts the picture up)")
     add("--symmetrise", action="store_true", help="decode as the mean over the square's symmetries (8 x the decoding)")
     add("--force", action="store_true", help="the view negate for models that were not trained with it, too")
@@ -66,8 +95,6 @@ def parse_args() -> argparse.Namespace:
         if args.model is not None or len(args.views) != 2:
             parser.error("--prompts: give one for each view (only glyphs-eq with two views has a default)")
         args.prompts = ["the letter A", "the letter V"]
-    if args.keep is not None and args.keep < 1:
-        parser.error(f"--keep: got {args.keep}, wanted at least 1")
     if args.clip and not args.keep:
         parser.error("--clip chooses what is kept: give --keep too")
     args.out = args.out or time.strftime("runs/samples/%Y%m%d-%H%M%S")

@@ -9,12 +9,12 @@ first, with exit status 75.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 
 import yaml
 
+from eqldm.command import Parser
 from eqldm.config import load_config, to_yaml
 from eqldm.paths import place_option
 from eqldm.training.stopping import listen
@@ -22,7 +22,7 @@ from eqldm.unused import without_effect
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", type=place_option, help="YAML file that states its stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()

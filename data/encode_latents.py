@@ -20,6 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.atomic import DISK_FULL, write_whole
+from eqldm.command import Parser, whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
 from eqldm.data.manifest import MANIFEST, read_object, what_is_wrong
@@ -32,6 +33,7 @@ from eqldm.lock import LOCK, held
 from eqldm.model_folder import check_latents, load_text, load_vae, text_hash, vae_hash
 from eqldm.paths import check_folder, place_option
 from eqldm.processes import launch, pick_device, process_rank, processes_here
+from eqldm.ranges import WORKERS
 from eqldm.run_model import opened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -215,21 +217,18 @@ def _done(path: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=place_option, required=True, help="shard folder of pictures, or the address of one")
     parser.add_argument("--model", type=place_option, required=True, help="model folder, or RUN@STEP, whose VAE encodes")
     parser.add_argument("--out", type=place_option, required=True, help="shard folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the stored moments")
     parser.add_argument("--prompt-embeds", action="store_true", help="store the captions' embeddings too")
     parser.add_argument("--text-model", type=place_option, help="model folder whose text encoder makes them (default: --model)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--batch-size", type=whole(1, 4096), default=64)
+    parser.add_argument("--num-workers", type=whole(0, WORKERS), default=2)
     parser.add_argument("--bf16", action="store_true", help="encode under bf16 autocast: faster, rounds the latents")
     args = parser.parse_args()
     try:
-        for option, least in (("batch_size", 1), ("num_workers", 0)):
-            if (given := getattr(args, option)) < least:
-                raise ValueError(f"--{option.replace('_', '-')}: got {given}, wanted at least {least}")
         args.model, args.text_model = opened(args.model), args.text_model and opened(args.text_model)
         with naming_lost_readers(READERS):
             print(encode(args))

@@ -9,7 +9,6 @@ of workers nor the shard size changes a picture. The test split is drawn with fa
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import sys
@@ -22,9 +21,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
+from eqldm.command import Parser, real, whole
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.shards import write_shard
 from eqldm.paths import path_option
+from eqldm.ranges import PROBABILITY, WORKERS
 
 GENERATOR_VERSION = 1  # to be raised by any change that changes a picture
 SPLITS = ("train", "val", "test")
@@ -365,17 +366,17 @@ def make_split(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=path_option, required=True, metavar="FOLDER")
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--num-train", type=int, default=40000)
-    parser.add_argument("--num-val", type=int, default=1000)
-    parser.add_argument("--num-test", type=int, default=2000)
-    parser.add_argument("--size", type=int, default=64, help="side, px: a multiple of 8")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard-size", type=int, default=2000, help="pictures in a shard")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
-    parser.add_argument("--variation", type=float, default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
+    parser.add_argument("--num-train", type=whole(1), default=40000)
+    parser.add_argument("--num-val", type=whole(1), default=1000)
+    parser.add_argument("--num-test", type=whole(1), default=2000)
+    parser.add_argument("--size", type=whole(8, 4096), default=64, help="side, px: a multiple of 8")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
+    parser.add_argument("--shard-size", type=whole(1, 10**6), default=2000, help="pictures in a shard")
+    parser.add_argument("--workers", type=whole(1, WORKERS), default=num_cores(), help="processes (default: one per core)")
+    parser.add_argument("--variation", type=real(PROBABILITY), default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
     parser.add_argument("--colours", nargs="+", default=list(COLOURS), metavar="NAME", help=f"some of {', '.join(COLOURS)}")
     parser.add_argument("--train-faces", nargs="+", metavar="NAME", help="only these faces for train and val (default: all)")
     parser.add_argument("--fonts", type=path_option, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eqldm.command import Parser, real, whole
 from eqldm.data.captions import draw_caption, is_odd
 from eqldm.data.checking import index_folder
 from eqldm.data.integrity import check_folder
@@ -38,6 +39,7 @@ from eqldm.data.pictures import MAX_PIXELS, UnfitPicture
 from eqldm.data.shards import MANIFEST, read_index, write_shard
 from eqldm.data.sources import PictureFolder, PictureTars, SavedDataset, Source, UnfitCaption
 from eqldm.paths import path_option
+from eqldm.ranges import PICTURE_SIDE, SEED, WORKERS, Range
 
 DEFAULT_QUALITY = 95  # of jpg and webp
 
@@ -246,7 +248,7 @@ READ = {  # what each way of making a set reads of the options
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--index", type=path_option, metavar="FOLDER", help="check the tars there, and write their manifest.json")
     parser.add_argument("--check", type=path_option, metavar="FOLDER", help="read all tars there, and name those that have changed")
     parser.add_argument("--quick", action="store_true", help="of --index: look into the first sample of each tar alone")
@@ -256,14 +258,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-column", default="image", help="of --dataset")
     parser.add_argument("--text-column", default="text", help="of --dataset")
     parser.add_argument("--out", type=path_option, metavar="FOLDER")
-    parser.add_argument("--size", type=int, default=512, help="side of the squares, px")
+    parser.add_argument("--size", type=whole(PICTURE_SIDE), default=512, help="side of the squares, px")
     parser.add_argument("--crop", choices=("center", "random"), default="center")
     parser.add_argument("--format", choices=("png", "jpg", "webp"), default="jpg")
-    parser.add_argument("--quality", type=int, help=f"of jpg and webp, 1 to 100 (default {DEFAULT_QUALITY})")
-    parser.add_argument("--max-aspect", type=float, help="skip pictures whose longer side is more times the shorter one")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (--tars: as they are)")
-    parser.add_argument("--seed", type=int, default=0, help="of random crops, and of the caption drawn of several")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: one per core)")
+    parser.add_argument("--quality", type=whole(1, 100), help=f"of jpg and webp, 1 to 100 (default {DEFAULT_QUALITY})")
+    parser.add_argument("--max-aspect", type=real(Range(1, 1e6)), help="skip pictures whose longer side is more times the shorter one")
+    parser.add_argument("--shard-size", type=whole(1, 10**6), default=1000, help="pictures in a shard (--tars: as they are)")
+    parser.add_argument("--seed", type=whole(SEED), default=0, help="of random crops, and of the caption drawn of several")
+    parser.add_argument("--workers", type=whole(1, WORKERS), default=num_cores(), help="processes (default: one per core)")
     parser.add_argument("--upscale", action="store_true", help="enlarge pictures that are too small, instead of skipping them")
     parser.add_argument("--allow-missing-captions", action="store_true", help="an empty caption where there is none")
     parser.add_argument(
@@ -278,8 +280,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of = (alone or sources)[0]
     if unread := [name for name in vars(arguments) if name not in READ[of] and getattr(arguments, name) != parser.get_default(name)]:
         parser.error(f"--{unread[0].replace('_', '-')} is no option of --{of}: leave it out")
-    if arguments.workers < 1:
-        parser.error(f"--workers: got {arguments.workers}, wanted at least 1")
     return arguments
 
 

@@ -11,7 +11,6 @@ one operation, and fragmentation: leave a tenth of the memory free.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
+from eqldm.command import Parser
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, load_config, micro_batch_size
 from eqldm.construction import check_arguments, make, make_noise
 from eqldm.data.samples import LatentSamples, PictureSamples
@@ -404,7 +404,7 @@ def _fake(network: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("config", type=place_option, help="YAML file that states its stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()

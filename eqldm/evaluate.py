@@ -23,12 +23,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from eqldm.command import Parser, real, whole
 from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
 from eqldm.evaluation.run import FAULTS, QUESTIONS, Evaluation
 from eqldm.paths import place_option
 from eqldm.processes import checked_device, pick_device, process_rank
+from eqldm.ranges import PICTURE_SIDE, SAMPLING, SEED
 from eqldm.run_model import opened
 
 FULL = {"num_images": 512, "num_letters": 256, "num_pairs": "128", "num_inference_steps": 20}
@@ -74,12 +76,17 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool,
     return report, bool(evaluation.missing), evaluation.failed
 
 
+def pairs(text: str) -> str:
+    """The `type` of an option that is a number of pairs, or all of them; as text."""
+    return text if text == "all" else str(whole(2, 10**6)(text))
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="[NAME=]FOLDER[@OPTION=VALUE,...]: options as of sample.py, and vae=FOLDER")
     add("--data", type=place_option, required=True, help="held-out pictures: a shard folder, the address of one, or a folder of pictures")
-    add("--image-size", type=int, help="pixels a side that a folder's pictures are resized and cropped to")
+    add("--image-size", type=whole(PICTURE_SIDE), help="pixels a side that a folder's pictures are resized and cropped to")
     add("--out", type=place_option, required=True, help="folder for the report, and for what is measured on the way")
     add(
         "--baseline",
@@ -139,16 +146,21 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="pairs of prompts for anagrams that are no letters (default: the shipped list)",
     )
-    add("--num-images", type=int, help="pictures for reconstruction, equivariance, fit and distances (default: 512)")
-    add("--num-letters", type=int, help="pictures sampled plainly: letters, or the data's captions (default: 256)")
-    add("--num-pairs", help="anagrams sampled for each view, or all: every ordered pair of letters, with their matrix (default: 128)")
-    add("--num-seeds", type=int, default=1, help="pictures of each pair (default: 1)")
+    # a distribution takes two
+    add("--num-images", type=whole(2, 10**6), help="pictures for reconstruction, equivariance, fit and distances (default: 512)")
+    add("--num-letters", type=whole(2, 10**6), help="pictures sampled plainly: letters, or the data's captions (default: 256)")
+    add(
+        "--num-pairs",
+        type=pairs,
+        help="anagrams sampled for each view, or all: every ordered pair of letters, with their matrix (default: 128)",
+    )
+    add("--num-seeds", type=whole(1, 10**4), default=1, help="pictures of each pair (default: 1)")
     add("--chooser", type=place_option, metavar="FOLDER", help="another judge: the best of each pair's --num-seeds by it is counted too")
-    add("--num-shown", type=int, help="sampled pictures of each question on its sheet (default: 24; 12 above 128 px)")
-    add("--seed", type=int, default=0, help="of the first picture sampled; picture k has seed + k")
-    add("--batch-size", type=int, help="pictures computed together (default: 64 of up to 128 px, 4 of 512 px)")
-    add("--num-inference-steps", type=int, help="default: 20")
-    add("--guidance-scale", type=float, default=5.0)
+    add("--num-shown", type=whole(1, 1000), help="sampled pictures of each question on its sheet (default: 24; 12 above 128 px)")
+    add("--seed", type=whole(SEED), default=0, help="of the first picture sampled; picture k has seed + k")
+    add("--batch-size", type=whole(1, 4096), help="pictures computed together (default: 64 of up to 128 px, 4 of 512 px)")
+    add("--num-inference-steps", type=whole(SAMPLING["num_inference_steps"]), help="default: 20")
+    add("--guidance-scale", type=real(SAMPLING["guidance_scale"]), default=5.0)
     add("--precision", choices=["auto", "32-true", "bf16-mixed"], default="auto", help="of sampling; auto: bfloat16 where it is native")
     add("--quick", action="store_true", help=f"a first look: {', '.join(f'{name} {value}' for name, value in QUICK.items())}")
     add("--device", default=str(pick_device(process_rank()[0])))
@@ -165,22 +177,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for counts that cannot be."""
+    """Raises ValueError for options that do not fit each other, or the machine."""
     checked_device(args.device, f"--device {args.device}")
-    for option in (
-        "num_images",
-        "num_letters",
-        "num_pairs",
-        "num_inference_steps",
-        "num_seeds",
-        *(name for name in ("batch_size", "num_shown", "image_size") if getattr(args, name) is not None),
-    ):
-        least = 2 if option in ("num_images", "num_letters", "num_pairs") else 1  # a distribution takes two
-        value = str(getattr(args, option))
-        if not (option == "num_pairs" and value == "all") and (not value.lstrip("-").isdecimal() or int(value) < least):
-            raise ValueError(f"--{option.replace('_', '-')}: got {value}, wanted at least {least}")
-    if not 0 <= args.seed < 2**62:
-        raise ValueError(f"--seed: got {args.seed}, wanted 0 to 2^62")
     if ("components" in args.metrics) != bool(args.components):
         raise ValueError("--metrics components and --components NAME (hybrid:0.06, colour, motion:0.3) need each other")
 

@@ -27,10 +27,12 @@ from torch import nn
 
 from eqldm.atomic import beside, lock_of, whole_folder
 from eqldm.autoencoder.fold import fold_map
+from eqldm.command import Parser, real
 from eqldm.lock import held
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
 from eqldm.paths import path_option
+from eqldm.ranges import Range
 from eqldm.run_model import export_checkpoint, parse_run, run_options
 from eqldm.single_file import WRITTEN, write_single_file
 
@@ -121,11 +123,13 @@ def _exported(args: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", type=path_option, help="model folder, whole or with vae/ alone; RUN or RUN@STEP: a run's checkpoint")
     parser.add_argument("--out", type=path_option, required=True, help="model folder to write; a file for --single-file")
     parser.add_argument("--single-file", action="store_true", help="write the VAE alone, in LDM's layout")
-    parser.add_argument("--scale-factor", type=float, help="for --single-file: scale of the latents (default: the VAE's own)")
+    parser.add_argument(
+        "--scale-factor", type=real(Range(0, 1e6, above=True)), help="for --single-file: scale of the latents (default: the VAE's own)"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the stored weights (default: float16; of a run's checkpoint as the run's own end)"
     )

@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 MANY = 10**9  # steps, pictures
+WORKERS = 256  # processes, at most
 
 
 class Range(NamedTuple):
@@ -27,7 +28,13 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}" if self.low else "0 or more"
-        high = "" if self.high == math.inf else f", below {self.high:g}" if self.below else f", up to {self.high:.16g}"
+        high = (
+            ""
+            if self.high == math.inf
+            else f", below {self.high:g}"
+            if self.below
+            else f", up to {self.high if isinstance(self.high, int) else f'{self.high:g}'}"
+        )
         return low + high
 
 
@@ -37,7 +44,7 @@ RANGES = {  # of a list, that of each of its numbers
     "data.image_size": Range(1, 16384),
     "data.batch_size": Range(1, 2**20),
     "data.micro_batch_size": Range(1, 2**20),
-    "data.num_workers": Range(0, 256),  # processes
+    "data.num_workers": Range(0, WORKERS),
     "data.shuffle_shards": Range(1, 10**6),
     "data.val_samples": COUNT,
     "run.seed": Range(0, 2**32 - 1),
@@ -89,6 +96,20 @@ RANGES = {  # of a list, that of each of its numbers
     "rotation_degrees": Range(0, 180),
     "noise": Range(0, 10),
     "turned_share": Range(0, 1),
+}
+
+PICTURE_SIDE = Range(1, 16384)  # px
+SEED = Range(0, 2**62)
+SAMPLING = {  # of `anagram.options.Options`
+    "num_inference_steps": Range(1, 10**4),
+    "guidance_scale": Range(0, 10**4),
+    "guidance_rescale": PROBABILITY,
+    "weights": Range(0, 1e6),
+    "time_travel": Range(1, 1000),
+    "travel_band": PROBABILITY,
+    "image_size": PICTURE_SIDE,
+    "upscale": Range(1, 64),
+    "upscale_strength": Range(0, 1, above=True, below=True),
 }
 
 

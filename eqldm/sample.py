@@ -31,7 +31,6 @@ from eqldm.model_folder import PRETRAINED, vae_hash, weights_hash
 from eqldm.run_model import opened
 
 DEFAULT = "glyphs-eq"
-MOST_SAMPLES = 100_000
 """The shipped model that samples where none is given."""
 SWITCHES = ("force", "attention_slicing", "tiled", "offload")  # of the command, beside `Options`
 FLAGS = ("symmetrise", *SWITCHES)  # that take no value
@@ -48,10 +47,6 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     Raises: ValueError for options that do not fit each other or the model; FileNotFoundError for a folder that is no model;
     OSError where `--out` cannot be written.
     """
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise ValueError("--num-samples and --batch-size must be at least 1")
-    if args.num_samples > MOST_SAMPLES:
-        raise ValueError(f"--num-samples: got {args.num_samples}, wanted at most {MOST_SAMPLES}, which one page can show")
     check_seeds(args.seed, args.num_samples)
     options = options_of(args)
     options.check(len(args.prompts))  # before the model is opened, which takes time

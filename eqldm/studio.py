@@ -7,7 +7,6 @@ it answers to no other names than this machine's and those of --allow-host.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import queue
@@ -33,6 +32,7 @@ from eqldm.anagram.gallery import Shown
 from eqldm.anagram.options import Options
 from eqldm.anagram.recipes import Anagram, Composition, Recipe, released
 from eqldm.anagram.sampling import Sampler
+from eqldm.command import Parser, whole
 from eqldm.data.samples import tensor_to_picture
 from eqldm.form import CHOICES, KINDS, MOST_CHARACTERS, NUMBERS, OWN, PARTS, VIEWS, read_form
 from eqldm.gate import MOST_BYTES, Gate, check_listening, is_everywhere, names_of
@@ -324,12 +324,12 @@ def _end(number: int, frame) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--model", type=place_option, default=str(PRETRAINED / DEFAULT), help="model folder (default: the shipped glyphs-eq)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in, who may then open any folder")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=whole(1, 65535), help="default: the first free one from 7860")
     parser.add_argument(
         "--allow-host", nargs="+", action="extend", default=[], metavar="NAME",
         help="names that it answers to beside localhost and --host, such as that of a proxy before it",

@@ -6,10 +6,10 @@ better autoencoder, and what does not work: the UNet knows other latents. Evalua
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from eqldm.command import Parser
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
 from eqldm.paths import path_option
@@ -41,7 +41,7 @@ def swap(model: Path, vae: Path, out: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", type=path_option, help="model folder to take all but the VAE from")
     parser.add_argument("--vae", type=path_option, required=True, help="model folder, or AutoencoderKL folder, to take the VAE from")
     parser.add_argument("--out", type=path_option, required=True, help="model folder to write")

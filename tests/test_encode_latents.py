@@ -38,12 +38,13 @@ def run(monkeypatch, tiny_model_folder, tiny_pictures):
 
 
 @pytest.fixture
-def refused(run):
+def refused(run, capsys):
     def call(*arguments, **names) -> str:
         with pytest.raises(SystemExit) as info:
             run(*arguments, **names)
-        assert str(info.value.code).startswith("error: ")
-        return info.value.code
+        error = capsys.readouterr().err if info.value.code == 2 else str(info.value.code)
+        assert error.startswith("error: ")
+        return error
 
     return call
 
@@ -78,8 +79,8 @@ def test_moments_are_the_encoders(run, tmp_path, tiny_model_folder, tiny_picture
 
 def test_a_batch_of_none_is_refused(refused, tmp_path):
     """A negative one gave a latent set without latents, and no error."""
-    for option, given, least in (("--batch-size", 0, 1), ("--batch-size", -3, 1), ("--num-workers", -1, 0)):
-        assert f"{option}: got {given}, wanted at least {least}" in refused(tmp_path / "out", option, given)
+    for option, given, least in (("--batch-size", 0, "at least 1"), ("--batch-size", -3, "at least 1"), ("--num-workers", -1, "0 or more")):
+        assert f"{option}: got {given}, wanted {least}" in refused(tmp_path / "out", option, given)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("views", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes", "gate"),
-    ("atomic", "config", "model_card", "single_file"),
+    ("atomic", "command", "config", "model_card", "single_file"),
     ("unused",),
     ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),
     ("run_model", "form"),

@@ -10,7 +10,6 @@ exported VAE has `scaling_factor = 1` and no shift: stock diffusers pipelines ne
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from eqldm.command import Parser, whole
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
 from eqldm.model_folder import check_latents, check_replaceable, encode, load_vae, save_model_folder
@@ -138,12 +138,12 @@ def fold_channels(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("model", type=place_option, help="model folder, or AutoencoderKL folder")
     parser.add_argument("--data", type=place_option, required=True, help="shard folder of pictures to measure the latents on")
     parser.add_argument("--out", type=place_option, required=True, help="model folder to write, holding vae/")
     parser.add_argument("--align-to", type=place_option, help="model folder whose latents are to be matched")
-    parser.add_argument("--num-images", type=int, default=2048)
+    parser.add_argument("--num-images", type=whole(2, 10**6), default=2048)
     parser.add_argument("--keep-origin", action="store_true", help="fold no offset: for a VAE trained with negation")
     args = parser.parse_args()
     try:

@@ -8,7 +8,6 @@ same pictures, prompts and seeds, their resamples are paired.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from eqldm.command import Parser
 from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.naming import direction, number, question_of
 from eqldm.markdown import markdown
@@ -151,7 +151,7 @@ NOTE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("results", nargs="+", type=place_option, metavar="DIR/NAME", help="results; all others are held against the first")
     parser.add_argument("--out", type=path_option, help="Markdown file to write")
     args = parser.parse_args()
