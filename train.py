@@ -16,6 +16,7 @@ import yaml
 
 from eqldm.command import Parser
 from eqldm.config import load_config, to_yaml
+from eqldm.kinds import check_given_once
 from eqldm.paths import place_option
 from eqldm.training.stopping import listen
 from eqldm.unused import without_effect
@@ -29,6 +30,7 @@ def main() -> None:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):  # device lists and advertising
         logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
     try:
+        check_given_once(args.overrides)
         dry_run = [_boolean(item) for item in args.overrides if item.startswith("dry_run=")]
         config = load_config(args.config, [item for item in args.overrides if not item.startswith("dry_run=")])
         if dry_run and dry_run[-1]:
@@ -56,8 +58,14 @@ def _boolean(item: str) -> bool:
 
 
 def _needs(config) -> list[str]:
-    """What the run will need, or why that cannot be told yet."""
+    """What the run will need, or why that cannot be told yet. Raises ValueError for options that do not fit."""
     if config.stage == "judge":
+        import torch
+
+        from eqldm.evaluation.judge import make_network
+
+        with torch.device("meta"):
+            make_network(config.architecture, dict(config.architecture_args))
         return []
     from eqldm.budget import budget, report
     from eqldm.run_model import with_models
@@ -65,7 +73,7 @@ def _needs(config) -> list[str]:
     try:
         config = with_models(config)
         return report(config, budget(config))
-    except (ValueError, OSError) as error:
+    except FileNotFoundError as error:  # of an input, which another stage may be making
         return [f"what it will need cannot be told yet: {error}"]
 
 

@@ -29,11 +29,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.command import Parser
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, load_config, micro_batch_size
-from eqldm.construction import check_arguments, make, make_noise
+from eqldm.construction import check_autoencoder, check_named, check_unet, make
 from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import holds_shards, read_manifest
 from eqldm.diffusion.adaptation import add_lora
 from eqldm.diffusion.conditioning import TEXT_ENCODER, prompt_length
+from eqldm.kinds import check_given_once
 from eqldm.markdown import markdown
 from eqldm.model_folder import check_model_folder, check_settings, downsampling, unet_arguments, vae_arguments
 from eqldm.paths import place_option
@@ -111,7 +112,9 @@ class Budget:
 
 
 def budget(config: AutoencoderConfig | DiffusionConfig) -> Budget:
-    """What the run needs. Raises ValueError where the pictures' size is not known; FileNotFoundError, ValueError as the loaders."""
+    """What the run needs. Raises FileNotFoundError where the pictures' size is not known yet; ValueError for options that do not
+    fit, and as the loaders."""
+    check_named(config)
     size = _image_size(config)
     notes: list[str] = []
     with _fakes(config, size, notes) as (networks, step, kept):
@@ -200,7 +203,7 @@ def _image_size(config: AutoencoderConfig | DiffusionConfig) -> int:
         return PictureSamples(config.data.train).image_size[0]  # which refuses latents
     if config.data.image_size:
         return config.data.image_size
-    raise ValueError(f"'{config.data.train}' holds no shards yet: set data.image_size to the pictures' side, px")
+    raise FileNotFoundError(f"'{config.data.train}' holds no shards yet: set data.image_size to the pictures' side, px")
 
 
 def _network_config(model: str | None, part: str, notes: list[str]) -> dict:
@@ -240,6 +243,8 @@ def _fakes(
 def _autoencoder(config: AutoencoderConfig, size: int, notes: list[str]) -> tuple[dict[str, nn.Module], Callable, int]:
     """The networks of stage 1, a training step on pictures of a count, and the parameters that the EMA copies."""
     arguments = config.architecture if config.init == "scratch" else _network_config(config.model, "vae", notes)
+    if config.init == "scratch":
+        check_autoencoder(arguments, size)
     vae = _vae(arguments).train()
     networks: dict[str, nn.Module] = {"vae": vae}
     loss, vgg = config.loss, None
@@ -280,8 +285,6 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     vae = None if config.vae == "pixels" else _vae(_network_config(config.vae, "vae", notes)).requires_grad_(False)
     channels, side = (3, size) if vae is None else (vae.config.latent_channels, size // downsampling(vae))
     if config.init == "scratch":
-        check_arguments(CLIPTextConfig, "text_encoder", config.text_encoder)
-        make_noise(config.scheduler)
         text = {**TEXT_ENCODER, **config.text_encoder, **VOCABULARY}
         length = prompt_length(config.text_encoder.get("max_position_embeddings"))
         text["max_position_embeddings"] = length or VOCABULARY["max_position_embeddings"]
@@ -294,6 +297,8 @@ def _diffusion(config: DiffusionConfig, size: int, notes: list[str]) -> tuple[di
     width, length = text.config.hidden_size, text.config.max_position_embeddings
     unet = config.unet if config.init == "scratch" or config.unet else _network_config(config.model, "unet", notes)
     sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels, "cross_attention_dim": width}
+    if config.init != "pretrained":
+        check_unet({**unet, **sizes}, side, length)
     unet = make(UNet2DConditionModel, "unet", {**unet, **sizes}).train()
     if config.adapt == "lora":
         add_lora(unet, config)
@@ -409,6 +414,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     args = parser.parse_args()
     try:
+        check_given_once(args.overrides)
         config = load_config(args.config, args.overrides)
         if isinstance(config, JudgeConfig):
             raise ValueError(

@@ -6,15 +6,17 @@ and unit. `load_config` checks types and choices (omegaconf), then the cross-che
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, get_origin, get_type_hints
+from typing import Any, Literal, Optional
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eqldm.kinds import check_kinds, check_numbers, check_references, is_text, option_type
 from eqldm.paths import expanded
 from eqldm.ranges import check_ranges
 
@@ -400,27 +402,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     contradict each other. The message names the key.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"config '{path}' is a folder: give the YAML file in it")
     if not path.is_file():
         raise FileNotFoundError(f"config '{path}' does not exist: configs of the small world lie under configs/glyphs/")
-    loose = [item for item in overrides if "=" not in item]
-    if loose:
-        raise ValueError(f"override '{loose[0]}' has no '=': wanted key=value, such as run.num_steps=100")
+    for item in overrides:
+        if not all(item.partition("=")[:2]):
+            raise ValueError(f"override '{item[:200]}' has no '=', or nothing before it: wanted key=value, such as run.num_steps=100")
     try:
-        file = OmegaConf.load(path)
+        file = _read(path)
         found = file.get("stage") if isinstance(file, DictConfig) else None
         if not isinstance(file, DictConfig) or not isinstance(found, str) or found not in STAGES:
             raise ValueError(f"config '{path}': stage is {found!r}, wanted one of {', '.join(STAGES)}")
         schema = OmegaConf.structured(STAGES[file.stage])
-        _check_kinds(STAGES[file.stage], OmegaConf.to_container(file))
+        check_kinds(STAGES[file.stage], OmegaConf.to_container(file))
         merged = OmegaConf.merge(schema, file, _parse_overrides(STAGES[file.stage], overrides))
         assert isinstance(merged, DictConfig)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ValueError(f"config '{path}': required but not set: {', '.join(missing)}. Give them as key=value")
+        check_references(OmegaConf.to_container(merged))
         _expand_paths(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"config '{path}': {str(error).splitlines()[0]} (key: {error.full_key or '?'})") from error
+        raise ValueError(f"config '{path}': {str(error).splitlines()[0][:500]} (key: {(error.full_key or '?')[:200]})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"config '{path}' is no UTF-8 ({error}): save it as UTF-8, or is it another kind of file?") from error
     except yaml.YAMLError as error:
@@ -428,6 +433,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     assert isinstance(config, StageConfig)
     config.validate()
     return config
+
+
+def _read(path: Path) -> Any:
+    """A YAML file. Raises ValueError, UnicodeDecodeError, YAMLError."""
+    if (size := path.stat().st_size) > 10**6:
+        raise ValueError(f"config '{path}' has {size} bytes: wanted options, which take a few thousand")
+    text = path.read_text(encoding="utf-8")
+    check_numbers(text)
+    try:
+        return OmegaConf.load(io.StringIO(text))
+    except OSError as error:  # a number, or a date
+        raise ValueError(f"config '{path}' holds one value, wanted options by name, and a stage among them") from error
 
 
 def _expand_paths(options: DictConfig) -> None:
@@ -445,38 +462,19 @@ def _parse_overrides(stage: type, overrides: Sequence[str]) -> DictConfig:
     parsed = OmegaConf.create()
     for item in overrides:
         key, _, value = item.partition("=")
-        if value != "null" and _option_type(stage, key) in (str, Optional[str]):
+        if value != "null" and is_text(option_type(stage, key)):
             OmegaConf.update(parsed, key, value)
             continue
         if not value.strip():  # YAML's null: what a script's unset variable gives
             raise ValueError(f"{key}: got nothing after '=', wanted a value, or null for none")
         try:
+            check_numbers(value, key)
             given = OmegaConf.from_dotlist([item])
         except yaml.YAMLError as error:
-            raise yaml.YAMLError(f"{item}: {error}") from error
-        _check_kinds(stage, OmegaConf.to_container(given))
+            raise yaml.YAMLError(f"{item[:200]}: {error}") from error
+        check_kinds(stage, OmegaConf.to_container(given))
         parsed.merge_with(given)
     return parsed
-
-
-def _check_kinds(kind: Any, given: Any, prefix: str = "") -> None:
-    """Raises ValueError where options by name, or a list, are wanted and something else is given: omegaconf does not say where."""
-    for name, hint in get_type_hints(kind).items():
-        value, key = given.get(name), prefix + name
-        if is_dataclass(hint) and isinstance(value, dict):
-            _check_kinds(hint, value, f"{key}.")
-        elif (is_dataclass(hint) or get_origin(hint) is dict) and not isinstance(value, dict | None):
-            raise ValueError(f"{key}: got {value!r}, wanted options by name: {key}.NAME=VALUE")
-        elif get_origin(hint) is list and not isinstance(value, list | None):
-            raise ValueError(f"{key}: got {value!r}, wanted a list: {key}=[...]")
-
-
-def _option_type(stage: type, key: str) -> Any:
-    """The type of the option of a dotted key; None for a key that is none."""
-    kind: Any = stage
-    for name in key.split("."):
-        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
-    return kind
 
 
 def to_yaml(config: StageConfig) -> str:

@@ -11,14 +11,30 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import CLIPTextConfig, PreTrainedConfig
 
+from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig
 from eqldm.model_folder import make_scheduler
 
 Made = TypeVar("Made")
 MISFITS = (  # what the libraries raise of values that do not fit
     TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError,
 )  # fmt: skip
+SIZES = {"sample_size", "in_channels", "out_channels", "cross_attention_dim"}
+TOKENS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def check_named(config: StageConfig) -> None:
+    """Raises ValueError for arguments of networks and schedulers that there are not, or that the data give; no input is read."""
+    if isinstance(config, AutoencoderConfig):
+        check_arguments(AutoencoderKL, "architecture", config.architecture)
+    if isinstance(config, DiffusionConfig):
+        for option, sizes, source in (("unet", SIZES, "latents and the text encoder"), ("text_encoder", TOKENS, "captions")):
+            if given := sorted(getattr(config, option).keys() & sizes):
+                raise ValueError(f"{option}.{given[0]} follows from the {source}: drop it")
+        check_arguments(UNet2DConditionModel, "unet", config.unet)
+        check_arguments(CLIPTextConfig, "text_encoder", config.text_encoder)
+        make_noise(config.scheduler)
 
 
 def make(kind: type[Made], option: str, given: dict[str, Any], **fixed: Any) -> Made:
@@ -61,8 +77,15 @@ def check_arguments(kind: type, option: str, given: dict[str, Any]) -> None:
             near = get_close_matches(str(name), known, 1)
             hint = f"Did you mean {option}.{near[0]}?" if near else f"It has {', '.join(known)}"
             raise ValueError(f"{option}.{name}: {kind.__name__} has no such argument. {hint}")
-        if wanted := _mismatch(value, known[name]):
+        if wanted := _too_large(name, value) or _mismatch(value, known[name]):
             raise ValueError(f"{option}.{name}: got {value!r}, wanted {wanted}")
+
+
+def _too_large(name: str, value: Any) -> str:
+    """What is wanted in place of a number that would take all memory, or no end of time; "" for others."""
+    most = 256 if "layers" in name else 10**6
+    values = value if isinstance(value, list | tuple) else [value]
+    return f"at most {most}" if any(isinstance(each, int | float) and each > most and each != math.inf for each in values) else ""
 
 
 def _mismatch(value: Any, default: Any) -> str:

@@ -111,7 +111,7 @@ def test_a_checkpoint_is_as_large_as_told(tiny, tmp_path, tiny_pictures):
 
 def test_shards_tell_the_size(tiny, tiny_pictures):
     assert budget(tiny("data.image_size=null", f"data.train={tiny_pictures}")) == budget(tiny())
-    with pytest.raises(ValueError, match="'absent' holds no shards yet: set data.image_size"):
+    with pytest.raises(FileNotFoundError, match="'absent' holds no shards yet: set data.image_size"):
         budget(tiny("data.image_size=null"))
 
 

@@ -62,7 +62,7 @@ def test_the_file_wins_over_defaults_and_overrides_over_the_file(tmp_path):
     ("run.strategy=deepspeed_stage_2", r"expected one of \['auto', 'ddp', 'zero1', 'zero2', 'zero3'\] \(key: run.strategy\)"),
     ("stage=diffusion", "key: stage"),
     ("data.train=${nowhere}", "'nowhere' not found .key: data.train"),
-    ("run.seed", "override 'run.seed' has no '=': wanted key=value"),
+    ("run.seed", "override 'run.seed' has no '=', or nothing before it: wanted key=value"),
     ("optimizer.betas=[0.9", "an override, is no YAML"),
 ])  # fmt: skip
 def test_a_bad_override_is_refused_by_its_key(load, override, message):
@@ -221,7 +221,7 @@ def test_a_dry_run_prints_and_starts_nothing(train, capsys, text):
 
 
 def test_no_dry_run_trains(train):
-    for overrides in ([], ["dry_run=false"], ["dry_run=No"], ["dry_run=true", "dry_run=off"]):
+    for overrides in ([], ["dry_run=false"], ["dry_run=No"], ["dry_run=off", "dry_run=off"]):
         with pytest.raises(AssertionError, match="a training was started"):
             train(*overrides)
 
@@ -230,6 +230,46 @@ def test_no_dry_run_trains(train):
 def test_what_is_no_boolean_is_an_error_and_no_training(train, override):
     with pytest.raises(SystemExit, match="error: .*dry_run"):
         train(override)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["dry_run=true", "dry_run=off"], "dry_run: given twice, true and off: give it once"),
+    (["run.seed=1", "run.seed=2", "dry_run=true"], "run.seed: given twice, 1 and 2: give it once"),
+    (["architecture=resnet81", "dry_run=true"], "architecture: timm knows no model 'resnet81'; near: "),
+    (["architecture_args={foo: 3}", "dry_run=true"], "architecture_args.foo is no argument"),
+])  # fmt: skip
+def test_wrong_options_end_a_dry_run(train, overrides, message):
+    with pytest.raises(SystemExit, match=message):
+        train(*overrides)
+
+
+DRY = {  # what makes a stage of the minimal file, whose inputs do not exist
+    "autoencoder": "stage: autoencoder\n",
+    "diffusion": "stage: diffusion\nvae: nowhere\ntrain_text_encoder: true\n",
+}
+
+
+@pytest.mark.parametrize(("stage", "override", "message"), [
+    ("autoencoder", "architecture.latent_chanels=4", "Did you mean architecture.latent_channels"),
+    ("autoencoder", "architecture.norm_num_groups=7", "pictures.*|architecture does not fit"),
+    ("diffusion", "unet.layers_per_blok=4", "Did you mean unet.layers_per_block"),
+    ("diffusion", "unet.in_channels=4", "unet.in_channels follows from the latents"),
+    ("diffusion", "text_encoder.hiden_size=4", "Did you mean text_encoder.hidden_size"),
+    ("diffusion", "scheduler.predition_type=v_prediction", "Did you mean scheduler.prediction_type"),
+    ("diffusion", "scheduler.beta_schedule=foo", "scheduler does not fit"),
+])  # fmt: skip
+def test_a_wrong_architecture_ends_a_dry_run_before_its_inputs_exist(train, tmp_path, stage, override, message):
+    (tmp_path / "config.yaml").write_text(DRY[stage])
+    sizes = ["data.image_size=32"] if "norm_num_groups" in override else []
+    with pytest.raises(SystemExit, match=f"error: .*({message})"):
+        train(override, *sizes, "dry_run=true")
+
+
+@pytest.mark.parametrize("stage", DRY)
+def test_inputs_that_do_not_exist_yet_are_a_comment_of_a_dry_run(train, tmp_path, capsys, stage):
+    (tmp_path / "config.yaml").write_text(DRY[stage])
+    train("dry_run=true")
+    assert "# what it will need cannot be told yet: 'train' holds no shards yet: set data.image_size" in capsys.readouterr().out
 
 
 def option_classes() -> list[type]:

@@ -36,6 +36,8 @@ UNET = {name: list(value) if isinstance(value, tuple) else value for name, value
     ({"latent_channels": -1}, "architecture does not fit"),
     ({"scaling_factor": float("nan")}, "architecture.scaling_factor: got nan, wanted a finite number"),
     ({"in_channels": 4}, "architecture does not fit"),
+    ({"layers_per_block": 10**5}, "architecture.layers_per_block: got 100000, wanted at most 256"),
+    ({"block_out_channels": [8, 10**9]}, "architecture.block_out_channels: got .*, wanted at most 1000000"),
     ({"act_fn": "foo"}, r"architecture does not fit: .*\(got architecture.act_fn=foo\)"),
     ({"mid_block_add_attention": "no"}, "architecture.mid_block_add_attention: got 'no', wanted true or false"),
 ])  # fmt: skip
@@ -103,6 +105,7 @@ def test_a_text_encoder_that_does_not_fit(build, sizes, message):
     ({"beta_start": float("nan")}, "scheduler.beta_start: got nan, wanted a finite number"),
     ({"beta_start": "a"}, "scheduler.beta_start: got 'a', wanted a number"),
     ({"num_train_timesteps": 0}, "scheduler does not fit"),
+    ({"num_train_timesteps": 10**12}, "scheduler.num_train_timesteps: got 1000000000000, wanted at most 1000000"),
     ({"_class_name": "PNDMScheduler", "clip_sample": False}, "scheduler.clip_sample: PNDMScheduler has no such argument"),
 ])  # fmt: skip
 def test_a_scheduler_that_does_not_fit(scheduler, message):

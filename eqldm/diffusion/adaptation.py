@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eqldm.atomic import write_whole
 from eqldm.config import DiffusionConfig
-from eqldm.construction import check_unet, make, make_noise
+from eqldm.construction import check_named, check_unet, make, make_noise
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer, prompt_length
 from eqldm.model_folder import Networks, Pixels, downsampling, load_scheduler, load_text, unet_arguments
 
@@ -23,8 +23,9 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
     """The networks that training starts from, on the CPU.
 
     captions: of the training set, read only for init: scratch, to make the tokenizer.
-    Raises ValueError where a pretrained UNet does not take the VAE's latent channels.
+    Raises ValueError where a pretrained UNet does not take the VAE's latent channels; as `check_named`, and where the options do not fit.
     """
+    check_named(config)
     channels = vae.config.latent_channels
     if config.init == "pretrained":
         assert config.model is not None  # its options require it
@@ -53,8 +54,6 @@ def build_networks(config: DiffusionConfig, vae: AutoencoderKL | Pixels, image_s
             "out_channels": channels,
             "cross_attention_dim": text_encoder.config.hidden_size,
         }
-        if given := sorted(config.unet.keys() & sizes.keys()):
-            raise ValueError(f"unet.{given[0]} follows from the latents and the text encoder: drop it")
         check_unet({**architecture, **sizes}, sizes["sample_size"], text_encoder.config.max_position_embeddings)
         unet = make(UNet2DConditionModel, "unet", architecture, **sizes)
         start_unconditional(unet)

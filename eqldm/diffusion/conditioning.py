@@ -91,8 +91,6 @@ def make_text_encoder(tokenizer: CLIPTokenizer, **sizes) -> CLIPTextModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if given := sorted(sizes.keys() & tokens.keys()):
-        raise ValueError(f"text_encoder.{given[0]} follows from the captions: drop it")
     config = make(CLIPTextConfig, "text_encoder", {**TEXT_ENCODER, **sizes}, **tokens)
     try:
         text_encoder = CLIPTextModel(config)
