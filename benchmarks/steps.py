@@ -43,9 +43,14 @@ def slug(name: str) -> str:
     return "-".join(re.findall(r"[\w+]+", name))
 
 
+def last(overrides: Sequence[str]) -> list[str]:
+    """Each option once, as given last: a variant's own, or that of --set, in place of the study's."""
+    return list({item.partition("=")[0]: item for item in overrides}.values())
+
+
 def train(config: str, folder: Path, *overrides: str) -> Path:
     """The model that a config's run leaves in `folder`; trained now, or resumed, unless it is there."""
-    call("train.py", config, f"run.dir={folder}", *overrides)
+    call("train.py", config, *last([f"run.dir={folder}", *overrides]))
     return folder / "model"
 
 

@@ -30,7 +30,7 @@ from eqldm.budget import STABLE_DIFFUSION
 from eqldm.data.shards import MANIFEST, write_manifest, write_shard
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
 from eqldm.model_folder import save_model_folder
-from steps import call, encode, logged, path, shards, table
+from steps import call, encode, last, logged, path, shards, table
 
 CAPTION = "a picture of coloured clouds"
 VAE, UNET = "configs/sd15/vae_d4.yaml", "configs/sd15/unet_full.yaml"
@@ -162,7 +162,7 @@ def main() -> None:
         never = [f"run.{key}={10 * args.num_steps}" for key in ("val_every", "checkpoint_every")]
         sizes = [f"data.image_size={args.size}", f"data.batch_size={batch}", f"data.micro_batch_size={batch}", "data.val_samples=1"]
         where = [f"run.dir={run}", f"model={model}", *shards(pictures if vae else latents), *([] if vae else ["boundary_steps=0"])]
-        call("train.py", config, *where, *own, *steps, *never, *sizes, *options, *args.set)
+        call("train.py", config, *last([*where, *own, *steps, *never, *sizes, *options, *args.set]))
         results[name] = measured(run)
         shutil.rmtree(run)  # a checkpoint of full size takes 14 GB
         store.write_text(json.dumps(results, indent=2) + "\n")

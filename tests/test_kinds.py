@@ -75,7 +75,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (MINIMAL + LAUGHS, "YAML alias"),
+    (MINIMAL + LAUGHS, "EXPANDED_NODES"),
     (MINIMAL + "unet: &a {b: *a}\n", "recursive aliases"),
     (MINIMAL + "unet: {a: " + "[" * 9000 + "]" * 9000 + "}\n", "lists within lists"),
     (MINIMAL + "unet: {a: !!python/object/apply:os.getcwd []}\n", "could not determine a constructor"),
