@@ -40,6 +40,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # the shipped models
 FOREIGN = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # settings that may name others' code
 Network = TypeVar("Network", bound=nn.Module)
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
+BESIDE = (CARD, "model_index.json", "safety_checker", "feature_extractor", "lora", "checkpoint.json")  # what else a model folder may hold
 
 
 class Pixels(nn.Module):
@@ -321,8 +322,13 @@ def check_replaceable(folder: Path, *inputs: Path, whole: bool = False) -> None:
 
 
 def _check_is_model(folder: Path) -> None:
-    """Raises ValueError where a file stands there, or a folder that is neither empty nor a model."""
+    """Raises ValueError where a file stands there, or a folder that is neither empty nor a model, or holds more than one does."""
     if folder.is_dir() and (not any(folder.iterdir()) or (folder / "vae" / "config.json").is_file()):
+        if others := sorted({path.name for path in folder.iterdir()} - {*PARTS, *BESIDE}):
+            raise ValueError(
+                f"--out '{folder}' is a model folder that also holds {', '.join(others[:5])}{' and more' * (len(others) > 5)}, which would "
+                "be deleted: give another, or move that away first"
+            )
         return
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"--out '{folder}' exists and is no model folder: it would be deleted. Give another, or empty it first")

@@ -62,7 +62,7 @@ def test_a_vae_saved_in_half_precision_loads_in_float32(tiny_vae, tmp_path):
 
 def test_a_saved_folder_is_replaced_and_nothing_else_is_left(make_tiny_vae, tmp_path):
     save_model_folder(tmp_path / "model", vae=make_tiny_vae(0))
-    (tmp_path / "model" / "stale").mkdir()
+    (tmp_path / "model" / "vae" / "stale").mkdir()
     save_model_folder(tmp_path / "model", vae=make_tiny_vae(1))
     assert vae_hash(load_vae(tmp_path / "model")) == vae_hash(make_tiny_vae(1))
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*") if path.is_dir()) == ["model", "model/vae"]

@@ -49,3 +49,17 @@ def test_what_is_no_model_is_never_replaced(tiny_model_folder, make_tiny_vae, tm
     (tmp_path / "empty").mkdir()
     for _ in range(2):  # an empty folder, then the model that stands there
         assert vae_hash(load_vae(swap(tiny_model_folder, vae, tmp_path / "empty"))) == vae_hash(load_vae(vae))
+
+
+def test_what_lies_beside_a_models_parts_is_never_deleted(tiny_model_folder, make_tiny_vae, tmp_path):
+    """A folder counted as a model once it held vae/config.json, whatever else lay there."""
+    vae, out = save_model_folder(tmp_path / "vae", vae=make_tiny_vae(seed=5)), tmp_path / "out"
+    swap(tiny_model_folder, vae, out)
+    (out / "thesis.txt").write_text("mine")
+    for write in (lambda: swap(tiny_model_folder, vae, out), lambda: save_model_folder(out, vae=make_tiny_vae())):
+        with pytest.raises(ValueError, match="is a model folder that also holds thesis.txt, which would be deleted: give another"):
+            write()
+    assert (out / "thesis.txt").read_text() == "mine" and vae_hash(load_vae(out)) == vae_hash(load_vae(vae))
+    (out / "thesis.txt").unlink()
+    (out / "lora").mkdir()
+    swap(tiny_model_folder, vae, out)
