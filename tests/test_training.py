@@ -26,7 +26,7 @@ from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_vae
 from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs, prepare_run
-from eqldm.training.speed import Utilisation
+from eqldm.training.speed import Utilisation, note_precision
 from eqldm.training.stopping import INTERRUPTED, STOPPED
 from eqldm.training.trainer import learning_rate_factor
 
@@ -93,6 +93,7 @@ def test_learning_rate_factor():
 
 def test_utilisation_is_of_the_devices_peak(configured, tmp_path):
     train_autoencoder(configured("run.log_every=1"), callbacks=[Utilisation(operations=2e9, peak=1e12)])
+    assert (tmp_path / "run" / "precision.txt").read_text() in ("32-true\n", "bf16-mixed\n")
     with open(tmp_path / "run" / "logs" / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("train/mfu")]
     assert len(rows) == 2
@@ -464,3 +465,11 @@ def test_a_compiled_autoencoder_with_a_late_discriminator_computes_the_same(conf
     a, b = (load_vae(folder).state_dict() for folder in folders)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+
+
+def test_another_arithmetic_is_said(tmp_path, capsys):
+    """run.precision=auto is bfloat16 on one device and float32 on another."""
+    for precision, said in (("bf16-mixed", ""), ("bf16-mixed", ""), ("32-true", "in bf16-mixed until now and goes on in 32-true")):
+        note_precision(tmp_path, precision)
+        assert said in (error := capsys.readouterr().err) and bool(said) == bool(error)
+    assert (tmp_path / "precision.txt").read_text() == "32-true\n"

@@ -1,6 +1,7 @@
 """The run folder: what a run states about itself, and what it resumes from.
 
-A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`, `git.txt` and `git.diff` (where there is a repository),
+A run folder holds `config.yaml`, `inputs.json`, `command.txt`, `versions.json`, `precision.txt` (what it computes in), `git.txt` and
+`git.diff` (where there is a repository),
 `logs/` (CSV and TensorBoard), `checkpoints/last.ckpt` (a file; under ZeRO a folder), with run.keep_every earlier ones beside it
 (`step-000002000.ckpt`), and, at the end, the exported model under `model/` and `done.json`.
 The same command resumes: it finds `last.ckpt`, checks that options and inputs are the same, and goes on at its step; of a run that

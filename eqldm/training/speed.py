@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from lightning_fabric.utilities.throughput import get_available_flops
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
 
+from eqldm.atomic import write_whole
 from eqldm.config import RunConfig, StageConfig
 
 GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989)}  # GB of memory; TFLOP/s of dense bf16, by NVIDIA's data sheets
@@ -27,6 +30,20 @@ def native_precision(accelerator: str) -> str:
 def resolved_precision(run: RunConfig) -> str:
     """The run's precision, `auto` resolved."""
     return native_precision(run.accelerator) if run.precision == "auto" else run.precision
+
+
+@rank_zero_only
+def note_precision(folder: Path, precision: str) -> None:
+    """Notes in the run folder what a run computes in, and says where it has gone on otherwise: `auto` depends on the device."""
+    path = folder / "precision.txt"
+    before = path.read_text(errors="replace").strip() if path.is_file() else precision
+    if before != precision:
+        print(
+            f"note: run folder '{folder}' was computed in {before[:40]} until now and goes on in {precision}, which run.precision=auto is "
+            "on this device: what comes of it is of neither alone. A run that is to stay in one states it",
+            file=sys.stderr,
+        )
+    write_whole(path, lambda partial: partial.write_text(precision + "\n"))
 
 
 class Throughput(Callback):

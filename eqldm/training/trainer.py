@@ -26,7 +26,7 @@ from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, Sav
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.heartbeat import Heartbeat, lost_others
 from eqldm.training.metrics_log import resumed_table
-from eqldm.training.speed import Throughput, resolved_precision
+from eqldm.training.speed import Throughput, note_precision, resolved_precision
 from eqldm.training.stopping import listen, listening
 from eqldm.training.zero import ZERO, AdamWEMA, ZeRO, ZeROWeights, zero_config
 
@@ -102,6 +102,7 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")  # a late PatchGAN start
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")  # see metrics_log.py
     precision = resolved_precision(run)
+    note_precision(folder, precision)
     strategy, timeout = run.strategy, timedelta(seconds=run.timeout_seconds)
     if run.strategy in ZERO:
         assert isinstance(config, DiffusionConfig)  # the options of the others refuse it
