@@ -33,7 +33,7 @@ class Range(NamedTuple):
             if self.high == math.inf
             else f", below {self.high:g}"
             if self.below
-            else f", up to {self.high if isinstance(self.high, int) else f'{self.high:g}'}"
+            else f", up to {self.high if isinstance(self.high, int) else f'{self.high:.16g}'}"
         )
         return low + high
 
@@ -67,7 +67,7 @@ RANGES = {  # of a list, that of each of its numbers
     "equivariance.consistency_weight": WEIGHT,
     "equivariance.rescale_prob": PROBABILITY,
     "equivariance.rescale_smallest": Range(0, 1, above=True, below=True),
-    "equivariance.num_groups": Range(1, 2**20),
+    "equivariance.num_groups": Range(1, 4096),
     "equivariance.permute_prob": PROBABILITY,
     "equivariance.permute_cells": Range(2, 2048),
     "equivariance.patch_turn_prob": PROBABILITY,

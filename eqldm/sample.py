@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -54,6 +55,8 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)
     recipe = recipe_of(args, sampler, options)
+    for view in sorted({view for view in args.views if args.views.count(view) > 1}):
+        print(f"note: {view} is there twice: the picture is to read as all of its prompts in one view", file=sys.stderr)
     chooser = Chooser(args) if args.keep else None
     settings = record(model, recipe, hashes(sampler), {name: getattr(args, name) for name in SWITCHES})
     out = Path(args.out)

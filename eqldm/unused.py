@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 
-from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig
+from eqldm.config import AutoencoderConfig, DiffusionConfig, StageConfig, micro_batch_size
 
 
 def without_effect(config: StageConfig) -> list[str]:
@@ -19,6 +19,11 @@ def _of_steps(config: StageConfig) -> list[str]:
         lines.append(
             f"run.val_every={run.val_every} is past the last step, {steps}: nothing is validated" + f", {drawn} wait for it" * bool(drawn)
         )
+    usual = type(run)()  # a short run with the usual options is none that anybody waits for
+    if steps < run.checkpoint_every != usual.checkpoint_every:
+        lines.append(f"run.checkpoint_every={run.checkpoint_every} is past the last step, {steps}: a run that dies before it begins anew")
+    if steps < run.log_every != usual.log_every:
+        lines.append(f"run.log_every={run.log_every} is past the last step, {steps}: no loss is logged but the validation's")
     if run.keep_every is not None and run.keep_every > steps:
         lines.append(f"run.keep_every={run.keep_every} is past the last step, {steps}: no checkpoint is kept but the newest")
     if run.devices * run.num_nodes == 1:
@@ -57,6 +62,10 @@ def _of_autoencoder(config: AutoencoderConfig) -> list[str]:
                 "equivariance.rescale_prob=0 rescales nothing",
                 *(f"equivariance.{name}" for name in ("rescale_smallest", "anisotropic", "num_groups")),
             )
+        elif eq.num_groups > (micro := micro_batch_size(config)):
+            lines.append(
+                f"equivariance.num_groups={eq.num_groups} is more than the {micro} pictures of a micro-batch: each is its own group"
+            )
         if not eq.permute_prob:
             lines += _idle(config, "equivariance.permute_prob=0 permutes nothing", "equivariance.permute_cells")
         lines += _of_transforms(config)
@@ -80,6 +89,8 @@ def _of_diffusion(config: StageConfig) -> list[str]:
     lines = []
     if isinstance(config, DiffusionConfig) and not config.train_text_encoder:
         lines += _idle(config, "train_text_encoder=false", "text_encoder_lr_factor")
+    elif isinstance(config, DiffusionConfig) and not config.text_encoder_lr_factor:
+        lines.append("train_text_encoder=true has no effect: text_encoder_lr_factor=0 leaves the text encoder as it begins")
     if isinstance(config, DiffusionConfig) and config.min_snr_gamma is None:
         lines += _idle(config, "min_snr_gamma is not set", "min_snr_floor")
     return lines

@@ -251,7 +251,8 @@ def test_the_best_by_clip(run, tiny_model_folder, tmp_path):
     (["--views", "identity", "jigsaw"], "12 or more to interlock"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_told_before_anything_is_sampled(failed, tiny_model_folder, tmp_path, more, message):
-    error = failed(*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--num-samples", 2, "--device", "cpu", *more)
+    prompts = [] if "--prompts" in more else ["--prompts", *PROMPTS]
+    error = failed(*options(tiny_model_folder, tmp_path / "out"), *prompts, "--num-samples", 2, "--device", "cpu", *more)
     assert message in error and not (tmp_path / "out").exists()
 
 
@@ -339,3 +340,8 @@ def test_a_prompt_that_is_no_text_is_refused(failed, tiny_model_folder, tmp_path
 @pytest.mark.parametrize("device", ["meta", "privateuseone", "nothing"])
 def test_a_device_that_computes_nothing_is_refused(failed, tiny_model_folder, tmp_path, device):
     assert f"device '{device}'" in failed(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--device", device)
+
+
+def test_a_view_given_twice_is_said(run, tiny_model_folder, tmp_path, capsys):
+    run(*options(tiny_model_folder, tmp_path / "out"), "--prompts", *PROMPTS, "--views", "flip", "flip", "--num-samples", 1)
+    assert "note: flip is there twice: the picture is to read as all of its prompts in one view" in capsys.readouterr().err

@@ -38,6 +38,10 @@ def told(tmp_path):
     [
         ("autoencoder", ["run.num_steps=400"], "run.val_every=500 is past the last step, 400: nothing is validated"),
         ("diffusion", ["run.num_steps=400", "sample_prompts=[a]"], "nothing is validated, sample_prompts wait for it"),
+        ("autoencoder", ["run.checkpoint_every=2000"], "run.checkpoint_every=2000 is past the last step, 1000: a run that dies"),
+        ("autoencoder", ["run.log_every=2000"], "run.log_every=2000 is past the last step, 1000: no loss is logged"),
+        ("diffusion", ["train_text_encoder=true", "text_encoder_lr_factor=0"], "train_text_encoder=true has no effect"),
+        ("autoencoder", ["equivariance.group=d4", "equivariance.rescale_prob=1", "equivariance.num_groups=33"], "each is its own group"),
         ("autoencoder", ["run.keep_every=2000"], "run.keep_every=2000 is past the last step, 1000: no checkpoint is kept but the newest"),
         ("autoencoder", ["optimizer.warmup_steps=1000"], "last as long as the run, 1000 steps: the learning rate ends at 1 of its peak"),
         ("diffusion", ["boundary_steps=950"], "optimizer.warmup_steps=100 last as long as the run, 50 steps"),
