@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from eqldm.command import Parser, real, whole
+from eqldm.command import Parser, error_line, real, whole
 from eqldm.paths import place_option
 from eqldm.ranges import SAMPLING, SEED
 
@@ -108,7 +108,7 @@ def main() -> None:
     try:
         page = sample_to_folder(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     print(f"open in a browser: {page}")
 
 

@@ -14,7 +14,7 @@ import sys
 
 import yaml
 
-from eqldm.command import Parser
+from eqldm.command import Parser, error_line
 from eqldm.config import load_config, to_yaml
 from eqldm.kinds import check_given_once
 from eqldm.paths import place_option
@@ -39,7 +39,7 @@ def main() -> None:
             return
         folder = _train(config)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     from pytorch_lightning.utilities import rank_zero_only
 
     rank_zero_only(print)(f"done: {folder}")

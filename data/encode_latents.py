@@ -20,7 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eqldm.atomic import DISK_FULL, write_whole
-from eqldm.command import Parser, whole
+from eqldm.command import Parser, error_line, whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
 from eqldm.data.manifest import MANIFEST, read_object, what_is_wrong
@@ -236,7 +236,7 @@ def main() -> None:
         print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
-from eqldm.command import Parser, real, whole
+from eqldm.command import Parser, error_line, real, whole
 from eqldm.data.making import console, make_folder, num_cores
 from eqldm.data.shards import write_shard
 from eqldm.paths import path_option
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eqldm.command import Parser, real, whole
+from eqldm.command import Parser, error_line, real, whole
 from eqldm.data.captions import draw_caption, is_odd
 from eqldm.data.checking import index_folder
 from eqldm.data.integrity import check_folder
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
         return 130
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
-from eqldm.command import Parser
+from eqldm.command import Parser, error_line
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, load_config, micro_batch_size
 from eqldm.construction import check_autoencoder, check_named, check_unet, make
 from eqldm.data.samples import LatentSamples, PictureSamples
@@ -423,7 +423,7 @@ def main() -> None:
         config = with_models(config)
         print("\n".join(report(config, budget(config))))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit status 2."""
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        text = " ".join(message.split())
+        self.exit(2, f"error: {text if len(text) <= 1000 else text[:500] + '...' + text[-500:]}\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and arg_strings == ["--"]:  # which argparse takes out, and an empty list for a value
+            raise argparse.ArgumentError(action, "got '--', wanted a value")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse's; an unknown option is told with the one that it may stand for."""
@@ -45,6 +51,11 @@ class _Once(argparse._StoreAction):
             print(f"note: {option_string} is given twice, {shown(given)} and {shown(values)}: the last one holds", file=sys.stderr)
         self.given = values
         super().__call__(parser, namespace, values, option_string)
+
+
+def error_line(error: Exception) -> str:
+    """What a command ends with for an error."""
+    return f"error: {' '.join(str(error).splitlines())}"
 
 
 def whole(low: int | Range, high: int = MANY) -> Callable[[str], int]:

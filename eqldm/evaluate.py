@@ -23,7 +23,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from eqldm.command import Parser, real, whole
+from eqldm.command import Parser, error_line, real, whole
 from eqldm.evaluation.entries import parse_entries
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
@@ -191,7 +191,7 @@ def main() -> None:
         if report is not None:
             print(f"report: {report}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     if failed:
         sys.exit("\n".join(f"error: {text}" for text in failed))
     if incomplete:

@@ -27,7 +27,7 @@ from torch import nn
 
 from eqldm.atomic import beside, lock_of, whole_folder
 from eqldm.autoencoder.fold import fold_map
-from eqldm.command import Parser, real
+from eqldm.command import Parser, error_line, real
 from eqldm.lock import held
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
@@ -149,7 +149,7 @@ def main() -> None:
         with held(lock_of(args.out), f"'{args.out}' is being written", "give another --out"):
             print(_exported(args))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def expanded(text: str) -> str:
         raise ValueError(f"got {text!r}, which begins or ends in a blank, or has a line break: wanted a path")
     if ADDRESS.match(text):
         return text
+    if longest := next((part for part in text.split("/") if len(os.fsencode(part)) > 255), ""):
+        raise ValueError(f"got a name of {len(longest)} characters, {longest[:40]!r}...: wanted a path, whose names have 255 at most")
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError as error:

@@ -32,7 +32,7 @@ from eqldm.anagram.gallery import Shown
 from eqldm.anagram.options import Options
 from eqldm.anagram.recipes import Anagram, Composition, Recipe, released
 from eqldm.anagram.sampling import Sampler
-from eqldm.command import Parser, whole
+from eqldm.command import Parser, error_line, whole
 from eqldm.data.samples import tensor_to_picture
 from eqldm.form import CHOICES, KINDS, MOST_CHARACTERS, NUMBERS, OWN, PARTS, VIEWS, read_form
 from eqldm.gate import MOST_BYTES, Gate, check_listening, is_everywhere, names_of
@@ -350,7 +350,7 @@ def main() -> None:
             finally:
                 page.close(verbose=False)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     except SystemExit as told:  # a thread may be at a step of a picture, which nobody waits for
         sys.stdout.flush()
         os._exit(int(told.code or 0))

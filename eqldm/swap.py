@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from eqldm.command import Parser
+from eqldm.command import Parser, error_line
 from eqldm.model_card import carried_card
 from eqldm.model_folder import Networks, check_replaceable, downsampling, load_vae, save_model_folder
 from eqldm.paths import path_option
@@ -49,7 +49,7 @@ def main() -> None:
     try:
         print(swap(opened(args.model), opened(args.vae), args.out))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def test_an_option_given_twice(parse, capsys):
     assert capsys.readouterr().err == "note: --count is given twice, 3 and 4: the last one holds\n"
     assert "--share: given twice" in parse("--share", "1", "--share", "0", "0")
     assert parse("--count", "3", "--count", "3").count == 3 and not capsys.readouterr().err
+    assert all("got '--', wanted a value" in parse(f"{option}=--") for option in ("--count", "--share", "--more"))
     assert parse("--more", "a", "--more", "b").more == ["a", "b"]
 
 

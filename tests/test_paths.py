@@ -34,7 +34,7 @@ def test_a_path(home):
     assert path_option("~/a") == home / "a" and place_option("~/a") == str(home / "a")
 
 
-@pytest.mark.parametrize("text", ["", " ", "a ", " a", "a\n", "a\nb", "a\tb", "\x00", "~nobody-of-that-name/x"])
+@pytest.mark.parametrize("text", ["", " ", "a ", " a", "a\n", "a\nb", "a\tb", "\x00", "~nobody-of-that-name/x", "a/" + "x" * 256])
 def test_what_is_no_path(text):
     with pytest.raises(ValueError, match="got "):
         expanded(text)

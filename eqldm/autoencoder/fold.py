@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from eqldm.command import Parser, whole
+from eqldm.command import Parser, error_line, whole
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_card import carried_card
 from eqldm.model_folder import check_latents, check_replaceable, encode, load_vae, save_model_folder
@@ -155,7 +155,7 @@ def main() -> None:
         card = carried_card(args.model, f"its latents normalised{onto}, over {args.num_images} pictures of `{args.data}`, by folding.")
         print(save_model_folder(args.out, card, vae=vae))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eqldm.command import Parser
+from eqldm.command import Parser, error_line
 from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.naming import direction, number, question_of
 from eqldm.markdown import markdown
@@ -166,7 +166,7 @@ def main() -> None:
             args.out.write_text(text)
         print(text)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
 
 
 if __name__ == "__main__":
