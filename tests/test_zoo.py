@@ -132,6 +132,9 @@ def test_views_as_fine_as_the_latents():
     ("inner_circle:2", "wanted at least 4 cells a side"),
     ("skew:steep", "wanted skew[:SLOPE[:N]], such as skew:1.5:64"),
     ("skew:inf:8", "wanted a finite slope"),
+    ("skew:nan:8", "wanted a finite slope"),
+    ("skew:1_0:8", "wanted skew[:SLOPE[:N]]"),
+    ("patch_permute:\u0663", "wanted patch_permute[:N[:SEED]]"),
     ("skew:1:1", "at least 2 cells a side"),
     ("square_hinge:1", "at least 2 squares a side"),
     ("square_hinge:2:3", "wanted square_hinge[:N]"),
@@ -161,18 +164,23 @@ def test_what_is_refused_says_why(text, message):
             (f"{name}:999999999", "999999999 x 999999999 cells: wanted at most 1024")
             for name in ("patch_permute", "pixel_permute", "inner_circle")
         ),
+        ("patch_permute:30000", "30000 x 30000 cells: wanted at most 1024"),
         ("square_hinge:1025", "at most 1024"),
         ("skew:1.5:999999999", "at most 1024"),
         ("jigsaw:2:0:999999998", "at most 1024"),
-        ("patch_permute:30000", "30000 x 30000 cells: wanted at most 1024"),
-        ("patch_permute:97@patch_permute:101", "9797 x 9797"),
         ("patch_permute:4:99999999999999999999", r"SEED is 99999999999999999999, wanted 0 to 2\^63 - 1"),
         ("jigsaw:2:9223372036854775808:8", "SEED"),
     ],
 )
 def test_grids_and_seeds_beyond_what_can_be_are_refused_before_they_are_made(text, reason, side):
-    with pytest.raises(ValueError, match=re.escape(f"view '{text}'") + ".*" + reason):
+    with pytest.raises(ValueError, match=re.escape(f"view '{text}'") + ".*" + reason.replace("1024", str(side or 1024))):
         parse_view(text, side)
+
+
+def test_views_put_together_are_on_no_finer_a_grid():
+    for side, wanted in ((None, 1024), (128, 128)):
+        with pytest.raises(ValueError, match=f"view 'patch_permute:97@patch_permute:101' is of 9797 x 9797 cells: wanted at most {wanted}"):
+            parse_view("patch_permute:97@patch_permute:101", side)
 
 
 def test_latents_finer_than_that_have_their_own_grid():

@@ -227,18 +227,18 @@ def parse_view(text: str, side: int | None = None) -> View:
 def _parameters(text: str, name: str, given: Sequence[str], side: int | None) -> list[int | float]:
     """The values of a view's parameters. Raises ValueError with the form wanted."""
     form = FORMS[name]
-    error = ValueError(f"view '{text}': wanted {form.text(name)}, such as {EXAMPLES[name]}")
+    error = ValueError(f"view '{text[:200]}': wanted {form.text(name)}, such as {EXAMPLES[name]}")
     if len(given) > len(form.parameters):
         raise error
     values = []
     for (parameter, kind, default), word in zip(form.parameters, [*given, *[None] * len(form.parameters)]):
         if word is not None:
+            if not re.fullmatch(r"\d+" if kind is int else r"[a-z\d.+-]+", word, re.ASCII):
+                raise error
             try:
                 values.append(kind(word))
             except ValueError:
                 raise error from None
-            if kind is int and not word.isdecimal():
-                raise error
             if parameter == "SEED" and values[-1] >= 2**63:
                 raise ValueError(f"view '{text}': SEED is {word}, wanted 0 to 2^63 - 1")
             if parameter == "N":
@@ -253,8 +253,9 @@ def _parameters(text: str, name: str, given: Sequence[str], side: int | None) ->
 
 def _check_cells(text: str, cells: int, side: int | None) -> None:
     """Raises ValueError for a grid that no latents are as fine as: to write it down could take all the memory."""
-    if cells > (most := max(MOST_CELLS, side or 0)):
-        raise ValueError(f"view '{text}' is of {cells} x {cells} cells: wanted at most {most} a side, and no more than the latents have")
+    if cells > (most := side or MOST_CELLS):
+        has = "as many as the latents have" if side else "and no more than the latents have"
+        raise ValueError(f"view '{text[:200]}' is of {str(cells)[:40]} x {str(cells)[:40]} cells: wanted at most {most} a side, {has}")
 
 
 EXAMPLES = {
