@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from eqldm.atomic import DISK_FULL, NotWritten
 from eqldm.ranges import MANY, Range
 
 
@@ -54,8 +56,12 @@ class _Once(argparse._StoreAction):
 
 
 def error_line(error: Exception) -> str:
-    """What a command ends with for an error."""
-    return f"error: {' '.join(str(error).splitlines())}"
+    """What a command ends with for an error. Of a full disk that was met outside of `atomic`, in a log for one, it says the way out."""
+    text = " ".join(str(error).splitlines())
+    if isinstance(error, OSError) and not isinstance(error, NotWritten) and error.errno in DISK_FULL:
+        if error.strerror == os.strerror(error.errno):  # the system's words alone
+            text = str(NotWritten(f"'{error.filename}'" if error.filename else "what this command writes", error))
+    return f"error: {text}"
 
 
 def whole(low: int | Range, high: int = MANY) -> Callable[[str], int]:

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from eqldm.command import Parser, real, whole
+from eqldm.atomic import NotWritten
+from eqldm.command import Parser, error_line, real, whole
 from eqldm.ranges import SAMPLING, Range
 from test_paths import ENTRY_POINTS, options_of
 
@@ -79,3 +80,21 @@ def test_unknown_options(parse):
     assert "there is no option '--cuont'. Did you mean --count?" in parse("--cuont=3")
     assert "there is no option '--coun'" in parse("--coun", "3")
     assert "there is no option '--xyzzy' (--help lists the options)" in parse("--xyzzy")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("--a: got 1,\nwanted 2"), "error: --a: got 1, wanted 2"),
+        (FileNotFoundError(2, "No such file or directory", "a"), "error: [Errno 2] No such file or directory: 'a'"),
+        (
+            OSError(28, "No space left on device"),
+            "error: what this command writes could not be written (No space left",
+        ),
+        (OSError(122, "Disk quota exceeded", "logs/a"), "error: 'logs/a' could not be written (Disk quota exceeded): make room"),
+        (NotWritten("'b'", OSError(28, "No space left on device")), "error: 'b' could not be written (No space left on device): make room"),
+        (OSError(28, "no space left in 'c': free some"), "error: [Errno 28] no space left in 'c': free some"),
+    ],
+)
+def test_an_error_says_the_way_out_of_a_full_disk(error, line):
+    assert error_line(error).startswith(line)
