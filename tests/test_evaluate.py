@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from conftest import TINY_UNET
 from eqldm import evaluate as command
 from eqldm.anagram.sampling import Sampler
 from eqldm.data.samples import PictureSamples
-from eqldm.data.shards import write_manifest, write_shard
+from eqldm.data.shards import file_sha256, read_manifest, write_manifest, write_shard
 from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompts
 from eqldm.evaluation.compare import Measured, differences
 from eqldm.evaluation.fit import Fit
@@ -223,14 +224,19 @@ def test_what_has_no_weights_is_listed_and_the_exit_status_says_so(
     assert "## Not computed" not in (out / "report.md").read_text() and metrics_of(out, "tiny") == metrics
 
 
+def changed(folder: Path, pattern: bytes, by: Callable[[re.Match], bytes] | bytes) -> Path:
+    """The folder, with what fits a pattern replaced in its tars, and a manifest that says so."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest.pop("shards"):
+        (folder / entry["name"]).write_bytes(re.sub(pattern, by, (folder / entry["name"]).read_bytes()))
+    entries = [{**entry, "sha256": file_sha256(folder / entry["name"])} for entry in read_manifest(folder)["shards"]]
+    write_manifest(folder, entries, **{name: value for name, value in manifest.items() if name != "count"})
+    return folder
+
+
 def unlabelled(folder: Path) -> Path:
     """The folder, with labels of -1 in its tars."""
-    for tar in folder.glob("*.tar"):
-        content = tar.read_bytes()
-        for label in range(3):
-            content = content.replace(f'"label": {label}'.encode(), b'"label":-1')
-        tar.write_bytes(content)
-    return folder
+    return changed(folder, rb'"label": [0-2]', b'"label":-1')
 
 
 def test_captions_and_prompt_pairs_where_there_are_no_letters(run, tiny_model_folder, tmp_path, monkeypatch, make_picture_shards):
@@ -255,8 +261,7 @@ def test_captions_and_prompt_pairs_where_there_are_no_letters(run, tiny_model_fo
     assert prompts[1] == [["a letter a", "the letter v"] * 2, ["a letter v", "the picture 3"] * 2]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "Anagrams and components: 4 pictures of 2 prompt pairs, which are sampled again with further seeds." in report
-    for tar in data.glob("*.tar"):  # two captions are left: the first is emptied, and all after the third
-        tar.write_bytes(re.sub(rb"picture (0|[3-9]|1\d|2\d)", lambda found: b" " * len(found[0]), tar.read_bytes()))
+    changed(data, rb"picture (0|[3-9]|1\d|2\d)", lambda found: b" " * len(found[0]))  # two captions are left, of the second and the third
     run(tiny_model_folder, data=data, judge=None, more=["--without", "lpips", "inception", "clip", "--metrics", "generation"])
     report = (tmp_path / "out" / "report.md").read_text()
     assert "Generation: captions left out: 22 without a caption." in report
@@ -325,9 +330,7 @@ def test_what_is_no_number_is_noted(run, vae_alone, tmp_path):
     ],
 )
 def test_labels_that_are_no_letters_are_told(run, tiny_model_folder, make_picture_shards, tmp_path, label, message):
-    data = make_picture_shards(tmp_path / "labelled")
-    for tar in data.glob("*.tar"):
-        tar.write_bytes(tar.read_bytes().replace(b'"label": 0', f'"label":{label}'.encode()))
+    data = changed(make_picture_shards(tmp_path / "labelled"), b'"label": 0', f'"label":{label}'.encode())
     more = [*FULL[:2], "--metrics", "generation"]
     if message:
         with pytest.raises(SystemExit, match=message):

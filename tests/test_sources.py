@@ -621,8 +621,11 @@ def test_shards_among_the_tars_that_they_are_made_of_are_not_read_again(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"name": "an app"}', 'is no manifest of shards, it holds {"name": "an app"}. If it is of something else, move it'),
-        ("[1]", "is no manifest of shards, it holds [1]."),
+        (
+            '{"name": "an app"}',
+            'is no manifest of shards: it lists no shards, it holds {"name": "an app"}. If it is of something else, move it',
+        ),
+        ("[1]", "holds [1], wanted an object."),
         ('{"shards": 3}', "is no manifest of shards"),
         ('{"shards": [{"name": "a.tar"}]}', "is no manifest of shards"),
         ('{"shards": [], "count": "1"}', "is no manifest of shards"),
