@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from eqldm.lock import held
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+NO_MODES = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none, such as FAT
 _counter = itertools.count()
 _swept: set[Path] = set()
 
@@ -67,7 +68,7 @@ def beside(path: Path) -> Iterator[Path]:
     if path.parent not in _swept:  # once a process: it may be a large folder
         _swept.add(path.parent)
         sweep(path.parent)
-    partial = path.with_name(f".{path.name[:100]}-{platform.node()}-{os.getpid()}-{next(_counter)}.partial")
+    partial = _partial(path)
     try:
         yield partial
     finally:
@@ -75,6 +76,19 @@ def beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    name = path.name.encode(errors="surrogateescape")[:100].decode(errors="ignore")  # file systems count bytes
+    return path.with_name(f".{name}-{_machine()}-{os.getpid()}-{next(_counter)}.partial")
+
+
+def _machine() -> str:
+    """This machine, and on Linux among which of its processes this one's number counts: containers may share the machine's name."""
+    try:
+        return f"{platform.node()}-{re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))}"
+    except OSError:
+        return platform.node()
 
 
 @contextmanager
@@ -97,12 +111,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The folder that the block makes at the name that this gives takes `folder`'s place; what stood there goes only then.
+    """The folder that the block makes at the name that this gives takes `folder`'s place; what stood there goes only then. A link stays
+    one: the folder that it leads to is replaced.
 
     Raises Held where another process is writing it.
     """
+    said, folder = folder, folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(lock_of(folder), f"'{folder}' is being written"), beside(folder) as partial:
+    with held(lock_of(folder), f"'{said}' is being written"), beside(folder) as partial:
         recover_folder(folder)
         yield partial
         _usual_modes(partial)
@@ -114,23 +130,42 @@ def _usual_modes(path: Path) -> None:
     mask = os.umask(0o077)  # there is no other way to ask
     os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~mask)
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != 0o666 & ~mask:
+            try:
+                file.chmod(0o666 & ~mask)
+            except OSError as error:
+                if error.errno not in NO_MODES:
+                    raise
 
 
 def lock_of(folder: Path) -> Path:
     """The lock file of a folder that is replaced as a whole."""
+    folder = folder.resolve()  # by whatever link it is called
     return folder.with_name(f".{folder.name}.lock")
 
 
 def replace_folder(folder: Path, partial: Path) -> None:
     """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
     old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        recover_folder(folder)
+        raise
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, or moves it to a name that the next process sweeps: NFS keeps what others have open until they close it."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, _partial(folder))
 
 
 def recover_folder(folder: Path) -> None:
@@ -150,14 +185,15 @@ def _old(folder: Path) -> Path:
 
 def sweep(folder: Path) -> None:
     """Removes what killed processes of this machine have left beside their names in a folder."""
-    ours = re.compile(rf"\..+-{re.escape(platform.node())}-(\d+)-\d+\.partial")
+    ours = re.compile(rf"\..+-{re.escape(_machine())}-(\d+)-\d+\.partial", re.DOTALL)
     for entry in os.scandir(folder):
         match = ours.fullmatch(entry.name)
         if match and not _alive(int(match[1])):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry, ignore_errors=True)
             else:
-                Path(entry).unlink(missing_ok=True)
+                with suppress(FileNotFoundError, PermissionError):  # another user's, or another process has just done so
+                    os.unlink(entry)
 
 
 def _alive(process: int) -> bool:

@@ -98,7 +98,7 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
         config = run_options(run, args.inputs)
         sources = (getattr(config, name, None) for name in ("model", "vae"))
         check_replaceable(args.out, *(Path(source) for source in sources if source), whole=config.stage == "diffusion")
-    with beside(args.out) as made:
+    with beside(args.out.resolve()) as made:
         model = made / args.out.name
         step = export_checkpoint(run, step, model, args.weights, args.inputs)
         print(f"step {step} of '{run}'", file=sys.stderr)

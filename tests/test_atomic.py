@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from eqldm.atomic import NotWritten, beside, told, whole, whole_folder, write_whole
+from eqldm.atomic import NotWritten, _machine, beside, lock_of, told, whole, whole_folder, write_whole
+from eqldm.lock import held
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,8 +72,9 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
     assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "before" and names(tmp_path) == ["a", "b"]
 
 
-def test_names_beside_are_each_writers_own_and_never_too_long(tmp_path):
-    path = tmp_path / ("long" * 60)
+@pytest.mark.parametrize("name", ["long" * 60, "図" * 80])  # of at most 255 bytes
+def test_names_beside_are_each_writers_own_and_never_too_long(tmp_path, name):
+    path = tmp_path / name
     with beside(path) as first, beside(path) as second, whole(path, durable=True) as third:
         assert len({first, second, third}) == 3
         for partial in (first, second, third):
@@ -81,11 +83,12 @@ def test_names_beside_are_each_writers_own_and_never_too_long(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    """Only what is ours, and whose process is gone; of other machines that cannot be told."""
+    """Only what is ours, and whose process is gone; of other machines that cannot be told, nor of containers of this one's name."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    gone = [f".model-{platform.node()}-{dead.pid}-3.partial", f".b.json-{platform.node()}-{dead.pid}-0.partial"]
-    kept = [f".a-{platform.node()}-{os.getppid()}-0.partial", f".a-another-{dead.pid}-0.partial", "mine.partial", f"{dead.pid}.partial"]
+    gone = [f".model-{_machine()}-{dead.pid}-3.partial", f".b.json-{_machine()}-{dead.pid}-0.partial"]
+    kept = [f".a-{_machine()}-{os.getppid()}-0.partial", f".a-another-{dead.pid}-0.partial", "mine.partial", f"{dead.pid}.partial"]
+    kept += [f".a-{_machine()}0-{dead.pid}-0.partial"]
     (tmp_path / gone[0]).mkdir()
     for name in (gone[0] + "/weights", gone[1], *kept):
         (tmp_path / name).write_text("half")
@@ -96,7 +99,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 def test_files_are_renamed_here_alone():
     """A new writer that renames by itself has neither names of its own nor a word on full disks."""
     renames = re.compile(r"os\.(replace|rename|renames)\(|\.rename\(|\.partial\b|shutil\.move")
-    allowed = {"eqldm/atomic.py", "eqldm/data/cache.py", "eqldm/training/checkpoints.py", "eqldm/training/zero.py"}
+    allowed = {"eqldm/atomic.py", "eqldm/data/cache.py"}
+    allowed |= {f"eqldm/training/{name}.py" for name in ("checkpoints", "zero", "metrics_log")}  # the last sets a file aside
     allowed |= {"eqldm/export.py", "eqldm/run_model.py"}  # within a name beside
     sources = [*(ROOT / "eqldm").rglob("*.py"), *(ROOT / "data").glob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in sources if renames.search(path.read_text())}
@@ -116,3 +120,74 @@ def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, mask):
         assert os.umask(mask) == mask
     finally:
         os.umask(before)
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """It was replaced by a folder, and the next write found "Not a directory" for good."""
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for text in ("1", "2", "3"):
+        with held(lock_of(tmp_path / "link"), "it is being written"), whole_folder(tmp_path / "link") as partial:
+            partial.mkdir()
+            (partial / "a").write_text(text)
+            assert lock_of(tmp_path / "link") == lock_of(tmp_path / "disk" / "model")
+        assert (tmp_path / "disk" / "model" / "a").read_text() == text and (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["model"]
+
+
+@pytest.mark.parametrize("left", ["folder", "link"])
+def test_what_was_set_aside_and_cannot_be_removed_stops_no_write(tmp_path, monkeypatch, left):
+    """NFS keeps what others have open: the second write after it found "Directory not empty"."""
+    old = tmp_path / ".model.old"
+    if left == "folder":
+        old.mkdir()
+        (old / ".nfs0001").write_text("open elsewhere")
+    else:
+        old.symlink_to("nowhere")
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+    for text in ("1", "2", "3"):
+        with whole_folder(tmp_path / "model") as partial:
+            partial.mkdir()
+            (partial / "a").write_text(text)
+        assert (tmp_path / "model" / "a").read_text() == text and not os.path.lexists(old)
+
+
+def test_a_file_system_without_modes_takes_files(tmp_path, monkeypatch):
+    """As FAT: each checkpoint would be refused there for a chmod."""
+
+    def refuse(*args, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    before = os.umask(0o022)
+    try:
+        write_whole(tmp_path / "a", lambda partial: save_file({"x": torch.zeros(2)}, partial))
+    finally:
+        os.umask(before)
+    assert names(tmp_path) == ["a"]
+
+
+def test_what_may_not_be_removed_stops_no_write(tmp_path, monkeypatch):
+    """What another user's killed process has left in a folder that all share."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".b-{_machine()}-{dead.pid}-0.partial").write_text("half")
+
+    unlink = os.unlink
+
+    def refuse(path, **options):
+        if ".b-" in str(path):
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    write_whole(tmp_path / "a", lambda path: path.write_text("whole"))
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_what_cannot_take_a_folders_place_leaves_it_there(tmp_path):
+    """Without a process that is killed, and so without a next one that would put it back."""
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == ["model"]
