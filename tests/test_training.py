@@ -24,7 +24,7 @@ from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_vae
-from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
+from eqldm.training.callbacks import EMA, AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs, prepare_run
 from eqldm.training.speed import Utilisation, note_precision
 from eqldm.training.stopping import INTERRUPTED, STOPPED
@@ -124,6 +124,39 @@ def test_weights_that_are_not_finite_are_not_saved(configured, tmp_path):
     ):
         train_autoencoder(configured("run.num_steps=4", "run.checkpoint_every=1"), [Overflow()])
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 1
+
+
+class Spoils(pl.Callback):
+    """After step 2, something that a checkpoint holds besides the weights is infinite, or the record of the run's id is gone."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2 and self.what == "optimizer":
+            next(iter(trainer.optimizers[0].state.values()))["exp_avg_sq"].view(-1)[0] = math.inf
+        elif trainer.global_step == 2 and self.what == "average":
+            ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+            next(ema._average_model.parameters()).data.view(-1)[0] = math.nan
+        elif trainer.global_step == 2:
+            (Path(pl_module.config.run.dir) / INPUTS_FILE).unlink()
+
+
+@pytest.mark.parametrize(("what", "name"), [("optimizer", r"optimizer_states\S+exp_avg_sq"), ("average", r"state_dict\.vae\S+")])
+def test_what_could_not_be_loaded_takes_no_checkpoints_place(configured, tmp_path, what, name):
+    """It was saved, in the place of the good one before, and refused when the run went on."""
+    options = ["run.num_steps=4", "run.checkpoint_every=1", "optimizer.ema_decay=0.9"]
+    with pytest.raises(FloatingPointError, match=rf"not finite after step 2, such as {name}: .* not saved, and the last checkpoint is"):
+        train_autoencoder(configured(*options), [Spoils(what)])
+    train_autoencoder(configured(*options))
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 4
+
+
+def test_a_record_that_goes_away_under_a_run_costs_it_no_step(configured, tmp_path):
+    train_autoencoder(configured("run.num_steps=4", "run.checkpoint_every=4"), [Spoils("record")])
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 4
+    with pytest.raises(FileNotFoundError, match="no inputs.json: put it back"):
+        train_autoencoder(configured("run.num_steps=5"))
 
 
 def test_prepare_run_describes_the_run(configured, tmp_path, monkeypatch):

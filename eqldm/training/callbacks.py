@@ -6,6 +6,7 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging
@@ -57,9 +58,16 @@ class SaveLast(Checkpoint):
         self.saved_step: int | None = None
         self.between_steps = True
         self.told: signal.Signals | None = None
+        self.stamp: dict[str, Any] = {}
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        if trainer.is_global_zero:  # it alone writes. Here, once: a record that goes away under a run must cost it no step
+            self.stamp = stamp(self.folder, pl_module.config)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-        checkpoint[ID] = stamp(self.folder, pl_module.config)
+        # All that is looked at when it is read: it must not take the place of one that can be used
+        _refuse(not_finite(learnt(checkpoint)), checkpoint["global_step"])
+        checkpoint[ID] = self.stamp
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         # Lightning accumulates, validates and logs by its counts of batches and steps: state them as at the end of the checkpoint's step,
@@ -122,11 +130,7 @@ class SaveLast(Checkpoint):
         raise SystemExit(stopping.status(by))
 
     def _save(self, trainer, step: int) -> None:
-        if broken := not_finite(dict(trainer.lightning_module.named_parameters())):
-            raise FloatingPointError(
-                f"weights are not finite after step {step}, such as {broken}: they are not saved, and the last checkpoint is kept. "
-                "Try a lower optimizer.learning_rate or run.precision=32-true, in another run.dir"
-            )
+        _refuse(not_finite(dict(trainer.lightning_module.named_parameters())), step)
         self.saved_step, last = step, self.folder / LAST
         for logger in trainer.loggers:  # a run that is killed goes on from here, with the log of until here
             logger.save() if isinstance(logger, CSVLogger) else logger.experiment.flush()
@@ -138,6 +142,14 @@ class SaveLast(Checkpoint):
         if trainer.is_global_zero:
             link_checkpoint(kept, last)
         trainer.strategy.barrier()
+
+
+def _refuse(broken: str | None, step: int) -> None:
+    if broken:
+        raise FloatingPointError(
+            f"weights are not finite after step {step}, such as {broken}: they are not saved, and the last checkpoint is kept. "
+            "Try a lower optimizer.learning_rate or run.precision=32-true, in another run.dir"
+        )
 
 
 class EMA(EMAWeightAveraging):
