@@ -159,6 +159,34 @@ def test_a_record_that_goes_away_under_a_run_costs_it_no_step(configured, tmp_pa
         train_autoencoder(configured("run.num_steps=5"))
 
 
+class Fails(pl.Callback):
+    """Fails once, as a validation without memory or a reader of damaged data does."""
+
+    def __init__(self, hook: str):
+        def fail(trainer, *_) -> None:
+            if trainer.global_step == 3:
+                raise ValueError("for once")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_end", "on_train_batch_start", "on_before_optimizer_step"])
+def test_what_fails_between_two_steps_costs_none(configured, tmp_path, capsys, hook):
+    """Its checkpoint was due after the validation: one that fails each time would never let the run go on."""
+    options = ["run.num_steps=5", "run.checkpoint_every=3", "run.val_every=3", "optimizer.ema_decay=0.9"]
+    train_autoencoder(configured(*options, f"run.dir={tmp_path / 'whole'}"))
+    with pytest.raises(ValueError, match="for once"):
+        train_autoencoder(configured(*options), [Fails(hook)])
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "run" / LAST)["global_step"] == 3
+    train_autoencoder(configured(*options))
+    whole, resumed = (load_vae(tmp_path / name / "model").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    failed = hook == "on_validation_batch_start"
+    logged = [rows(tmp_path / name, "val/reconstruction/psnr") for name in ("whole", "run")]
+    assert len(logged[0]) == 1 and logged[1] == ({} if failed else logged[0])
+    assert ("leaves out the validation that failed" in capsys.readouterr().err) is ("validation" in hook)
+
+
 def test_prepare_run_describes_the_run(configured, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "run.seed=5"])
     config = configured("run.seed=5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ class SaveLast(Checkpoint):
     `keep_every` steps are kept besides, one file under two names (`step-000002000.ckpt`).
 
     SIGINT, SIGTERM and SIGUSR1, sent to any of the processes, end the run after its current optimizer step (and the validation that is due
-    there) with a checkpoint and the exit status of `stopping.status`.
+    there) with a checkpoint and the exit status of `stopping.status`. An error between two steps, of a validation or of the data, leaves
+    one too (not of ZeRO, whose processes save together).
 
     A `Checkpoint`, so Lightning calls it after all other callbacks: the saved EMA has seen the step.
     folder: of the run.  micro_batches: of an optimizer step, in one process.
@@ -54,6 +56,7 @@ class SaveLast(Checkpoint):
 
     def __init__(self, folder: Path, run: RunConfig, micro_batches: int):
         self.folder, self.every, self.keep_every, self.micro_batches = folder, run.checkpoint_every, run.keep_every, micro_batches
+        self.sharded = run.strategy.startswith("zero")
         self.seen_step: int | None = None
         self.saved_step: int | None = None
         self.between_steps = True
@@ -111,6 +114,22 @@ class SaveLast(Checkpoint):
     def on_fit_end(self, trainer, pl_module) -> None:
         self._end_if_told(trainer, "the same command exports the model")  # since the last step's end
 
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        # A validation that fails, or a reader: no step is lost to it. Process 0 writes, without waiting for others, who may be elsewhere
+        step = trainer.global_step
+        here = self.between_steps and self.saved_step not in (None, step) and trainer.is_global_zero
+        if not here or self.sharded or not isinstance(exception, Exception):
+            return
+        try:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            _flush(trainer)
+            trainer.strategy.save_checkpoint(checkpoint, self.folder / LAST)
+        except (OSError, RuntimeError, FloatingPointError) as error:
+            print(f"note: no checkpoint of step {step} was saved ({error})", file=sys.stderr, flush=True)
+        else:
+            without = ", and leaves out the validation that failed" if trainer.validating else ""
+            print(f"stopped at step {step} by an error, with a checkpoint: the same command goes on from there{without}", file=sys.stderr)
+
     def _save_if_due(self, trainer) -> None:
         step = trainer.global_step
         if step != self.saved_step and (step % self.every == 0 or step == trainer.max_steps):
@@ -132,8 +151,7 @@ class SaveLast(Checkpoint):
     def _save(self, trainer, step: int) -> None:
         _refuse(not_finite(dict(trainer.lightning_module.named_parameters())), step)
         self.saved_step, last = step, self.folder / LAST
-        for logger in trainer.loggers:  # a run that is killed goes on from here, with the log of until here
-            logger.save() if isinstance(logger, CSVLogger) else logger.experiment.flush()
+        _flush(trainer)
         if not self.keep_every or step % self.keep_every:
             trainer.save_checkpoint(last)
             return
@@ -142,6 +160,11 @@ class SaveLast(Checkpoint):
         if trainer.is_global_zero:
             link_checkpoint(kept, last)
         trainer.strategy.barrier()
+
+
+def _flush(trainer) -> None:
+    for logger in trainer.loggers:  # a run that is killed goes on from here, with the log of until here
+        logger.save() if isinstance(logger, CSVLogger) else logger.experiment.flush()
 
 
 def _refuse(broken: str | None, step: int) -> None:
@@ -159,6 +182,16 @@ class EMA(EMAWeightAveraging):
     def setup(self, trainer, pl_module, stage) -> None:
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    swapped = False  # whether the module holds the average, for a validation
+
+    def _swap_models(self, pl_module) -> None:
+        super()._swap_models(pl_module)
+        self.swapped = not self.swapped
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if self.swapped:  # for `SaveLast`, which comes after
+            self._swap_models(pl_module)
 
     def on_train_end(self, trainer, pl_module) -> None:
         """Nothing yet: the last checkpoint is still to hold the trained weights."""
