@@ -18,9 +18,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from eqldm.lock import held
+from eqldm.lock import DISK_FULL, held
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 NO_MODES = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of file systems that keep none, such as FAT
 _counter = itertools.count()
 _swept: set[Path] = set()

@@ -20,6 +20,7 @@ from typing import TextIO
 
 LOCK = ".lock"  # the file in a folder that is held as a whole
 HELD = (errno.EACCES, errno.EAGAIN)  # by another process
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
 
 @dataclass
@@ -50,7 +51,7 @@ def held(path: Path, what: str, way_out: str = "", group: str = "", wait: bool =
     what: begins the error, such as "'runs/latents' is being encoded".  way_out: ends it, such as "give another --out".
     group: of processes that share the lock, such as those of one launch; none share it where it is empty.
     wait: for the holder's end, instead of the error.
-    Raises Held that names the process which holds it.
+    Raises Held that names the process which holds it; OSError where the disk is full.
     """
     path = path.resolve()
     if path in _locks:
@@ -76,6 +77,10 @@ def _take(path: Path, what: str, way_out: str, group: str, wait: bool) -> None:
             file.close()
             raise Held(f"{what} by {error}: wait for its end or stop it{f', or {way_out}' if way_out else ''}") from None
         except OSError as error:
+            if error.errno in DISK_FULL:  # it is held, and nobody could tell by whom
+                path.unlink(missing_ok=True)
+                file.close()
+                raise OSError(error.errno, error.strerror, str(path)) from error
             print(f"'{path}' cannot be locked ({error.strerror}): see to it that no other process writes there", file=sys.stderr)
         if os.fstat(file.fileno()).st_nlink:  # else its holder has just removed it, and others make a new one
             _locks[path] = _Lock(file)
@@ -105,9 +110,8 @@ def _lock(file: TextIO, group: str, wait: bool) -> None:
                 raise Held(_holder(file)[0]) from None
             time.sleep(0.1)
             continue
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {since}\n{group}\n")
-        file.flush()
+        os.ftruncate(file.fileno(), 0)  # not by `file`, which would keep what finds no room, and raise again as it is closed
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} since {since}\n{group}\n".encode())
         if group:
             fcntl.lockf(file, fcntl.LOCK_SH)  # the others of the group may come in
         return

@@ -114,3 +114,16 @@ def test_a_launch_is_known_by_what_its_processes_have_in_common(monkeypatch, env
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launch() == expected
+
+
+def test_a_full_disk_is_said_and_the_lock_let_go(small_disk):
+    """It was "cannot be locked", others of the launch were refused, and its release raised what ended the command without a word."""
+    disk = small_disk(16)
+    with pytest.raises(OSError), open(disk / "fill", "wb") as file:
+        file.write(bytes(1 << 20))
+    with pytest.raises(OSError, match=r"No space left on device: .*\.lock"), held(disk / LOCK, "it is", group="launch 1"):
+        pass
+    assert not (disk / LOCK).exists()
+    (disk / "fill").unlink()
+    with holder(disk / LOCK, "launch 1"), held(disk / LOCK, "it is", group="launch 1"):
+        pass
