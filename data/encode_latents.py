@@ -133,7 +133,7 @@ def _encode(encoder: Encoder, out: Path, about: dict, rank: int, world: int) -> 
     skipped, done, start = [], 0, time.perf_counter()
     entries = [out / f"{Path(entry['name']).stem}.done.json" for entry in shards.manifest["shards"]]
     with Progress(*columns, disable=rank > 0 or not sys.stderr.isatty()) as progress:
-        mine = [n for n in range(rank, len(entries), world) if not entries[n].exists()]
+        mine = [n for n in range(rank, len(entries), world) if not _is_done(entries[n])]
         total = sum(int(shards.starts[n + 1] - shards.starts[n]) for n in mine)
         task = progress.add_task("encoding", total=total, rate="")
 
@@ -214,6 +214,15 @@ def _done(path: Path) -> dict:
     if what := what_is_wrong({"shards": [entry], "skipped": entry.get("skipped")}):
         raise ValueError(f"'{path}' is damaged: {what}. {way_out}")
     return entry
+
+
+def _is_done(path: Path) -> bool:
+    """Whether a shard is encoded, by its entry, and its tar is still as long as it was. Raises ValueError as `_done`."""
+    try:
+        entry = _done(path)
+        return (path.parent / entry["name"]).stat().st_size == entry["bytes"]
+    except FileNotFoundError:
+        return False
 
 
 def main() -> None:

@@ -282,3 +282,21 @@ def test_a_full_disk(refused, run, small_disk):
 def test_a_folder_without_a_vae(refused, tmp_path, tiny_pictures):
     assert "lacks vae" in refused(tmp_path / "out", model=tiny_pictures)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_finished_tar_that_is_lost_before_the_manifest_is_made_again(run, tmp_path, how):
+    """The same command found it missing, or no tar, when all was encoded, and again whenever it was started."""
+    out = run(tmp_path / "out")
+    before, manifest = contents(out), read_manifest(out)
+    for entry in manifest["shards"]:
+        (out / f"{Path(entry['name']).stem}.done.json").write_text(json.dumps({**entry, "skipped": []}))
+    (out / script.UNFINISHED).write_text(json.dumps({"generator": manifest["generator"]}))
+    (out / "manifest.json").unlink()
+    shutil.rmtree(out / "index")
+    tar = out / manifest["shards"][1]["name"]
+    if how == "gone":
+        tar.unlink()
+    else:
+        tar.write_bytes(tar.read_bytes()[:1000])
+    assert contents(run(out)) == before
