@@ -211,6 +211,13 @@ def test_one_training_at_a_time_in_a_run_folder(configured, tmp_path):
     train_autoencoder(configured("run.num_steps=3"))
 
 
+@pytest.mark.parametrize("leads", ["run", "nowhere"])  # to itself: a traceback
+def test_a_link_to_no_folder_is_named(configured, tmp_path, leads):
+    (tmp_path / "run").symlink_to(leads)
+    with pytest.raises(NotADirectoryError, match=r"run\.dir: '.*run' is no folder"):
+        prepare_run(configured())
+
+
 def test_a_run_replaces_no_model_that_it_did_not_make(configured, tmp_path):
     mine = tmp_path / "run" / "model" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -32,6 +32,7 @@ from eqldm.data.shards import hash_file, holds_shards, read_manifest, write_json
 from eqldm.lock import hold
 from eqldm.model_card import model_card
 from eqldm.model_folder import PARTS
+from eqldm.paths import check_folder
 from eqldm.text_files import OLD_VOCABULARY, header_without_prefix
 from eqldm.training.checkpoints import LAST, checkpoint_step, newest_checkpoint
 from eqldm.training.identity import ID, INPUTS, INPUTS_FILE, RESUMABLE, check_own, flat, free, new_id, read_options, read_record
@@ -50,6 +51,7 @@ def prepare_run(config: StageConfig) -> Path | None:
     where the run's own model would replace one that it did not make; or where another process trains there.
     """
     folder = Path(config.run.dir)
+    check_folder("run.dir", folder)
     _check_own_place(config)
     rank_zero_only(hold)(folder, f"run folder '{folder}' is being trained", "use another run.dir")
     for part in (folder / LAST.parent, folder / TABLE.parent):
