@@ -96,10 +96,15 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
     with beside(path) as partial:
         yield partial
         if durable:
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
+            to_disk(partial)
         _usual_modes(partial)
         os.replace(partial, path)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file is on the disk, and not in the system's memory alone."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eqldm.atomic import NotWritten
 from eqldm.config import load_config
 from eqldm.training.heartbeat import FOLDER, Heartbeat, lost_others
 from eqldm.training.trainer import make_trainer
@@ -40,6 +41,9 @@ def test_the_one_that_stands_still_is_named(heart, tmp_path):
     words = "process 1 (pid 101 on n1) was last seen 105 s ago, at step 9, training; process 3 has not come to its training"
     assert heart.report() == words
     assert words in str(lost_others(RuntimeError("Timed out waiting 45000ms for recv operation"), heart))
+    for text, lost in (("[Rank 0] Connection closed by peer\nat gloo", True), ("PytorchStreamWriter failed writing file", False)):
+        saving = NotWritten("checkpoint 'runs/timeout/last.ckpt'", RuntimeError(text))  # under ZeRO they wait for each other
+        assert (lost_others(saving, heart) is not None) is lost
     assert lost_others(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), heart) is None
 
 

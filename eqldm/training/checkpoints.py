@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from eqldm.atomic import beside, replace_folder, told
+from eqldm.atomic import beside, replace_folder, to_disk, told
 from eqldm.training.records import LEARNT, WANTED, broken_record, misshapen, not_finite
 from eqldm.weights import DAMAGED, read_pickle
 
@@ -74,8 +74,7 @@ def _link(source: Path, target: Path) -> None:
             f"the file system of '{source.parent}' has no hard links ({error.strerror}): kept checkpoints are copied", stacklevel=2
         )
         shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+        to_disk(target)
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> tuple[int, Path]:

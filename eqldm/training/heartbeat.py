@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from pytorch_lightning.callbacks import Callback
 
+from eqldm.atomic import NotWritten
+
 FOLDER = "heartbeats"
 EVERY_SECONDS = 2.0
 STILL_SECONDS = 60.0  # without a beat, after which a process is said to stand still
@@ -142,13 +144,14 @@ def _told(text: str) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def lost_others(error: RuntimeError, heartbeat: Heartbeat) -> TimeoutError | None:
+def lost_others(error: RuntimeError | NotWritten, heartbeat: Heartbeat) -> TimeoutError | None:
     """What to raise where a process has waited in vain for others, or has lost them; None where the error is another."""
-    if not BROKEN.search(str(error)):
+    words = error.reason if isinstance(error, NotWritten) else str(error)  # ZeRO's processes wait for each other as they save
+    if not BROKEN.search(words):
         return None
     with suppress(OSError):
         heartbeat.look()
-    about = " ".join(str(error).split())[:160]
+    about = " ".join(words.split())[:160]
     return TimeoutError(
         f"process {heartbeat.rank} waited in vain for the others at step {heartbeat.step} ({about}). {heartbeat.report()}. Find out why (a "
         "stopped process, a file system that hangs, a node that is gone), and start the same command again: it goes on from the last "

@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from eqldm.atomic import NotWritten
 from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.data.readers import Reader, naming_lost_readers
@@ -144,7 +145,7 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
     try:
         with naming_lost_readers(Reader.option):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except RuntimeError as error:  # torch.distributed's are of no kind of their own
+    except (RuntimeError, NotWritten) as error:  # torch.distributed's are of no kind of their own
         heartbeats = [callback for callback in trainer.callbacks if isinstance(callback, Heartbeat)]
         if heartbeats and (told := lost_others(error, heartbeats[0])):
             raise told from error

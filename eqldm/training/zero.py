@@ -23,7 +23,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from eqldm.atomic import replace_folder
+from eqldm.atomic import replace_folder, to_disk
 from eqldm.config import DiffusionConfig, micro_batch_size
 from eqldm.training.callbacks import check_finite
 from eqldm.training.checkpoints import ABOUT, UNREADABLE, check_shards, damaged, read_about, unreadable_shards, written
@@ -93,6 +93,10 @@ class ZeRO(DeepSpeedStrategy):
         self.barrier()
         with written(path):
             super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        with written(path):
+            for file in sorted(file for file in partial.rglob("*") if file.is_file())[self.global_rank :: self.world_size]:
+                to_disk(file)
         self.barrier()
         if self.is_global_zero:
             about = {"global_step": checkpoint["global_step"], "processes": self.world_size, ID: checkpoint.get(ID)}
