@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pytorch_lightning.loggers import CSVLogger
 
+from eqldm.atomic import NotWritten
 from eqldm.training.metrics_log import ASIDE, TABLE, last_validation, read_metrics, resumed_table
 
 
@@ -115,3 +116,27 @@ def test_a_folder_in_its_place_is_put_aside(tmp_path, capsys):
 def test_the_last_validation_until_a_step(table, tmp_path):
     assert last_validation(tmp_path, 2) == {} and last_validation(tmp_path, 3) == last_validation(tmp_path, 5) == {"val/loss": 2e-5}
     assert last_validation(tmp_path, 6) == {"val/loss": 5e-5}
+
+
+def test_a_full_disk_while_a_column_is_added_loses_no_row(tmp_path, monkeypatch):
+    """Lightning emptied the table first: the rows since the run's beginning went with the first validation."""
+    logger = resumed_table(tmp_path, 0)
+    for step in range(5):
+        logger.log_metrics({"train/loss": 0.5 + step}, step)
+    logger.save()
+    before = (tmp_path / TABLE).read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", full)
+        logger.log_metrics({"val/psnr": 3.0}, 5)
+        with pytest.raises(NotWritten, match=r"metrics.csv' could not be written \(No space left on device\).*make room"):
+            logger.save()
+    assert (tmp_path / TABLE).read_text() == before
+    logger = resumed_table(tmp_path, 5)
+    logger.log_metrics({"val/psnr": 3.0}, 5)
+    logger.save()
+    found = read_metrics(tmp_path / TABLE)
+    assert [float(row["train/loss"] or -1) for row in found.whole] == [0.5, 1.5, 2.5, 3.5, 4.5, -1] and not found.left_out

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
+
+from eqldm.atomic import write_whole
 
 TABLE = Path("logs") / "metrics.csv"
 ASIDE = TABLE.with_name("metrics.csv.before")  # while a resumed run begins the table anew
@@ -21,6 +24,23 @@ class Rows(NamedTuple):
     """By column; a value is "" or a number."""
     left_out: int
     """Lines that are cut or damaged."""
+
+
+class _Table(ExperimentWriter):
+    """Lightning's writes the table anew, in its place, where a column is added. Here beside it, so that no row can be lost to that."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+
+        def write(partial: Path) -> None:
+            with open(partial, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_whole(path, write)
 
 
 def read_metrics(path: Path) -> Rows:
@@ -71,6 +91,8 @@ def resumed_table(folder: Path, start: int) -> CSVLogger:
             os.replace(table, _free(table))
         rows = _read(before)
     logger = CSVLogger(folder / "logs", name="", version="")
+    if rank_zero_only.rank == 0:
+        logger._experiment = _Table(log_dir=logger.log_dir)
     if going_on := [row for row in rows.whole if int(row["step"]) < start]:
         logger.experiment.metrics = list(going_on)
         logger.save()
