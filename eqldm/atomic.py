@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def told(what: str, kept: str = "", then: str = "the same command goes on") -> I
 def beside(path: Path) -> Iterator[Path]:
     """A free name beside `path`, whose folder is made; what is written there is gone at the end, or when this process has been killed
     and another writes in that folder."""
+    path = Path(os.path.abspath(path))  # `.` has no name to be beside
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent not in _swept:  # once a process: it may be a large folder
         _swept.add(path.parent)
@@ -115,14 +117,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The folder that the block makes at the name that this gives takes `folder`'s place; what stood there goes only then. A link stays
-    one: the folder that it leads to is replaced.
+    """The folder that the block makes at the name that this gives takes `folder`'s place; what stood there goes only then. A link to a
+    folder stays, and what it leads to is replaced.
 
     Raises Held where another process is writing it.
     """
-    said, folder = folder, folder.resolve()
+    folder, given = folder.resolve(), folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(lock_of(folder), f"'{said}' is being written"), beside(folder) as partial:
+    with held(lock_of(folder), f"'{given}' is being written"), beside(folder) as partial:
         recover_folder(folder)
         yield partial
         _usual_modes(partial)
@@ -134,17 +136,19 @@ def _usual_modes(path: Path) -> None:
     mask = os.umask(0o077)  # there is no other way to ask
     os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != 0o666 & ~mask:
-            try:
-                file.chmod(0o666 & ~mask)
-            except OSError as error:
-                if error.errno not in NO_MODES:
-                    raise
+        if file.is_file() and not file.is_symlink():
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if lacking := 0o666 & ~mask & ~mode:
+                try:
+                    file.chmod(mode | lacking)
+                except OSError as error:
+                    if error.errno not in NO_MODES:
+                        raise
 
 
 def lock_of(folder: Path) -> Path:
-    """The lock file of a folder that is replaced as a whole."""
-    folder = folder.resolve()  # by whatever link it is called
+    """The lock file of a folder that is replaced as a whole, one whatever the path that leads there."""
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -152,11 +156,11 @@ def replace_folder(folder: Path, partial: Path) -> None:
     """Puts a folder that was written beside it in `folder`'s place; what stood there goes only when that is done."""
     old = _old(folder)
     _remove(old)
-    if folder.exists():
-        os.replace(folder, old)
     try:
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(partial, folder)
-    except OSError:
+    except BaseException:  # Ctrl-C between the two, too
         recover_folder(folder)
         raise
     _remove(old)
@@ -184,7 +188,7 @@ def recover_folder(folder: Path) -> None:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.with_name(f".{folder.name}.eqldm.old")  # `.NAME.old` may be somebody's copy
 
 
 def sweep(folder: Path) -> None:

@@ -72,6 +72,47 @@ def test_a_failed_write_leaves_what_stood_there(tmp_path):
     assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "before" and names(tmp_path) == ["a", "b"]
 
 
+def put(folder: Path, text: str = "after") -> None:
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "c").write_text(text)
+
+
+def test_a_folder_of_a_user_beside_is_no_folder_put_aside(tmp_path):
+    put(tmp_path / "model", "before")
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "mine").write_text("of weeks")
+    put(tmp_path / "model")
+    assert (tmp_path / ".model.old" / "mine").read_text() == "of weeks" and names(tmp_path) == [".model.old", "model"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_stood_there_comes_back_where_the_second_rename_fails(tmp_path, monkeypatch, error):
+    put(tmp_path / "model", "before")
+    rename, renames = os.replace, []
+
+    def fails(source, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(type(error)):
+        put(tmp_path / "model")
+    assert (tmp_path / "model" / "c").read_text() == "before" and names(tmp_path) == ["model"] and len(renames) == 3
+
+
+def test_a_path_may_be_relative(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    put(Path("c"))
+    put(Path("../d"))
+    with beside(Path(".")) as partial:
+        assert partial.parent == tmp_path / "a"
+    assert names(tmp_path / "a") == ["b", "d"]
+
+
 @pytest.mark.parametrize("name", ["long" * 60, "図" * 80])  # of at most 255 bytes
 def test_names_beside_are_each_writers_own_and_never_too_long(tmp_path, name):
     path = tmp_path / name
@@ -118,6 +159,9 @@ def test_who_may_read_a_file_is_what_the_umask_says(tmp_path, mask):
             save_file({"x": torch.zeros(2)}, partial / "unet" / "b")
         assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "model" / "unet" / "b")} == {0o666 & ~mask}
         assert os.umask(mask) == mask
+        (tmp_path / "open").touch(0o777)
+        write_whole(tmp_path / "a", lambda partial: (tmp_path / "open").rename(partial))  # as of a file system that has no modes
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~mask
     finally:
         os.umask(before)
 
@@ -138,7 +182,7 @@ def test_a_link_to_a_folder_stays_one(tmp_path):
 @pytest.mark.parametrize("left", ["folder", "link"])
 def test_what_was_set_aside_and_cannot_be_removed_stops_no_write(tmp_path, monkeypatch, left):
     """NFS keeps what others have open: the second write after it found "Directory not empty"."""
-    old = tmp_path / ".model.old"
+    old = tmp_path / ".model.eqldm.old"
     if left == "folder":
         old.mkdir()
         (old / ".nfs0001").write_text("open elsewhere")

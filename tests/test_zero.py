@@ -136,7 +136,7 @@ def test_it_computes_what_one_process_does_and_resumes(options, tmp_path, strate
     assert train(options, one, processes=1).returncode == 0
     stop_at(options, run, 2, *chosen)
     assert (run / LAST).is_dir() and checkpoint_step(run / LAST) == 2
-    os.replace(run / LAST, run / LAST.with_name(".last.ckpt.old"))  # as if killed between the two renames
+    os.replace(run / LAST, run / LAST.with_name(".last.ckpt.eqldm.old"))  # as if killed between the two renames
     alone = train(options, run, *chosen, processes=1)
     assert alone.returncode == 1 and "is of 2 processes, now there are 1" in alone.stderr
     done = train(options, run, *chosen)

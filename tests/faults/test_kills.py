@@ -72,7 +72,7 @@ def test_export(tiny_model_folder, make_model_folder, tmp_path, seed, tried):
         assert status(fork(runs(export.main, other, "--out", out))) == 0
 
     def whole() -> None:
-        aside = out.with_name(f".{out.name}.old")  # killed between two renames: the next writer puts it back
+        aside = out.with_name(f".{out.name}.eqldm.old")  # killed between two renames: the next writer puts it back
         found = out if out.exists() else aside
         Networks.open(found)
         assert vae_hash(load_vae(found)) in hashes
