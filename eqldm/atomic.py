@@ -172,7 +172,7 @@ def _remove(folder: Path) -> None:
         folder.unlink()
         return
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(FileNotFoundError):
+    if folder.exists():
         os.replace(folder, _partial(folder))
 
 

@@ -98,8 +98,9 @@ def export_run(args: argparse.Namespace, run: Path, step: int | None) -> Path:
         config = run_options(run, args.inputs)
         sources = (getattr(config, name, None) for name in ("model", "vae"))
         check_replaceable(args.out, *(Path(source) for source in sources if source), whole=config.stage == "diffusion")
-    with beside(args.out.resolve()) as made:
-        model = made / args.out.name
+    out = args.out.resolve()  # `.` has no name
+    with beside(out) as made:
+        model = made / out.name
         step = export_checkpoint(run, step, model, args.weights, args.inputs)
         print(f"step {step} of '{run}'", file=sys.stderr)
         if not (model / "vae").is_dir() and (args.single_file or args.dtype not in (None, "float16")):

@@ -309,16 +309,18 @@ def _save_parts(folder: Path, parts: dict[str, Any]) -> None:
 
 
 def check_replaceable(folder: Path, *inputs: Path, whole: bool = False) -> None:
-    """Raises ValueError unless a model may be written to `folder`: it is free, empty or a model, and none of the inputs, nor what a run
-    has exported; and what is written is whole, or what stands there is a VAE alone."""
+    """Raises ValueError unless a model may be written to `folder`: it is free, empty or a model and nothing else, and none of the inputs,
+    nor what a run has exported, nor where this process works; and what is written is whole, or what stands there is a VAE alone."""
     for source in inputs:
         if folder.resolve() == source.resolve():
             raise ValueError(f"--out '{folder}' is the model to read: give another folder")
-    if folder.name == "model" and (folder.resolve().parent / "inputs.json").is_file():
+    if folder.resolve().name == "model" and (folder.resolve().parent / "inputs.json").is_file():
         raise ValueError(f"--out '{folder}' is where the run '{folder.parent}' keeps its own model: give another folder")
     if not whole and (folder / "unet").is_dir():
         raise ValueError(f"--out '{folder}' holds a whole model, which a VAE alone would replace: give another folder, or remove it first")
     _check_is_model(folder)
+    if folder.is_dir() and not folder.is_absolute() and Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out '{folder}' is the folder that you are in, and is replaced as a whole: give another, or leave it first")
 
 
 def _check_is_model(folder: Path) -> None:

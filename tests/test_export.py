@@ -61,3 +61,20 @@ def test_weights_that_overflow_and_folders_that_are_none(make_tiny_vae, tmp_path
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="error: .*none' does not exist"):
         main()
+
+
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_the_folder_that_one_is_in_is_not_replaced(make_tiny_vae, tmp_path, monkeypatch, out):
+    folder, here = save_model_folder(tmp_path / "vae", vae=make_tiny_vae()), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", ["export", str(folder), "--out", out])
+    with pytest.raises(SystemExit, match="is the folder that you are in|is no model folder"):
+        main()
+    (here / "inputs.json").touch()
+    (here / "model").mkdir()
+    (here / "link").symlink_to("model")
+    for name in ("model", "link"):
+        with pytest.raises(ValueError, match="keeps its own model"):
+            export(folder, here / name, torch.float32)
+    assert here.is_dir() and sorted(path.name for path in tmp_path.iterdir()) == ["here", "vae"]
