@@ -25,9 +25,10 @@ from pathlib import Path
 
 from eqldm.command import Parser, error_line, real, whole
 from eqldm.evaluation.entries import parse_entries
+from eqldm.evaluation.failures import forget_failures
 from eqldm.evaluation.instruments import WEIGHTS
 from eqldm.evaluation.results import Result, keep, write_results
-from eqldm.evaluation.run import FAULTS, QUESTIONS, Evaluation
+from eqldm.evaluation.run import QUESTIONS, Evaluation
 from eqldm.paths import place_option
 from eqldm.processes import checked_device, pick_device, process_rank
 from eqldm.ranges import PICTURE_SIDE, SAMPLING, SEED
@@ -40,7 +41,7 @@ INCOMPLETE = 3  # exit status
 
 def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool, list[str]]:
     """(The path of the report, or None where other processes are still at work or all models failed; whether weights were missing; what
-    failed)."""
+    failed). The last two are said by the process that writes the report alone: a launcher ends all where one exits with an error."""
     rank, world = place = process_rank()
     entries = parse_entries([*([args.baseline] if args.baseline else []), *args.models])
     entries = [replace(entry, folder=opened(entry.folder), vae=entry.vae and opened(entry.vae)) for entry in entries]
@@ -51,26 +52,25 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool,
     def ask() -> None:
         evaluation.look_at_data()
         for entry in entries:
-            if entry.name in results:
+            if entry.name in evaluation.over:
                 continue
-            try:
-                result = evaluation.answer(entry)
-            except FAULTS as error:
-                evaluation.fail(f"'{entry.name}'", error)
-                continue
-            if result is not None:
+            if (result := evaluation.answer(entry)) is not None:
                 results[entry.name] = result
                 keep(evaluation.out, result, command)
 
     ask()
-    if world > 1 and len(results) < len(entries):  # others may have finished meanwhile
+    if world > 1 and len(evaluation.over) < len(entries):  # others may have finished meanwhile
         ask()
-    if len(results) < len(entries) and (world > 1 or not evaluation.failed):
+    if len(evaluation.over) < len(entries):
         print(f"process {rank} of {world} is done: the report is written by the one that finishes last")
-        return None, bool(evaluation.missing), evaluation.failed
+        return None, False, []
+    forget_failures(evaluation.out)  # they are in the report
     found = [results[entry.name] for entry in entries if entry.name in results]  # in the tables' order, whichever was found first
     if not found:
         return None, bool(evaluation.missing), evaluation.failed
+    if (first := entries[0].name) not in results:
+        others = f", and differences are from '{found[0].entry.name}' instead" if len(found) > 1 else ""
+        evaluation.failed.append(f"'{first}', which all others are held against, is not in the report{others}")
     title = f"{evaluation.count} pictures of {args.data}"
     report = write_results(evaluation.out, found, evaluation.missing, evaluation.notes, title, evaluation.failed)
     return report, bool(evaluation.missing), evaluation.failed

@@ -578,6 +578,87 @@ def test_a_model_that_fails_does_not_stop_the_others(run, tiny_model_folder, mak
     assert "Failed" not in (out / "report.md").read_text()
 
 
+def test_one_process_that_fails_keeps_no_report_back(run, tiny_model_folder, make_model_folder, monkeypatch, tmp_path, capsys):
+    """The other goes on, and says what the first has said. (A launcher ends all where one exits with an error: the last one does.)"""
+    models = [f"small={make_model_folder(tmp_path / 'model', seed=3)}", f"other={tiny_model_folder}"]
+    more = ["--metrics", "reconstruction", "generation", "--without", "lpips", "--batch-size", 2]
+    draw, calls = Sampled._draw, []
+
+    def short_of_memory(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, *arguments, **options)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampled, "_draw", short_of_memory)
+        patched.setattr(command.Evaluation, "_answer", once := Once(command.Evaluation._answer))
+        out = run(*models, more=more)
+    assert "is written by the one that finishes last" in capsys.readouterr().out and not (out / "report.md").exists()
+    assert once.models == ["small", "other"]
+    monkeypatch.setenv("RANK", "1")
+    why = "generation of 'small': OutOfMemoryError: CUDA out of memory"
+    with pytest.raises(SystemExit, match=f"^error: {why}$"):
+        run(*models, more=more)
+    assert why in (out / "report.md").read_text()
+    assert "generation/read_right" in metrics_of(out, "other") and "reconstruction/psnr" in metrics_of(out, "small")
+    run(*models, more=more)  # as if both did so at once
+    monkeypatch.setenv("RANK", "0")
+    run(*models, more=more)
+    assert "generation/read_right" in metrics_of(out, "small") and "Failed" not in (out / "report.md").read_text()
+    assert not list(out.glob(".failed-*"))
+
+
+class Once:
+    """A method that refuses to be called of a model again: the processes of the test above follow each other."""
+
+    def __init__(self, method):
+        self.method, self.models = method, []
+
+    def __get__(self, evaluation, kind):
+        def call(entry):
+            if entry.name in self.models:
+                return None, False
+            self.models.append(entry.name)
+            return self.method(evaluation, entry)
+
+        return call
+
+
+@pytest.mark.parametrize("failing", ["anagram_metrics", "generation_metrics"])
+def test_a_question_that_fails_leaves_nothing_in_the_report(run, tiny_model_folder, monkeypatch, failing):
+    """Its sheets neither: they were made before."""
+
+    def fails(*arguments):
+        raise RuntimeError("no figures")
+
+    monkeypatch.setattr(f"eqldm.evaluation.run.{failing}", fails)
+    out = run(tiny_model_folder, more=["--metrics", "generation", "anagram"], status="error: " + {
+        "anagram_metrics": "anagram/rotate_180 of 'tiny': RuntimeError: no figures",
+        "generation_metrics": "generation of 'tiny': RuntimeError: no figures",
+    }[failing])  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert ("tiny: letters" in page) == (failing == "anagram_metrics") and ("tiny: anagrams" in page) == (failing != "anagram_metrics")
+
+
+def test_a_baseline_that_fails_is_not_replaced_in_silence(run, tiny_model_folder, make_model_folder, tmp_path, monkeypatch):
+    answer = command.Evaluation._answer
+
+    def fails(self, entry):
+        if entry.name == "base":
+            raise RuntimeError("broken")
+        return answer(self, entry)
+
+    monkeypatch.setattr(command.Evaluation, "_answer", fails)
+    models = [f"a={tiny_model_folder}", f"b={make_model_folder(tmp_path / 'model', seed=3)}"]
+    words = "'base', which all others are held against, is not in the report, and differences are from 'a' instead"
+    with pytest.raises(SystemExit, match=words):
+        run(*models, more=["--baseline", f"base={tiny_model_folder}", "--metrics", "reconstruction", "--without", "lpips"])
+    assert words in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("broken", ["features", "probabilities", "draw"])
 def test_values_that_are_no_numbers_name_model_and_picture(run, tiny_model_folder, tiny_judge, monkeypatch, broken):
     """They would be a letter, a black picture, or the end of the process."""

@@ -44,11 +44,15 @@ class Result:
     readings: dict[str, tuple[Sequence[View | Component], Reading]] = field(default_factory=dict)
     verdict: Verdict | None = None
 
-    def add(self, findings: Findings, question: str, samples: dict) -> None:
-        """What one question found."""
+    def add(self, findings: Findings, question: str, samples: dict, shown: Result) -> None:
+        """What one question found. shown: its sheets, and what is shown of several models together."""
         self.metrics |= findings.metrics
         self.resampled |= findings.resampled
         self.samples[question] = samples
+        self.sheets |= shown.sheets
+        self.decodings |= shown.decodings
+        self.readings |= shown.readings
+        self.verdict = shown.verdict or self.verdict
 
 
 def keep(out: Path, result: Result, command: str) -> None:

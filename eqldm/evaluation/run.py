@@ -26,6 +26,7 @@ from eqldm.evaluation.anagram import PROMPT_PAIRS, Reading, anagram_metrics, eve
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.entries import Entry
 from eqldm.evaluation.equivariance import RESCALES, SYMMETRIES, Equivariance, equivariance_metrics, error_maps, latent_pictures
+from eqldm.evaluation.failures import forget_failures, note_failure, noted_failure
 from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
@@ -56,7 +57,7 @@ class Evaluation:
     """The pictures, judges and features that all models are measured with.
 
     missing: what cannot be computed for want of weights, with the way to get them.  notes: what else a reader must know.
-    failed: what of a model could not be measured, and why; the rest was.
+    failed: what of a model could not be measured, and why; the rest was.  over: the models of which nothing more is to come.
     """
 
     def __init__(self, args: argparse.Namespace, entries: list[Entry], place: tuple[int, int] = (0, 1)):
@@ -83,6 +84,8 @@ class Evaluation:
         self.tools = Instruments(args, self.asked, letters, self.device)
         self.missing, self.notes, self.judge = self.tools.missing, self.tools.notes, self.tools.judge
         self.failed: list[str] = []
+        self.over: set[str] = set()
+        forget_failures(self.out, place[0])
         self.values: dict[str, Tensor] | None = None  # of the real pictures
         self.precision = native_precision(self.device.type) if args.precision == "auto" else args.precision
         few = [n for n in (self.count, args.num_letters, args.num_pairs) if n != "all" and int(n) < 100]
@@ -182,32 +185,54 @@ class Evaluation:
         return vae, sampler
 
     def answer(self, entry: Entry) -> Result | None:
-        """All that is found of a model; None while other processes are at work on it, or where all failed. Raises `FAULTS`."""
+        """All that is found of a model; None while other processes are at work on it, or where all failed."""
+        try:
+            result, complete = self._answer(entry)
+        except FAULTS as error:
+            self.fail(entry.name, "", error)
+            result, complete = None, True
+        if complete:
+            self.over.add(entry.name)
+        return result if complete and result and result.samples else None
+
+    def _answer(self, entry: Entry) -> tuple[Result, bool]:
+        """(what is found of a model, whether nothing is left to find). Raises `FAULTS`."""
         folder, result, complete = self.out / entry.name, Result(entry, self.about(entry)), True
         folder.mkdir(parents=True, exist_ok=True)
         vae, sampler = self.open(entry)
         real = None if self.values is None else RealPictures.of(self.values)
         result.hashes = {"vae": vae_hash(vae)} | ({"unet": weights_hash(sampler.networks.unet)} if sampler else {})
         for name, question, summarise in self.questions(entry, vae, sampler):
+            found = Result(entry, {})  # of this question: where it fails, its sheets are not shown either
             try:
                 values = self.ask(question, folder, entry.name)
+                if values is None and (text := noted_failure(self.out, entry.name, name)):  # of a process whose share will not come
+                    self._failed(text)
+                    continue
                 if values is None or real is None:
                     complete = False
                     continue
-                findings = summarise(values, real, result, folder)
+                findings = summarise(values, real, found, folder)
             except FAULTS as error:  # the other questions, and models, are worth their answers
-                self.fail(f"{name} of '{entry.name}'", error)
+                self.fail(entry.name, name, error)
                 continue
-            result.add(findings, name, self.about_samples(question))
+            result.add(findings, name, self.about_samples(question), found)
             if odd := [key for key, value in findings.metrics.items() if not math.isfinite(value)]:
                 self._note(f"{entry.name}: no finite number, as of pictures that are too few, too small or all alike: {', '.join(odd)}.")
             console.print(f"{entry.name}: {name} " + ", ".join(f"{key.split('/', 1)[1]} {value:.4g}" for key, value in headline(findings)))
-        return result if complete and result.samples else None
+        return result, complete
 
-    def fail(self, what: str, error: Exception) -> None:
-        """Takes down, and says, what failed."""
+    def fail(self, model: str, question: str, error: Exception) -> None:
+        """Takes down, and says, what failed: a question, or, where that is empty, a model as a whole. Other processes hear of it."""
         plain = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {str(error)[:400]}"
-        text = f"{what}: {' '.join(plain.split())}"
+        text = f"{question} of '{model}': " if question else f"'{model}': "
+        text += " ".join(plain.split())
+        self._failed(text)
+        rank, world = self.place
+        if world > 1:
+            note_failure(self.out, rank, model, question, text)
+
+    def _failed(self, text: str) -> None:
         if text not in self.failed:
             self.failed.append(text)
             console.print(f"failed: {text}", markup=False, highlight=False, soft_wrap=True)
