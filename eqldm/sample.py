@@ -71,7 +71,7 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
 def _sample(
     args: argparse.Namespace, sampler: Sampler, recipe: Recipe, chooser: Chooser | None, settings: dict, options: Options, out: Path
 ) -> Path:
-    check_folder(out, settings, choosing=chooser is not None)
+    check_folder(out, settings, range(args.seed, args.seed + args.num_samples), choosing=chooser is not None)
     start = time.perf_counter()
     pictures: dict[int, Tensor] = {}
     batch_of: dict[int, list[int]] = {}
@@ -193,29 +193,36 @@ class Chooser:
         return self.judge.worst_view(faces, self.labels)
 
 
-def check_folder(out: Path, settings: dict, choosing: bool = False) -> None:
-    """Raises ValueError where the folder holds pictures made otherwise, which would lie beside the new ones as if they were of one run, or
-    (choosing) pictures that were not chosen, which a choice would take away."""
-    wanted = json.loads(json.dumps(settings))
+def check_folder(out: Path, settings: dict, seeds: range, choosing: bool = False) -> None:
+    """Raises ValueError where the folder holds pictures made otherwise, which would lie beside the new ones as if they were of one run,
+    (choosing) pictures that were not chosen, which a choice would take away, or files of others, which these seeds' would replace."""
+    wanted, ours = json.loads(json.dumps(settings)), False
     for path in out.glob("*.json"):
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"'{path}' is damaged ({error}): remove it, or give another --out") from error
         if not isinstance(found, dict) or "prompts" not in found:  # none of ours
-            if path.stem.isdigit():
+            scores = path.name == "scores.json" and isinstance(found, dict) and all(map(str.isdigit, found))
+            if path.stem.isdigit() or (path.name == "scores.json" and not scores):
                 raise ValueError(f"'{path}' was not written by this command, which would replace it: give another --out")
             continue
+        ours = True
         if changed := ", ".join(name for name, value in wanted.items() if found.get(name) != value):
             raise ValueError(f"'{out}' holds pictures made with another {changed}: give another --out")
         if choosing and "score" not in found:
             raise ValueError(f"'{out}' holds pictures that --keep did not choose, and would remove: give another --out")
+    for path in out.iterdir():
+        of_seed = path.suffix == ".png" and path.stem.isdecimal() and int(path.stem) in seeds
+        foreign = not path.with_suffix(".json").exists() if of_seed else not ours and path.name in ("index.html", "sheet.png")
+        if foreign:
+            raise ValueError(f"'{path}' was not written by this command, which would replace it: give another --out")
 
 
 def write_picture(out: Path, picture: Tensor, about: dict) -> None:
-    """`SEED.png`, and `SEED.json` beside it."""
-    write_whole(out / f"{about['seed']}.png", lambda path: tensor_to_picture(picture).save(path, "png"))
+    """`SEED.json`, and `SEED.png` beside it, which without the other is none of ours: see `check_folder`."""
     _write_json(out / f"{about['seed']}.json", about)
+    write_whole(out / f"{about['seed']}.png", lambda path: tensor_to_picture(picture).save(path, "png"))
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -211,6 +211,18 @@ def test_pictures_made_otherwise_do_not_mix(run, failed, tiny_model_folder, tmp_
     assert "2.json' was not written by this command, which would replace it" in failed(*some, "--seed", 2)
 
 
+@pytest.mark.parametrize("name", ["index.html", "sheet.png", "1.png", "scores.json"])
+def test_files_of_others_are_not_replaced(run, failed, tiny_model_folder, tmp_path, name):
+    some = [*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, "--num-samples", 2]
+    (tmp_path / name).write_text('{"mine": 1}')
+    (tmp_path / "notes.png").touch()
+    assert f"{name}' was not written by this command, which would replace it: give another --out" in failed(*some)
+    assert (tmp_path / name).read_text() == '{"mine": 1}' and not (tmp_path / "0.png").exists()
+    (tmp_path / name).unlink()
+    run(*some)
+    run(*some)
+
+
 def test_negation_by_way_of_pixels_is_not_refused(run, tiny_model_folder, tmp_path):
     more = ["--views", "identity", "negate", "--blend", "pixels", "--num-samples", 1]
     run(*options(tiny_model_folder, tmp_path), "--prompts", *PROMPTS, *more)
