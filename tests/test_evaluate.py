@@ -538,6 +538,15 @@ def test_a_model_that_samples_no_numbers_is_named(run, tiny_model_folder, make_m
         run(f"{tiny_model_folder}@guidance_scale=-1", more=["--metrics", "generation"])
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html", "models.png"])
+def test_a_report_of_somebody_else_is_not_replaced(run, vae_alone, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("my thesis")
+    with pytest.raises(SystemExit, match=f"out' holds {name}, which was not written by this command, and would be replaced: give another"):
+        run(vae_alone)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def test_nothing_to_ask(run, vae_alone):
     with pytest.raises(SystemExit, match="no model holds a UNet, so there is nothing to ask"):
         run(vae_alone, more=["--metrics", "fit"])

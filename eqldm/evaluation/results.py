@@ -16,7 +16,7 @@ from eqldm.atomic import write_whole
 from eqldm.evaluation.anagram import Reading
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.compare import Measured
-from eqldm.evaluation.entries import Entry
+from eqldm.evaluation.entries import RESERVED, Entry
 from eqldm.evaluation.fit import Verdict
 from eqldm.evaluation.report import Model, Report, console_table, write_report
 from eqldm.evaluation.sheets import equivariance_sheet, models_sheet
@@ -53,6 +53,14 @@ class Result:
         self.decodings |= shown.decodings
         self.readings |= shown.readings
         self.verdict = shown.verdict or self.verdict
+
+
+def check_own(out: Path) -> None:
+    """Raises ValueError where the folder of a report holds files under its names, and nothing that tells that an evaluation wrote them."""
+    if (out / "data.safetensors").exists() or next(out.glob("*/about.json"), None):
+        return
+    if foreign := [name for name in RESERVED if (out / name).exists()]:
+        raise ValueError(f"--out '{out}' holds {foreign[0]}, which was not written by this command, and would be replaced: give another")
 
 
 def keep(out: Path, result: Result, command: str) -> None:

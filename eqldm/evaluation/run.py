@@ -36,7 +36,7 @@ from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.pictures import count_notes, open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
-from eqldm.evaluation.results import Result
+from eqldm.evaluation.results import Result, check_own
 from eqldm.evaluation.sampled import Sampled
 from eqldm.evaluation.work import Question, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
@@ -63,6 +63,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, entries: list[Entry], place: tuple[int, int] = (0, 1)):
         """Raises ValueError, FileNotFoundError for options that do not fit, before anything long."""
         self.args, self.place, self.out = args, place, Path(args.out)
+        check_own(self.out)
         of_unets = any((entry.folder / "unet").is_dir() for entry in entries)
         self.asked = [name for name in args.metrics if of_unets or name in OF_VAES]
         if not self.asked:
