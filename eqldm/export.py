@@ -30,7 +30,7 @@ from eqldm.autoencoder.fold import fold_map
 from eqldm.command import Parser, error_line, real
 from eqldm.lock import held
 from eqldm.model_card import carried_card
-from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, save_model_folder
+from eqldm.model_folder import Networks, check_replaceable, load_autoencoder, load_vae, one_model, save_model_folder
 from eqldm.paths import path_option
 from eqldm.ranges import Range
 from eqldm.run_model import export_checkpoint, parse_run, run_options
@@ -46,9 +46,10 @@ def export(model: Path, out: Path, dtype: torch.dtype) -> Path:
     """
     _check_folder(out)
     check_replaceable(out, model, whole=(model / "unet").is_dir())
-    parts = {"vae": load_autoencoder(model)}
-    if (model / "unet").is_dir():
-        parts |= vars(Networks.open(model))
+    with one_model(model):
+        parts = {"vae": load_autoencoder(model)}
+        if (model / "unet").is_dir():
+            parts |= vars(Networks.open(model))
     for name in ("vae", "unet", "text_encoder"):
         if name in parts:
             _in_dtype(parts[name], dtype, f"{name}/ of '{model}'")

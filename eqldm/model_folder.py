@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,8 +74,27 @@ class Networks:
 
     @classmethod
     def open(cls, folder: str | Path) -> Networks:
-        """Those of a model folder, in float32 and eval mode. Raises as the loaders."""
-        return cls(load_unet(folder), *load_text(folder), load_scheduler(folder))
+        """Those of a model folder, in float32 and eval mode. Raises as the loaders, and as `one_model`."""
+        with one_model(folder):
+            return cls(load_unet(folder), *load_text(folder), load_scheduler(folder))
+
+
+@contextmanager
+def one_model(folder: str | Path) -> Iterator[None]:
+    """For a block that opens several parts of a model folder. Raises ValueError where it was replaced meanwhile: they would be of two
+    models, which fit each other and give neither's pictures."""
+    before = _stamp(folder)
+    yield
+    if _stamp(folder) != before:
+        raise ValueError(f"'{folder}' was replaced while it was opened, by an export perhaps: run the same command again")
+
+
+def _stamp(folder: str | Path) -> tuple[int, int, int] | None:
+    try:
+        found = Path(folder).stat()
+    except OSError:  # the loaders say what is wrong
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def check_model_folder(folder: str | Path, parts: tuple[str, ...] = PARTS) -> Path:

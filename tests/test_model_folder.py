@@ -12,12 +12,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, Stab
 from safetensors.torch import load_file, save_file
 
 from eqldm.anagram.sampling import Sampler
+from eqldm.export import export
 from eqldm.model_folder import (
+    Networks,
     check_model_folder,
     decode,
     denormalise,
     downsampling,
     encode,
+    load_autoencoder,
     load_scheduler,
     load_text,
     load_unet,
@@ -285,3 +288,29 @@ def test_weights_of_another_shape_name_their_folder(tiny_model_folder, tmp_path)
     (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": config["in_channels"] + 1}))
     with pytest.raises(ValueError, match="the weights in '.*/unet' do not fit its config.json .UNet2DConditionModel.: .*conv_in"):
         load_unet(folder)
+
+
+@pytest.mark.parametrize(
+    ("loader", "open_it"),
+    [
+        ("eqldm.model_folder.load_unet", Networks.open),
+        ("eqldm.anagram.sampling.load_autoencoder", lambda folder: Sampler.open(folder, "cpu")),
+        ("eqldm.export.load_autoencoder", lambda folder: export(folder, folder.parent / "out", torch.float16)),
+    ],
+)
+def test_parts_of_two_models_are_not_opened_as_one(make_model_folder, tmp_path, monkeypatch, loader, open_it):
+    """An export that replaced the folder while it was read gave the UNet of one model with the VAE of another, and nothing said so."""
+    folder = make_model_folder(tmp_path / "model")
+    load = load_unet if loader.endswith("unet") else load_autoencoder
+
+    def then_replaced(path):
+        network = load(path)
+        make_model_folder(folder, seed=1)
+        return network
+
+    monkeypatch.setattr(loader, then_replaced)
+    with pytest.raises(ValueError, match="model' was replaced while it was opened, by an export perhaps: run the same command again"):
+        open_it(folder)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    open_it(folder)

@@ -21,7 +21,7 @@ from eqldm.anagram.solvers import BLENDING, begin, is_flow, objective_of, solver
 from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
-from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder
+from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder, one_model
 from eqldm.processes import checked_device
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View
@@ -90,10 +90,11 @@ class Sampler:
         check_model_folder(folder)
         device = checked_device(str(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         precision = native_precision(device.type) if precision == "auto" else precision
-        networks = Networks.open(folder)
+        with one_model(folder):
+            networks = Networks.open(folder)
+            vae = load_autoencoder(folder)
         networks.unet.to(device)
         networks.text_encoder.to(device)
-        vae = load_autoencoder(folder)
         check_unet(networks, vae, folder)
         return cls(networks, vae.to(device), device, precision)
 
