@@ -90,7 +90,10 @@ class Gate:
             await self.app(scope, receive, send)
             return
         body = await _read(receive) if scope["type"] == "http" else []  # also of what is refused, else its sender would not hear why
-        refusal = self.refusal({name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]})
+        headers: dict[str, str] = {}
+        for name, value in ((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]):
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value  # two hosts are none
+        refusal = self.refusal(headers)
         if refusal is None and body is None:
             refusal = 413, f"A request of more than {MOST_BYTES} bytes is not taken."
         if refusal is not None:
@@ -130,7 +133,10 @@ async def _read(receive: Receive) -> list[dict[str, Any]] | None:
     while more:
         message = await receive()
         size += len(message.get("body", b""))
-        body = [*body, message] if size <= MOST_BYTES else []
+        if size <= MOST_BYTES:
+            body.append(message)
+        else:
+            body.clear()
         more = message.get("more_body", False)  # nor is there more where the sender has gone
     return body if size <= MOST_BYTES else None
 

@@ -20,8 +20,8 @@ def test_the_name_of_a_host_header(header, name):
     assert host_name(header) == name
 
 
-def status(host: str, names=(), at="127.0.0.1", kind="http", **headers) -> int:
-    """What a gate answers to a request: 200 where it is let in."""
+def status(host: str | None, names=(), at="127.0.0.1", kind="http", further=(), **headers) -> int:
+    """What a gate answers to a request: 200 where it is let in. further: headers, by name."""
     sent = []
 
     async def answer(scope, receive, send):
@@ -33,7 +33,8 @@ def status(host: str, names=(), at="127.0.0.1", kind="http", **headers) -> int:
     async def send(message):
         sent.append(message)
 
-    scope = {"type": kind, "headers": [(b"host", host.encode()), *((k.encode(), v.encode()) for k, v in headers.items())]}
+    given = [*([("host", host)] if host is not None else []), *headers.items(), *further]
+    scope = {"type": kind, "headers": [(k.encode(), v.encode()) for k, v in given]}
     asyncio.run(Gate(answer, names_of(at, names), at in ("0.0.0.0", "::"))(scope, receive, send))
     return sent[0].get("status") or sent[0]["code"]
 
@@ -52,6 +53,15 @@ def test_it_answers_to_the_names_it_is_served_at():
     for name in ("http://studio.example", "studio.example:80", "[::1]:80", "", "a b", "*", "*.example"):
         with pytest.raises(ValueError, match=f"--allow-host '{re.escape(name)}' is no name of a host"):
             names_of("127.0.0.1", [name])
+
+
+def test_two_headers_of_a_kind_are_none():
+    """Of two, this gate read the last and Gradio the first."""
+    assert status(None) == 400
+    for first, second in (("localhost", "evil.example"), ("evil.example", "localhost"), ("localhost", "localhost")):
+        assert status(first, further=[("Host", second)]) == 400
+    for first, second in (("http://localhost", "http://evil.example"), ("http://evil.example", "http://localhost")):
+        assert status("localhost", origin=first, further=[("origin", second)]) == 403
 
 
 @pytest.mark.parametrize(("host", "port", "message"), [
