@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eqldm.atomic import told, whole, write_whole
+from eqldm.atomic import told, whole
 from eqldm.weights import cut_off, read_pickle
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -105,8 +105,9 @@ def write_single_file(vae: AutoencoderKL, path: str | Path) -> Path:
         raise ValueError(f"LDM's layout has no place for this autoencoder: it has {', '.join(wrong)}")
     weights = ldm_weights(vae)
     settings = OmegaConf.to_yaml(OmegaConf.create(ldm_config(vae)))
-    write_whole(path.with_name(path.name + ".yaml"), lambda partial: partial.write_text(settings))
-    with told(f"'{path}'"), whole(path) as partial:
+    beside = path.with_name(path.name + ".yaml")
+    with told(f"'{path}'"), whole(beside) as stated, whole(path) as partial:  # renamed together: the scale of one is not the other's
+        stated.write_text(settings)
         if path.suffix == ".safetensors":
             save_file(weights, partial, {"format": "pt", "scale_factor": repr(config.scaling_factor)})
         else:

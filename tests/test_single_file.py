@@ -243,3 +243,15 @@ def test_a_state_dict_that_contains_itself_is_refused(tmp_path):
     torch.save(inner, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="a.ckpt' holds no weights by name: its state_dict contains itself"):
         load_vae(tmp_path / "a.ckpt")
+
+
+def test_a_failed_write_leaves_weights_and_scale_as_they_were(small_disk):
+    """The YAML was written first: it stated the new scale of weights that were still the old ones."""
+    disk = small_disk(64_000)
+    path = write_single_file(random_vae(), disk / "a.safetensors")
+    before = {each.name: each.read_bytes() for each in disk.iterdir()}
+    small_disk(sum(map(len, before.values())) // 1024 + 100)
+
+    with pytest.raises(OSError, match="a.safetensors' could not be written .No space left on device."):
+        write_single_file(random_vae(scaling_factor=0.5), path)
+    assert {each.name: each.read_bytes() for each in disk.iterdir()} == before
