@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 LOCK = ".lock"  # the file in a folder that is held as a whole
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 HELD = (errno.EACCES, errno.EAGAIN)  # by another process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
@@ -70,7 +71,14 @@ def held(path: Path, what: str, way_out: str = "", group: str = "", wait: bool =
 
 def _take(path: Path, what: str, way_out: str, group: str, wait: bool) -> None:
     while True:
-        file = open(path, "a+")
+        try:
+            file = open(path, "a+")
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise PermissionError(
+                f"'{path.parent}' cannot be written to ({error.strerror}): {way_out or 'choose another folder'}"
+            ) from error
         try:
             _lock(file, group, wait)
         except Held as error:

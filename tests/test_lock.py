@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -127,3 +128,15 @@ def test_a_full_disk_is_said_and_the_lock_let_go(small_disk):
     (disk / "fill").unlink()
     with holder(disk / LOCK, "launch 1"), held(disk / LOCK, "it is", group="launch 1"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("needs leave to mount, as root has")
+    lock = str(tmp_path / "disk" / ".a.lock")
+    code = f"from pathlib import Path; from eqldm.lock import held\nwith held(Path({lock!r}), 'a', 'give another --out'): pass"
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o ro tmpfs {shlex.quote(str(tmp_path / 'disk'))}"
+    script = f"{mount} && exec {shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    found = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True)
+    assert found.stderr.splitlines()[-1].endswith("disk' cannot be written to (Read-only file system): give another --out")
