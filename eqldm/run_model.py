@@ -20,8 +20,9 @@ from torch import Tensor
 from eqldm.atomic import lock_of, whole_folder
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
 from eqldm.lock import held
+from eqldm.paths import check_folder
 from eqldm.training.checkpoints import LAST, check_fits, check_numbers, find_checkpoint, kept_checkpoints, read_whole
-from eqldm.training.identity import INPUTS, check_own, flat, read_options
+from eqldm.training.identity import INPUTS, INPUTS_FILE, check_own, flat, read_options, run_id
 from eqldm.training.run_folder import changed_inputs, read_done, run_card
 from eqldm.training.zero import shard_weights
 from eqldm.weights import read_json
@@ -60,12 +61,16 @@ def opened(model: str | Path) -> Path:
     run, step = found
     if step is not None and step not in kept_checkpoints(run):  # the newest, perhaps, or one that was the newest when it was exported
         folder = _exported(run, step)
-        if (folder / MADE_FROM).is_file():
+        if (made := _made_from(folder)) and made.get("run") == _id(run):
             return folder
     step, checkpoint = find_checkpoint(run, step)
-    folder, stamp = _exported(run, step), _stamp(checkpoint)
+    folder, stamp = _exported(run, step), {**_stamp(checkpoint), "run": _id(run)}
     if _made_from(folder) == stamp:
         return folder
+    try:
+        check_folder(f"model '{model}'", folder)
+    except OSError as error:
+        raise OSError(f"{error}, which is python -m eqldm.export '{model}' --out DIR") from error
     folder.parent.mkdir(exist_ok=True)
     with held(lock_of(folder), f"'{folder}' is being exported", wait=True):
         if _made_from(folder) == stamp:  # by another process, in the meantime
@@ -88,6 +93,11 @@ def _made_from(folder: Path) -> dict | None:
         return read_json(folder / MADE_FROM)
     except (ValueError, OSError):
         return None
+
+
+def _id(run: Path) -> str | None:
+    """Of the run that is in a folder: another may have been there before. None for one of before that has none."""
+    return run_id(run) if (run / INPUTS_FILE).is_file() else None
 
 
 def _stamp(checkpoint: Path) -> dict[str, int]:

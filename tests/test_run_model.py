@@ -190,3 +190,23 @@ def test_other_commands_take_a_runs_checkpoint(diffusion):
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3, it has those of 2"):
         opened(f"{run}@3")
     (run / "aside").rename(run / LAST)
+
+
+def test_what_another_run_has_exported_in_the_same_folder_is_not_taken(autoencoder, tmp_path):
+    """Its checkpoints were removed to start anew: RUN@STEP was the earlier run's model for good."""
+    run = shutil.copytree(autoencoder.parent / "run", tmp_path / "run")
+    (run / step_checkpoint(4)).unlink()
+    before = vae_hash(load_vae(opened(f"{run}@4")))
+    shutil.rmtree(run / LAST.parent)
+    shutil.rmtree(run / "model")
+    (run / "done.json").unlink()
+    train_autoencoder(load_config(autoencoder, [f"run.dir={run}", "run.seed=5", "run.keep_every=3"]))
+    assert vae_hash(load_vae(opened(f"{run}@4"))) == vae_hash(load_vae(run / "model")) != before
+
+
+def test_a_run_of_somebody_else_that_cannot_be_written_to(autoencoder, tmp_path):
+    run = shutil.copytree(autoencoder.parent / "run", tmp_path / "run")
+    shutil.rmtree(run / "models", ignore_errors=True)
+    (run / "models").touch()
+    with pytest.raises(OSError, match=r"models' is no folder, so .* give another, which is python -m eqldm.export '.*run@2' --out DIR"):
+        opened(f"{run}@2")
