@@ -13,8 +13,10 @@ import platform
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,12 +53,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def told(what: str, kept: str = "", then: str = "the same command goes on") -> Iterator[None]:
-    """Turns what libraries raise of a failed write into NotWritten, which says what it was of."""
+    """Turns what libraries raise of a failed write into NotWritten, which says what it was of; what ends the process stays what it is."""
+    before = sys.exc_info()[1]  # is being handled, and not of this write
     try:
         yield
     except NotWritten:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
+        for found in takewhile(lambda found: found is not before, _chain(error)):
+            if isinstance(found, KeyboardInterrupt | SystemExit):  # torch puts its own before it
+                raise found from None
         raise NotWritten(what, error, kept, then) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -51,6 +52,28 @@ def test_only_a_full_disk_asks_for_room(error, words, full):
     way_out = "make room, and the same" if full else "when that is mended, the same"
     assert str(raised.value) == f"checkpoint 'a' could not be written ({words}). The one before it is kept: {way_out} command goes on"
     assert raised.value.full is full and (raised.value.errno in (28, 122)) is full
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_write_is_no_failed_one(tmp_path, end):
+    """torch ends its file all the same, finds it too short, and raises that."""
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            raise end
+
+    with pytest.raises(type(end)) as raised, told("checkpoint 'a'"):
+        torch.save({"x": torch.zeros(1000)}, Interrupted())
+    assert raised.value is end
+    with pytest.raises(NotWritten, match="No space left"):
+        try:
+            raise end
+        except type(end):
+            with told("checkpoint 'a'"):  # that is saved because of it
+                raise OSError(28, "No space left on device") from None
 
 
 def test_a_failed_write_leaves_what_stood_there(tmp_path):
