@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from eqldm.atomic import lock_of, whole_folder
+from eqldm.atomic import beside, lock_of, whole_folder
 from eqldm.config import AutoencoderConfig, DiffusionConfig, JudgeConfig, StageConfig, load_config
 from eqldm.lock import held
 from eqldm.paths import check_folder
@@ -141,10 +141,10 @@ def export_checkpoint(run: Path, step: int | None, out: Path, weights: Weights |
 
         module, data = prepare_diffusion(config)
         _load(module, checkpoint, found)
-        lora = out.with_name(f".{out.name}-lora")
-        module.export(out, card(trained_on(config) + about), lora)
-        if lora.exists():
-            lora.rename(out / "lora")
+        with beside(out) as lora:  # none that a killed export left there
+            module.export(out, card(trained_on(config) + about), lora)
+            if lora.exists():
+                lora.rename(out / "lora")
     else:
         from eqldm.evaluation.judge_training import export_judge, prepare_judge
 

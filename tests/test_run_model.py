@@ -210,3 +210,15 @@ def test_a_run_of_somebody_else_that_cannot_be_written_to(autoencoder, tmp_path)
     (run / "models").touch()
     with pytest.raises(OSError, match=r"models' is no folder, so .* give another, which is python -m eqldm.export '.*run@2' --out DIR"):
         opened(f"{run}@2")
+
+
+def test_low_rank_updates_that_a_killed_export_left_are_not_taken(diffusion, tmp_path):
+    """Nor left there: they lay beside under a name that the next export used again."""
+    run = shutil.copytree(diffusion.parent / "run", tmp_path / "run")
+    export_checkpoint(run, 2, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    kept = files(tmp_path / "out" / "lora")
+    (tmp_path / ".again-lora").mkdir()
+    (tmp_path / ".again-lora" / "stale").touch()
+    export_checkpoint(run, 2, tmp_path / "again")
+    assert files(tmp_path / "again" / "lora") == kept
