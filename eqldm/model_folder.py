@@ -308,6 +308,9 @@ def save_model_folder(folder: str | Path, card: str | None = None, **parts) -> P
         _save_parts(partial, parts)
         if card is not None:
             (partial / CARD).write_text(card)
+        # a container of this machine's name whose processes have numbers of their own takes this one for dead, and its files for litter
+        if lost := [name for name in parts if not (partial / name).is_dir()]:
+            raise OSError(f"another process has removed {', '.join(lost)} on the way, a container with this one's host name perhaps")
     return folder
 
 

@@ -32,6 +32,7 @@ from eqldm.model_folder import (
     text_hash,
     vae_hash,
 )
+from eqldm.text_files import save_tokenizer
 from eqldm.views import IDENTITY
 
 
@@ -83,6 +84,20 @@ def test_a_failed_save_leaves_the_old_folder(make_tiny_vae, tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         save_model_folder(tmp_path / "model", vae=make_tiny_vae(1))
     assert vae_hash(load_vae(tmp_path / "model")) == vae_hash(make_tiny_vae(0))
+
+
+def test_a_folder_that_lost_a_part_on_the_way_does_not_take_the_place_of_a_whole_one(make_model_folder, tmp_path, monkeypatch):
+    """Another container of this host name swept it away, and what was written afterwards was a model without vae/."""
+    folder = make_model_folder(tmp_path / "model")
+
+    def after_a_sweep(tokenizer, place):
+        shutil.rmtree(place.parent)
+        save_tokenizer(tokenizer, place)
+
+    monkeypatch.setattr("eqldm.model_folder.save_tokenizer", after_a_sweep)
+    with pytest.raises(OSError, match=r"model' could not be written .another process has removed vae, unet, text_encoder on the way"):
+        make_model_folder(folder, seed=1)
+    Networks.open(folder)
 
 
 def test_a_full_disk_is_told_by_name(make_tiny_vae, tmp_path):
