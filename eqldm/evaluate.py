@@ -66,6 +66,8 @@ def evaluate(args: argparse.Namespace, command: str) -> tuple[Path | None, bool,
         return None, False, []
     forget_failures(evaluation.out)  # they are in the report
     found = [results[entry.name] for entry in entries if entry.name in results]  # in the tables' order, whichever was found first
+    for name in [entry.name for entry in entries if entry.name not in results and (evaluation.out / entry.name / "metrics.json").exists()]:
+        evaluation.failed.append(f"'{evaluation.out / name}' still holds what an earlier command found of '{name}'")
     if not found:
         return None, bool(evaluation.missing), evaluation.failed
     if (first := entries[0].name) not in results:

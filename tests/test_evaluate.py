@@ -662,10 +662,14 @@ def test_a_baseline_that_fails_is_not_replaced_in_silence(run, tiny_model_folder
 
     monkeypatch.setattr(command.Evaluation, "_answer", fails)
     models = [f"a={tiny_model_folder}", f"b={make_model_folder(tmp_path / 'model', seed=3)}"]
+    (tmp_path / "out" / "base").mkdir(parents=True)
+    for name in ("metrics.json", "about.json"):
+        (tmp_path / "out" / "base" / name).write_text("{}")
     words = "'base', which all others are held against, is not in the report, and differences are from 'a' instead"
     with pytest.raises(SystemExit, match=words):
         run(*models, more=["--baseline", f"base={tiny_model_folder}", "--metrics", "reconstruction", "--without", "lpips"])
-    assert words in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert words in report and "out/base' still holds what an earlier command found of 'base'" in report
 
 
 @pytest.mark.parametrize("broken", ["features", "probabilities", "draw"])
