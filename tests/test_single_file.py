@@ -200,12 +200,10 @@ def test_export_keeps_what_a_unet_sees(tmp_path, monkeypatch, capsys, changes, s
     torch.testing.assert_close(*posteriors, rtol=1e-4, atol=1e-5)
 
 
-def test_exports_that_cannot_be(tmp_path, monkeypatch):
+def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys):
     folder = save_model_folder(tmp_path / "model", vae=random_vae())
     path = export_single_file(folder, tmp_path / "vae.ckpt", torch.float16)
     for words, message in (
-        ([folder, "--out", "x.ckpt", "--scale-factor", "0", "--single-file"], "--scale-factor: got 0.0, wanted a number above 0"),
-        ([folder, "--out", "x.ckpt", "--scale-factor", "inf", "--single-file"], "--scale-factor: got inf, wanted a number above 0"),
         ([folder, "--out", tmp_path / "x", "--scale-factor", "1"], "--scale-factor is for --single-file"),
         ([folder, "--out", tmp_path / "x.ckpt"], "x.ckpt' would be a folder: give --single-file"),
         ([path, "--out", tmp_path / "x.ckpt", "--single-file"], "vae.ckpt' is a single file already"),
@@ -213,6 +211,11 @@ def test_exports_that_cannot_be(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
         with pytest.raises(SystemExit, match=message):
             main()
+    for scale in ("0", "inf", "nan", "-1"):
+        monkeypatch.setattr(sys, "argv", ["export", str(folder), "--out", "x.ckpt", "--scale-factor", scale, "--single-file"])
+        with pytest.raises(SystemExit):
+            main()
+        assert f"error: argument --scale-factor: got {scale}, wanted above 0" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="vae.ckpt' is a file, which can be no more than a VAE: wanted a model folder with unet"):
         load_unet(path)
 

@@ -241,7 +241,7 @@ def test_what_the_page_does_not_offer_is_refused(served, model):
         (7, 10**6, "Steps: got 1000000, wanted 1 to 100"),
         (11, "<img src=x onerror=alert(1)>", "Scheduler: got '\\\\<img src=x onerror=alert(1)\\\\>', wanted one of the model's own, ddim"),
         (1, "a" * 10**5, "Prompts: got 100000 characters, wanted at most 10000"),
-        (3, "identity\npatch_permute:30000", "wanted at most 1024 a side"),
+        (3, "identity\npatch_permute:30000", "is of 30000 x 30000 cells: wanted at most 8 a side"),
         (0, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, "Cannot move /etc/passwd"),
     ):
         assert note in call(served, "sample", [*asked[:place], value, *asked[place + 1 :]])
