@@ -18,7 +18,7 @@ from eqldm.command import Parser, error_line
 from eqldm.config import load_config, to_yaml
 from eqldm.kinds import check_given_once
 from eqldm.paths import place_option
-from eqldm.training.stopping import listen
+from eqldm.training.stopping import ignore, listen
 from eqldm.unused import without_effect
 
 
@@ -114,3 +114,4 @@ def _train(config):
 if __name__ == "__main__":
     listen("before the first step: nothing is lost, the same command starts the run or goes on with it")
     main()
+    ignore()

@@ -30,6 +30,12 @@ def listen(where: str) -> None:
         signal.signal(number, partial(_end, where))
 
 
+def ignore() -> None:
+    """From now on the signals do nothing: all is done, and Python, as it ends, would let them end the process with another status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def listening() -> bool:
     """Whether `listen` was called."""
     return getattr(signal.getsignal(signal.SIGINT), "func", None) is _end

@@ -31,7 +31,8 @@ PLACES = {  # where the run sends the signal to its own group, by the words for 
 
 
 def start(options: Path, run: Path, place: str = "", call: int = 1, number: int = 0) -> subprocess.Popen:
-    """A run of its own process group, which sends the signal to that at so many calls of the place, before and within them."""
+    """A run of its own process group, which has the signal sent to that at so many calls of the place, by another process: readers obey
+    their own."""
     module, _, path = place.partition(":")
     tell = (
         f"owner = importlib.import_module({module!r})\n"
@@ -42,13 +43,14 @@ def start(options: Path, run: Path, place: str = "", call: int = 1, number: int 
         "def told(*args, **options):\n"
         "    left[0] -= 1\n"
         "    if left[0] == 0:\n"
-        f"        threading.Timer(0.01, os.killpg, (0, {number})).start()\n"
+        f"        sender = [sys.executable, '-ISc', 'import os; os.killpg(0, {number:d})']\n"
+        "        threading.Timer(0.01, subprocess.run, (sender,), dict(stderr=subprocess.DEVNULL)).start()\n"
         "    return whole(*args, **options)\n"
         "setattr(owner, name, told)\n"
     )
     script = run.parent / "told.py"
     script.write_text(
-        f"import importlib, os, runpy, sys, threading\n{tell if place else ''}"
+        f"import importlib, runpy, subprocess, sys, threading\n{tell if place else ''}"
         f"sys.argv = ['train.py', {str(options)!r}, 'run.dir={run}']\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
