@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eqldm.atomic import DISK_FULL, write_whole
+from eqldm.atomic import DISK_FULL
 from eqldm.command import Parser, error_line, whole
 from eqldm.data.cache import CacheFull, check_cache
 from eqldm.data.making import UNFINISHED
@@ -177,7 +177,7 @@ def _started(out: Path, wanted: dict) -> bool:
         foreign = sorted(path.name for path in out.glob("*.tar"))
         if foreign:
             raise ValueError(f"'{out}' holds tars that this script did not make: {', '.join(foreign[:3])}. Give another --out")
-        write_whole(record, lambda path: write_json(path, {"generator": wanted}))
+        write_json(record, {"generator": wanted})
         return False
     found = read_object(record, "Remove it, or give another --out").get("generator") or {}
     if not isinstance(found, dict):
@@ -202,7 +202,7 @@ def _finish(out: Path, entries: list[Path], about: dict) -> None:
     held = [entry for entry in shards if entry["count"]]
     write_index(out, held)
     manifest = {**about, "skipped": skipped, "count": sum(entry["count"] for entry in held), "shards": held}
-    write_whole(out / MANIFEST, lambda path: write_json(path, manifest))
+    write_json(out / MANIFEST, manifest)
     for path in (*entries, out / UNFINISHED):
         path.unlink(missing_ok=True)
 

@@ -22,12 +22,15 @@ from torch import Tensor
 DAMAGED = (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, ValueError, struct.error)  # what torch raises of such
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object of a JSON file, such as a config.json. Raises ValueError that names a file that holds none; FileNotFoundError."""
+def read_json(path: str | Path, way_out: str = ": fetch it again") -> dict[str, Any]:
+    """The object of a JSON file, such as a config.json. Raises ValueError that names a file that holds none; FileNotFoundError.
+
+    way_out: ends what is said of one that is cut off.
+    """
     try:
         found = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is no JSON file, or is cut off ({error}): fetch it again") from error
+        raise ValueError(f"'{path}' is no JSON file, or is cut off ({error}){way_out}") from error
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' holds a JSON {type(found).__name__}, wanted an object with names")
     return found

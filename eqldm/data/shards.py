@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from eqldm.atomic import lock_of, whole, whole_folder
+from eqldm.atomic import lock_of, whole, whole_folder, write_whole
 from eqldm.data import cache, remote
 from eqldm.data.contents import NO_ARRAY, UnfitSample
 from eqldm.data.manifest import MANIFEST, digest_of, load_manifest
@@ -72,9 +72,8 @@ def hash_file(digest: hashlib._Hash, path: Path, skip: int = 0) -> None:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write JSON beside its name and rename it, so that a reader never sees half a file."""
-    with whole(Path(path)) as partial:
-        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    """Write JSON that appears whole. Raises as `write_whole`."""
+    write_whole(Path(path), lambda partial: partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n"))
 
 
 def write_manifest(folder: str | Path, shards: list[dict], found: list[list[dict]] | None = None, **about) -> dict:

@@ -37,11 +37,10 @@ def new_id() -> str:
 def read_record(path: Path) -> dict[str, Any]:
     """One of the JSON files in which a run folder states what the run is. Raises ValueError, with what to do, for one that is damaged."""
     try:
-        return read_json(path)
+        return read_json(path, way_out="")
     except (ValueError, OSError) as error:
-        about = str(error).removesuffix(": fetch it again")
         raise ValueError(
-            f"run folder '{path.parent}': its {path.name} cannot be used ({about}). Put it back from a copy of the folder, or use another "
+            f"run folder '{path.parent}': its {path.name} cannot be used ({error}). Put it back from a copy of the folder, or use another "
             "run.dir"
         ) from error
 

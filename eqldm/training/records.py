@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def broken_record(path: Path, tensors: bool) -> str | None:
                         while file.read(CHUNK):
                             pass
     except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno is not None and error.errno != 22:  # that is a seek to before the file
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that is a seek to before the file
             raise
         return f"{name} is not what was written ({' '.join(str(error).split())})"
     return None
