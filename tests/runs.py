@@ -1,4 +1,4 @@
-"""What tests read off a run: its exported weights and its log."""
+"""What tests read off a run, or off another folder: all files, the exported weights, the log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def weights(folder: Path, part: str = "unet") -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.data.shards import ShardSet, read_manifest, write_manifest, write_shard
 from eqldm.diffusion.conditioning import encode_prompts
 from eqldm.model_folder import load_text, load_vae, text_hash, vae_hash
+from runs import contents
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("encode_latents_script", ROOT / "data" / "encode_latents.py")
@@ -47,10 +48,6 @@ def refused(run, capsys):
         return error
 
     return call
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_captions_that_are_cut_are_said(run, tmp_path, make_picture_shards, capsys):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from eqldm.data.making import UNFINISHED, make_folder
 from eqldm.data.shards import MANIFEST, ShardSet, read_manifest, write_shard
+from runs import contents
 
 glyphs = importlib.import_module("glyphs")
 
@@ -30,10 +31,6 @@ def faces() -> dict[str, Path]:
 
 def make(out: Path, split: str = "train", num: int = 60, **options) -> dict:
     return glyphs.make_split(out, split, num, **{"size": 32, "shard_size": 20, **options})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("split", glyphs.SPLITS)

@@ -29,6 +29,7 @@ from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs,
 from eqldm.training.speed import Utilisation, note_precision
 from eqldm.training.stopping import INTERRUPTED, STOPPED
 from eqldm.training.trainer import learning_rate_factor
+from runs import contents
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,10 +48,6 @@ def configured(shards, tmp_path, write_tiny_options):
         return load_config(path, overrides)
 
     return build
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):

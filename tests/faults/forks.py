@@ -44,6 +44,16 @@ def fork(work: Callable[[], object]) -> int:
         os._exit(status)
 
 
+def entry(main: Callable[[], object], *words: object) -> Callable[[], None]:
+    """The work of a command: its `main`, called with these words, ends as its process would."""
+
+    def work() -> None:
+        sys.argv = ["main", *map(str, words)]
+        sys.exit(main())
+
+    return work
+
+
 def status(process: int) -> int:
     """How a process ended: its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

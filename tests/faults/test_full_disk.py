@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import fork, script, status
+from forks import entry, fork, script, status
 from PIL import Image
 
 import encode_latents
@@ -22,14 +21,6 @@ train, sampling = script("train"), script("sample")
 FULL = "the disk is full while "
 
 
-def run(main: Callable[[], object], *words) -> int:
-    def work() -> None:
-        sys.argv = ["main", *map(str, words)]
-        sys.exit(main())
-
-    return status(fork(work))
-
-
 @pytest.fixture
 def fills(small_disk, capfd, tried):
     """`fills(main, words, sizes, check)`: runs a command that writes to the disk of each of these sizes (kilobytes, the smallest first),
@@ -40,7 +31,7 @@ def fills(small_disk, capfd, tried):
         for size in sizes:
             disk = small_disk(size)
             capfd.readouterr()
-            ended = run(main, *words)
+            ended = status(fork(entry(main, *words)))
             said = capfd.readouterr().err
             check(disk)
             if ended:
@@ -51,7 +42,7 @@ def fills(small_disk, capfd, tried):
                 assert "Traceback" not in said and not list(disk.rglob("*.partial")), said
         tried(failures)
         small_disk(200_000)
-        assert run(main, *words) == 0, capfd.readouterr().err
+        assert status(fork(entry(main, *words))) == 0, capfd.readouterr().err
         check(small_disk(200_000))
 
     return call

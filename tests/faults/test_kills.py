@@ -7,13 +7,12 @@ them out.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
-from forks import fork, killed_at, script, status
+from forks import entry, fork, killed_at, script, status
 
 import encode_latents
 import glyphs
@@ -24,26 +23,15 @@ from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import Networks, load_vae, vae_hash
 from eqldm.run_model import opened
 from eqldm.training.checkpoints import newest_checkpoint, read_whole
+from runs import contents
 
 sampling = script("sample")
 TRIES = 4
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def places(seed: int) -> Callable[[], int]:
     """The places of one try: every `TRIES`-th, each once."""
     return count(seed % TRIES, TRIES).__next__
-
-
-def runs(main, *words) -> Callable[[], None]:
-    def work() -> None:
-        sys.argv = ["main", *map(str, words)]
-        sys.exit(main())
-
-    return work
 
 
 def exhaust(folder: Path, work: Callable[[], object], check: Callable[[], object], seed: int, begin: Callable[[], object]) -> int:
@@ -65,11 +53,11 @@ def exhaust(folder: Path, work: Callable[[], object], check: Callable[[], object
 def test_export(tiny_model_folder, make_model_folder, tmp_path, seed, tried):
     out, other = tmp_path / "to" / "out", make_model_folder(tmp_path / "other", seed=1)
     hashes = [vae_hash(load_vae(model).half().float()) for model in (other, tiny_model_folder)]
-    work = runs(export.main, tiny_model_folder, "--out", out)
+    work = entry(export.main, tiny_model_folder, "--out", out)
 
     def begin() -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
-        assert status(fork(runs(export.main, other, "--out", out))) == 0
+        assert status(fork(entry(export.main, other, "--out", out))) == 0
 
     def whole() -> None:
         aside = out.with_name(f".{out.name}.eqldm.old")  # killed between two renames: the next writer puts it back
@@ -85,9 +73,9 @@ def test_export(tiny_model_folder, make_model_folder, tmp_path, seed, tried):
 @pytest.mark.fault("killed while latents are encoded", tries=TRIES)
 def test_encode(tiny_model_folder, tiny_pictures, tmp_path, seed, tried):
     words = ["--data", tiny_pictures, "--model", tiny_model_folder, "--num-workers", 0]
-    assert status(fork(runs(encode_latents.main, *words, "--out", tmp_path / "whole"))) == 0
+    assert status(fork(entry(encode_latents.main, *words, "--out", tmp_path / "whole"))) == 0
     out = tmp_path / "to" / "out"
-    work = runs(encode_latents.main, *words, "--out", out)
+    work = entry(encode_latents.main, *words, "--out", out)
     tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -96,9 +84,9 @@ def test_encode(tiny_model_folder, tiny_pictures, tmp_path, seed, tried):
 @pytest.mark.fault("killed while glyphs are made", tries=TRIES)
 def test_glyphs(tmp_path, seed, tried):
     sizes = ["--num-train", 6, "--num-val", 2, "--num-test", 2, "--size", 32, "--shard-size", 3, "--workers", 1]
-    assert status(fork(runs(glyphs.main, "--out", tmp_path / "whole", *sizes))) == 0
+    assert status(fork(entry(glyphs.main, "--out", tmp_path / "whole", *sizes))) == 0
     out = tmp_path / "to" / "out"
-    work = runs(glyphs.main, "--out", out, *sizes)
+    work = entry(glyphs.main, "--out", out, *sizes)
     tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -107,9 +95,9 @@ def test_glyphs(tmp_path, seed, tried):
 @pytest.mark.fault("killed while pictures are sampled", tries=TRIES)
 def test_sample(tiny_model_folder, tmp_path, seed, tried):
     words = ["--model", tiny_model_folder, "--prompts", "the letter a", "the letter v", "--num-samples", 2, "--num-inference-steps", 2]
-    assert status(fork(runs(sampling.main, *words, "--out", tmp_path / "whole"))) == 0
+    assert status(fork(entry(sampling.main, *words, "--out", tmp_path / "whole"))) == 0
     out = tmp_path / "to" / "out"
-    work = runs(sampling.main, *words, "--out", out)
+    work = entry(sampling.main, *words, "--out", out)
     tried(exhaust(out, work, lambda: None, seed, lambda: shutil.rmtree(out, ignore_errors=True)))
     whole = contents(tmp_path / "whole")
     assert {name for name in contents(out)} == set(whole)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from runs import contents
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lists processes by /proc")]
 
@@ -41,10 +43,6 @@ def start(command: list, out: Path) -> subprocess.Popen:
     words = [sys.executable, str(ROOT / "data" / command[0]), *map(str, command[1:]), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def processes_of(session: int) -> list[int]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forks import fork, status
+from forks import entry, fork, status
 
 import encode_latents
 from eqldm import export
@@ -26,16 +25,6 @@ def litter(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob(".*")]
 
 
-def run(main, *words) -> int:
-    """A forked process of an entry point."""
-
-    def work() -> None:
-        sys.argv = ["main", *map(str, words)]
-        sys.exit(main())
-
-    return fork(work)
-
-
 @pytest.mark.slow
 @pytest.mark.fault(KIND + "model folder", tries=6)
 def test_two_exports(tiny_model_folder, make_model_folder, tmp_path, seed, capfd):
@@ -44,7 +33,7 @@ def test_two_exports(tiny_model_folder, make_model_folder, tmp_path, seed, capfd
     torch.manual_seed(seed)
     processes = []
     for model in models:
-        processes.append(run(export.main, model, "--out", tmp_path / "out"))
+        processes.append(fork(entry(export.main, model, "--out", tmp_path / "out")))
         time.sleep(float(torch.rand(())) * 0.3)
     ended = [status(process) for process in processes]
     assert 0 in ended
@@ -64,11 +53,11 @@ def test_two_encoders(tiny_model_folder, tiny_pictures, tmp_path, seed, launch, 
     if launch == "one":  # of two processes, which share the work
         os.environ.update(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=str(seed))
     try:
-        first = run(encode_latents.main, *words)
+        first = fork(entry(encode_latents.main, *words))
         time.sleep(seed * 0.1)
         if launch == "one":
             os.environ["RANK"] = "1"
-        second = run(encode_latents.main, *words)
+        second = fork(entry(encode_latents.main, *words))
     finally:
         for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
