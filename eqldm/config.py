@@ -96,7 +96,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, which is validated and exported; 0 turns it off."""
+    """Decay of the exponential moving average of the weights, which is validated and exported; 0 turns it off. It rises to this from .18:
+    min(ema_decay, (1 + n) / (10 + n)) after n steps, so that a short run's average holds nothing of its start."""
 
 
 @dataclass

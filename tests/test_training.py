@@ -24,7 +24,8 @@ from eqldm.autoencoder.module import train_autoencoder
 from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_vae
-from eqldm.training.callbacks import EMA, AtomicCheckpointIO, check_finite
+from eqldm.training.averaging import EMA
+from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs, prepare_run
 from eqldm.training.speed import Utilisation, note_precision
 from eqldm.training.stopping import INTERRUPTED, STOPPED

@@ -66,12 +66,12 @@ def test_adamw_with_the_average_steps_as_adamw_and_averages(tmp_path):
     b, average = torch.nn.Parameter(a.detach().clone()), None
     ours = AdamWEMA([a, torch.nn.Parameter(torch.zeros(2))], 0.75, lr=0.1, weight_decay=0.1)  # the second has no gradient
     torchs = torch.optim.AdamW([b], lr=0.1, weight_decay=0.1)
-    for _ in range(4):
+    for n in range(60):  # the decay rises to .75 in 26 steps
         a.grad = torch.randn(5)
         b.grad = a.grad.clone()
         ours.step()
         torchs.step()
-        average = b.detach().clone() if average is None else 0.75 * average + 0.25 * b.detach()
+        average = b.detach().clone() if average is None else average.lerp(b.detach(), 1 - min(0.75, (1 + n) / (10 + n)))
     assert torch.equal(a, b)
     torch.testing.assert_close(ours.state[a]["ema"], average)
     again = AdamWEMA([a], 0.75, lr=0.1)

@@ -1,4 +1,4 @@
-"""Callbacks of every run: seeds, NaN guard, EMA, checkpoints."""
+"""Callbacks of every run: seeds, NaN guard, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -173,31 +173,6 @@ def _refuse(broken: str | None, step: int) -> None:
             f"weights are not finite after step {step}, such as {broken}: they are not saved, and the last checkpoint is kept. "
             "Try a lower optimizer.learning_rate or run.precision=32-true, in another run.dir"
         )
-
-
-class EMA(EMAWeightAveraging):
-    """Lightning's EMA, on the device that trains (Lightning sets it up before the weights are there, on the CPU); its weights also take
-    over where a resumed run has no step left to train, only to export."""
-
-    def setup(self, trainer, pl_module, stage) -> None:
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
-
-    swapped = False  # whether the module holds the average, for a validation
-
-    def _swap_models(self, pl_module) -> None:
-        super()._swap_models(pl_module)
-        self.swapped = not self.swapped
-
-    def on_exception(self, trainer, pl_module, exception) -> None:
-        if self.swapped:  # for `SaveLast`, which comes after
-            self._swap_models(pl_module)
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        """Nothing yet: the last checkpoint is still to hold the trained weights."""
-
-    def on_fit_end(self, trainer, pl_module) -> None:
-        super().on_train_end(trainer, pl_module)
 
 
 class StepSeed(Callback):

@@ -23,7 +23,8 @@ from eqldm.atomic import NotWritten
 from eqldm.config import DiffusionConfig, OptimizerConfig, StageConfig, accumulation
 from eqldm.data.module import SkippedReport
 from eqldm.data.readers import Reader, naming_lost_readers
-from eqldm.training.callbacks import EMA, AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
+from eqldm.training.averaging import EMA
+from eqldm.training.callbacks import AtomicCheckpointIO, GradientGuard, SaveLast, StepSeed
 from eqldm.training.checkpoints import check_fits, checkpoint_step, newest_checkpoint
 from eqldm.training.heartbeat import Heartbeat, lost_others
 from eqldm.training.metrics_log import resumed_table
@@ -82,7 +83,7 @@ def make_trainer(
     folder = Path(run.dir)
     workers = run.devices * run.num_nodes
     micro = accumulation(config)
-    averaging = [EMA(decay=config.optimizer.ema_decay)] if config.optimizer.ema_decay else []
+    averaging = [EMA(config.optimizer.ema_decay)] if config.optimizer.ema_decay else []
     if run.strategy in ZERO:
         averaging = [ZeROWeights(ema=bool(averaging))]
     callbacks = [

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from eqldm.atomic import replace_folder, to_disk
 from eqldm.config import DiffusionConfig, micro_batch_size
+from eqldm.training.averaging import join
 from eqldm.training.callbacks import check_finite
 from eqldm.training.checkpoints import ABOUT, UNREADABLE, check_shards, damaged, read_about, unreadable_shards, written
 from eqldm.training.identity import ID
@@ -153,7 +154,7 @@ def _read_shard(path: Path) -> dict:
 class AdamWEMA(torch.optim.AdamW):
     """AdamW that averages the weights it steps: the state `ema` of each, sharded and saved with the rest of the state.
 
-    The average starts as the first step's weights, as Lightning's does.
+    It starts as the first step's weights and joins the others' as `averaging.EMA` does.
     """
 
     def __init__(self, params, decay: float, **options):
@@ -166,7 +167,7 @@ class AdamWEMA(torch.optim.AdamW):
         for weight in (weight for group in self.param_groups for weight in group["params"] if weight.grad is not None):
             state = self.state[weight]
             if AVERAGE in state:
-                state[AVERAGE].lerp_(weight, 1 - self.decay)
+                join(self.decay, [state[AVERAGE]], [weight], int(state["step"]) - 1)
             else:
                 state[AVERAGE] = weight.detach().clone()
         return loss

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 # Where the process kills itself: at each of these, the one of all calls that the seed says
 PLACES = (
     "eqldm.autoencoder.module.export_autoencoder",
-    "eqldm.training.callbacks.EMA.on_fit_end",
+    "eqldm.training.averaging.EMA.on_fit_end",
     "eqldm.autoencoder.module.Autoencoder.validation_step",
     "eqldm.training.callbacks.SaveLast._save",
     "eqldm.training.callbacks.SaveLast.on_train_end",

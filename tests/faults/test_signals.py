@@ -25,7 +25,7 @@ PLACES = {  # where the run sends the signal to its own group, by the words for 
     "a step": "eqldm.autoencoder.module:Autoencoder.training_step",
     "a validation": "eqldm.autoencoder.module:Autoencoder.validation_step",
     "the writing of a checkpoint": "torch:save",
-    "the last step's end": "eqldm.training.callbacks:EMA.on_fit_end",
+    "the last step's end": "eqldm.training.averaging:EMA.on_fit_end",
     "the export": "eqldm.autoencoder.module:export_autoencoder",
 }
 

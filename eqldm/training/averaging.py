@@ -1,0 +1,60 @@
+"""The exponential moving average (EMA) of a run's weights: what is validated, sampled and exported."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor
+
+
+def decay_at(decay: float, num_averaged: int) -> float:
+    """The decay of an average of `num_averaged` steps' weights (1 or more) as the next step's join it: min(decay, (1 + n) / (10 + n)).
+
+    A constant decay forgets the start too slowly: of the first step's weights, .999 leaves 61 % in the average of 500 steps. With this
+    one the start is gone after some ten steps, and the average reaches over about a tenth of all steps until `decay` says fewer.
+    Source: the warm-up of TensorFlow's tf.train.ExponentialMovingAverage (its argument num_updates).
+    """
+    return min(decay, (1 + num_averaged) / (10 + num_averaged))
+
+
+@torch.no_grad()
+def join(decay: float, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
+    """Puts the next step's weights into averages of equal shapes and one dtype, in place. What is no float, as a count, is copied."""
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, weights, 1 - decay_at(decay, int(num_averaged)))
+    else:
+        torch._foreach_copy_(averages, weights)
+
+
+class EMA(WeightAveraging):
+    """Lightning's weight averaging with the decay of `decay_at`, on the device that trains (Lightning sets it up before the weights are
+    there, on the CPU); its weights also take over where a resumed run has no step left to train, only to export.
+
+    The average starts as the first step's weights.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__(multi_avg_fn=partial(join, decay))
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        self._device: Any = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    swapped = False  # whether the module holds the average, for a validation
+
+    def _swap_models(self, pl_module) -> None:
+        super()._swap_models(pl_module)
+        self.swapped = not self.swapped
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if self.swapped:  # for `SaveLast`, which comes after
+            self._swap_models(pl_module)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        """Nothing yet: the last checkpoint is still to hold the trained weights."""
+
+    def on_fit_end(self, trainer, pl_module) -> None:
+        super().on_train_end(trainer, pl_module)
