@@ -159,7 +159,7 @@ def test_schedulers_of_other_classes_do_not_clip(tiny_model_folder, make_model_f
         ({"blend": "pixels", "reduction": "alternate"}, "blend=pixels averages the views of each step, got reduction=alternate: use mean"),
         ({"blend": "pixels", "scheduler": "ddpm"}, "blend=pixels cannot use DDPMScheduler"),
         ({"blend": "pixels", "scheduler": "euler"}, "blend=pixels cannot use EulerDiscreteScheduler"),
-        ({"blend": "pixels", "time_travel": 2}, "got time_travel=2: use 1"),
+        ({"blend": "pixels", "upscale": 2}, "got upscale=2: use 1"),
         ({"scheduler": "flow_euler"}, "samples flow models, which this is not: use euler"),
         ({"scheduler": "dpm++", "time_travel": 2}, "which DPMSolverMultistepScheduler would remember: use ddim or ddpm"),
         ({"time_travel": 0}, "time_travel: got 0, wanted at least 1"),

@@ -2,7 +2,8 @@
 
 The known way around an autoencoder that is not equivariant, and what an equivariant one saves: each view has latents of its
 own; at each step the clean estimate of every view is decoded, turned back, averaged with the others, turned again and encoded
-again. A decoding and two encodings for each view and step. Sources: LookingGlass, arXiv 2504.08902; SyncTweedies, arXiv 2403.14370.
+again. A decoding and two encodings for each view and step; with `Options.time_travel`, as LookingGlass does it, for each time a step is
+done. Sources: LookingGlass, arXiv 2504.08902; SyncTweedies, arXiv 2403.14370.
 """
 
 from __future__ import annotations

@@ -128,6 +128,6 @@ class Options:
         if self.blend == "pixels":
             if self.decoding == "upright":
                 raise ValueError("blend=pixels decodes each view: decoding=upright means nothing with it, leave it out")
-            for name, default in (("reduction", "mean"), ("time_travel", 1), ("upscale", 1)):
+            for name, default in (("reduction", "mean"), ("upscale", 1)):
                 if getattr(self, name) != default:
                     raise ValueError(f"blend=pixels averages the views of each step, got {name}={getattr(self, name)}: use {default}")

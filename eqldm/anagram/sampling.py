@@ -35,14 +35,14 @@ Prompt = str | Sequence[str]
 @torch.no_grad()
 def sample(
     denoise: Denoiser, scheduler: SchedulerMixin, z: Tensor, generators: list[torch.Generator], first: int = 0,
-    again: Callable[[int], int] = lambda k: 1,
+    again: Callable[[int], int] = lambda k: 1, shown: Callable[[Tensor], Tensor] = lambda noise: noise,
 ) -> Tensor:  # fmt: skip
     """Latents z_0 [B, C, h, w] from z [B, C, h, w], unit-variance noise, or latents noised as the step number `first` wants them; the
     scheduler's timesteps must be set.
 
     generators: one a sample, which any noise of the scheduler's steps is drawn from.  again: how often step k is done, of a scheduler
-    that calls the denoiser once a step (see `Options.time_travel`).  Raises ValueError, which names the step, where latents become NaN or
-    infinite.
+    that calls the denoiser once a step (see `Options.time_travel`).  shown: makes of each sample's noise that of all its latents, where z
+    holds more than one of a sample.  Raises ValueError, which names the step, where latents become NaN or infinite.
     """
     takes = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in takes else {}
@@ -56,7 +56,7 @@ def sample(
             z = scheduler.step(denoise(scaled, t), t, z, **extra).prev_sample
             if left:
                 kept = scheduler.alphas_cumprod[t.long().cpu()] / scheduler.alphas_cumprod[steps[k + 1].long().cpu()]
-                z = kept.sqrt().to(z) * z + (1 - kept).sqrt().to(z) * draw_noise(z.shape[1:], generators).to(z)
+                z = kept.sqrt().to(z) * z + (1 - kept).sqrt().to(z) * shown(draw_noise(z.shape[1:], generators).to(z))
         sound = sound & z.isfinite().flatten(1).all(1)
         lasted += sound  # looked at in the end: a GPU is not waited for at each step
     if (k := int(lasted.min())) < len(steps):
@@ -211,10 +211,10 @@ class Sampler:
                 return rectified_mean(guided, views, objective_of(self.networks.scheduler), o.weights)
             return mean_of_views(guided, views, o.weights)
 
-        def start(noise: Tensor) -> Tensor:
+        def shown(noise: Tensor) -> Tensor:
             return torch.cat([view(noise) for view in views]) if o.blend == "pixels" else noise
 
-        return self._run(prompts, seeds, side, o, denoiser, start, on_step, watch)
+        return self._run(prompts, seeds, side, o, denoiser, shown, on_step, watch)
 
     @torch.no_grad()
     def compose(
@@ -267,10 +267,10 @@ class Sampler:
 
     def _run(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], side: int, o: Options,
-        denoiser: Callable[[Guidance, SchedulerMixin], Denoiser], start: Callable[[Tensor], Tensor], on_step: Callable[[], None] | None,
+        denoiser: Callable[[Guidance, SchedulerMixin], Denoiser], shown: Callable[[Tensor], Tensor], on_step: Callable[[], None] | None,
         watch: Callable[[Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  start: of the noise."""
+        """Latents of checked prompts and options. denoiser: of the guided UNet and the solver.  shown: see `sample`."""
         solver = self.solver(o)
         with self.computing():
             embeds = torch.stack([self._embed(prompt, len(seeds)) for prompt in prompts])
@@ -278,11 +278,11 @@ class Sampler:
             guided = Guidance(self.networks.unet, embeds, negatives, o.guidance_scale, o.guidance_rescale)
             solver.set_timesteps(o.num_inference_steps, device=self.device)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            z = start(draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device))
+            z = shown(draw_noise((self.networks.unet.config.in_channels, side, side), generators).to(self.device))
             denoise = denoiser(guided, solver)
             denoise = denoise if on_step is None else _counting(denoise, on_step)
             denoise = denoise if watch is None else _watched(denoise, watch, objective_of(self.networks.scheduler))
-            z = sample(denoise, solver, z, generators, again=o.times)
+            z = sample(denoise, solver, z, generators, again=o.times, shown=shown)
             return z if o.upscale == 1 else self._refined(denoise, solver, z, generators, o)
 
     def _refined(self, denoise: Denoiser, solver: SchedulerMixin, z: Tensor, generators: list[torch.Generator], o: Options) -> Tensor:
