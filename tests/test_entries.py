@@ -22,6 +22,9 @@ def test_what_a_model_is_written_as(tmp_path):
     entry = parse_entry("b=runs/a@vae=other/vae,blend=pixels,guidance_scale=2,num_inference_steps=7")
     assert entry == Entry("b", Path("runs/a"), Path("other/vae"), {"blend": "pixels", "guidance_scale": 2.0, "num_inference_steps": 7})
     assert entry.text == "runs/a@vae=other/vae,blend=pixels,guidance_scale=2.0,num_inference_steps=7"
+    weighted = parse_entry("a@reduction=weighted,weights=0:1.5,symmetrise=true")
+    assert weighted.options == {"reduction": "weighted", "weights": (0.0, 1.5), "symmetrise": True}
+    assert parse_entry(weighted.text) == weighted  # as it is written it is read again
     assert [parse_entry(f"a@symmetrise={text}").options["symmetrise"] for text in ("true", "false")] == [True, False]
     odd = tmp_path / "lr=1e-4@cosine"
     odd.mkdir()
@@ -31,6 +34,7 @@ def test_what_a_model_is_written_as(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("=a", "got '=a', wanted MODEL or NAME=MODEL"), ("a=", "wanted MODEL"), ("@blend=pixels", "wanted MODEL"),
     ("a@pixels", "got 'pixels' after '@', wanted OPTION=VALUE of vae .str., blend .str."),
+    ("a@weights=1,2", "got '2' after '@'"), ("a@weights=1:", "got 'weights=1:' after '@', wanted OPTION=VALUE of .* weights .shares."),
     ("a@guidance_scale=high", "got 'guidance_scale=high' after '@'"),
     ("a@symmetrise=2", "got 'symmetrise=2' after '@', wanted OPTION=VALUE of .* symmetrise .switch."),
     ("a@blend=pixels,blend=none", "blend is given twice"), ("a@vae=", "got 'vae=' after '@', wanted OPTION=VALUE"),

@@ -33,8 +33,13 @@ def switch(text: str) -> bool:
     return text == "true"
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """Of weights with `:` between them, one for each view: `1:2`. Raises ValueError for anything else."""
+    return tuple(map(float, text.split(":")))
+
+
 OPTIONS: dict[str, Callable[[str], Any]] = {
-    "vae": str, "blend": str, "reduction": str, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
+    "vae": str, "blend": str, "reduction": str, "weights": shares, "scheduler": str, "guidance_scale": float, "guidance_rescale": float,
     "num_inference_steps": int, "time_travel": int, "symmetrise": switch, "decoding": str,
 }  # fmt: skip
 
@@ -68,7 +73,7 @@ class Entry:
                 )
             sampler.vae = vae
         options = Options(**self.options)
-        options.check(2)
+        options.check(len(options.weights or (1, 2)))  # of how many views is not known here
         sampler.solver(options)
         return sampler.vae, sampler
 
@@ -76,7 +81,12 @@ class Entry:
     def text(self) -> str:
         """How it is written, but for the name."""
         options = ({"vae": self.vae} if self.vae else {}) | self.options
-        return str(self.folder) + ("@" if options else "") + ",".join(f"{name}={value}" for name, value in options.items())
+        return str(self.folder) + ("@" if options else "") + ",".join(f"{name}={_written(value)}" for name, value in options.items())
+
+
+def _written(value: Any) -> str:
+    """An option's value as `OPTIONS` reads it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_entry(text: str) -> Entry:
