@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from eqldm.autoencoder.equivariance import IDENTITY_TRANSFORM, draw_groups
 from eqldm.config import load_config
@@ -52,6 +52,11 @@ def test_the_letter_matrix_shows_each_pair():
     assert red in [colour for _, colour in picture.getcolors(1 << 20)]
     unframed = letter_matrix(rates, "a", ["identity", "flip"])
     assert red not in [colour for _, colour in unframed.getcolors(1 << 20)]
+    rings = torch.zeros(26, 26, dtype=torch.bool)
+    rings[12, 22] = True
+    ringed = letter_matrix(rates, "a", ["identity", "flip"], {"": ~rings, "trivial/": rings})
+    changed = ImageChops.difference(ringed, letter_matrix(rates, "a", ["identity", "flip"], {"": ~rings, "trivial/": ~rings & rings}))
+    assert changed.crop((300, 200, 700, 700)).getbbox()
 
 
 # sampling.py

@@ -358,6 +358,12 @@ def test_all_pairs_and_their_matrix(run, tiny_model_folder):
     out = run(tiny_model_folder, more=["--without", "lpips", "--metrics", "anagram", "--num-pairs", "all", "--num-inference-steps", 1])
     assert Image.open(out / "tiny" / "letter_matrix_rotate_180.png").width == 800
     assert json.loads((out / "tiny" / "about.json").read_text())["samples"]["anagram/rotate_180"]["count"] == 676
+    found = metrics_of(out, "tiny")
+    assert {f"anagram/rotate_180/{name}ambigramability" for name in ("", "equal/", "trivial/forced_")} <= found.keys()
+    report = (out / "report.md").read_text()
+    assert "of 676 pictures 9 need no anagram, for one plain letter reads right in every view (anagram/rotate_180/trivial/...)" in report
+    assert "and 19 want one letter more than once (anagram/rotate_180/equal/...). What is read of the other 648 has" in report
+    assert "anagram/rotate_180/trivial/ambigramability ↑" in report
 
 
 def test_anagrams_of_three_views(run, tiny_model_folder):

@@ -26,7 +26,9 @@ from eqldm.evaluation.features import judge_features
 from eqldm.evaluation.fit import Fit, bins, fit_metrics, spectral_loss, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.judge import Judge
+from eqldm.evaluation.lookalikes import trivial
 from eqldm.evaluation.monitor import LetterMonitor
+from eqldm.evaluation.naming import question_of
 from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
@@ -338,6 +340,17 @@ def test_letter_tuples():
     assert all(len(set(letters)) == 3 for letters in triples.T.tolist()) and int(triples.min()) == 0 and int(triples.max()) == 25
 
 
+def test_the_draw_passes_over_pairs_that_need_no_anagram():
+    """All others come in the same order as for views under which none is trivial."""
+    half, pairs = [IDENTITY, parse_view("rotate_180")], letter_tuples(650)
+    needed = pairs[:, ~trivial(pairs, half)]
+    assert needed.shape == (2, 648) and torch.equal(letter_tuples(648, views=half), needed)
+    assert torch.equal(letter_tuples(1400, views=half)[:, :648], needed) and not bool(trivial(letter_tuples(1400, views=half), half).any())
+    assert torch.equal(letter_tuples(650, views=[IDENTITY, parse_view("jigsaw:2:0:8")]), pairs)
+    three = [IDENTITY, parse_view("rotate_90"), parse_view("rotate_180")]
+    assert torch.equal(letter_tuples(300, 3, views=three), letter_tuples(300, 3))  # no letter reads as three different ones
+
+
 def test_plain_letters_are_drawn_alike():
     letters = plain_letters(2600)
     assert letters.shape == (1, 2600) and torch.equal(plain_letters(26), letters[:, :26])
@@ -368,6 +381,33 @@ def test_anagram_metrics_closed_form():
     assert found["anagram/flip/alignment"] == pytest.approx(0.3) and found["anagram/flip/alignment_q95"] == pytest.approx(0.3)
     assert found["anagram/flip/concealment"] == pytest.approx(1, abs=1e-4)
     assert {"anagram/flip/kid_judge_upright", "anagram/flip/precision_judge_turned"} <= found.keys()
+
+
+def test_pairs_that_need_no_anagram_stand_apart():
+    """M/W and N/N under half a turn, which a plain letter is; A/A; and A/B, C/D, of which one is read. Two seeds of each."""
+    views, texture = [IDENTITY, parse_view("rotate_180")], ("texture_upright", "texture_turned")
+    wanted = torch.tensor([[12, 13, 0, 0, 2], [22, 13, 0, 1, 3]]).repeat(1, 2)
+    read = wanted.clone()
+    read[1, [2, 3, 8]] = 26
+    values = {**sampled_values(read.tolist(), wanted.tolist()), "chosen": torch.tensor([0.9] * 5 + [0.1] * 5)}
+    findings = anagram_metrics(views, values, RealPictures({}, None, 1.0), wanted, num_seeds=2)
+    found = {name.removeprefix("anagram/rotate_180/"): value for name, value in findings.metrics.items()}
+    assert (found["ambigramability"], found["read_right_upright"], found["best_of_2"]) == (0.5, 1, 0.5)  # of A/B and C/D
+    assert (found["trivial/ambigramability"], found["trivial/best_of_2"], found["trivial/forced_read_right_turned"]) == (1, 1, 1)
+    assert (found["equal/ambigramability"], found["equal/best_of_2"], found["equal/forced_best_of_2"]) == (0.5, 0, 1)
+    assert not [name for name in found if name.split("/")[-1] in texture and "/" in name]  # of all pictures
+    assert "anagram/rotate_180/trivial/ambigramability" in findings.resampled  # of its own pictures, however few
+    assert question_of("anagram/rotate_180/trivial/best_of_2") == "anagram/rotate_180"
+    cut = anagram_metrics([IDENTITY, parse_view("patch_permute:2")], values, RealPictures({}, None, 1.0), wanted).metrics
+    assert cut["anagram/patch_permute:2/equal/ambigramability"] == 0.75 and not [name for name in cut if "trivial" in name]
+
+
+def test_readings_without_letters_are_of_all_pictures():
+    values = {"energy": torch.ones(3, 2), "similarity": torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0))}
+    found = anagram_metrics([IDENTITY, parse_view("rotate_180")], values, RealPictures({}, None, 1.0), temperature=0.01).metrics
+    least = values["similarity"].diagonal(dim1=1, dim2=2).amin(1)
+    assert found["anagram/rotate_180/alignment"] == pytest.approx(float(least.mean()))
+    assert all(name.count("/") == 2 for name in found)
 
 
 def test_anagrams_of_three_views():
@@ -472,6 +512,9 @@ def test_parts_are_read_each_for_itself(tiny_model_folder):
         torch.testing.assert_close(shown, part(made).clamp(-1, 1), atol=2e-2, rtol=0)  # 8 bits
     assert not {name for name in values if name.startswith(("energy", "features"))}
     real = RealPictures({}, None, 1.0, None, {"hybrid:0.06": [0.4, 0.9]})
+    apart = part_metrics("hybrid:0.06", parts, values, real, question.clusters, wanted).metrics
+    assert (apart["components/hybrid:0.06/ambigramability"], apart["components/hybrid:0.06/equal/ambigramability"]) == (0, 1)  # B/E, E/E
+    wanted[1, 0] = values["read"][0, 1] = values["forced"][0, 1] = 5  # E/F, read right, and B/E
     found = part_metrics("hybrid:0.06", parts, values, real, question.clusters, wanted).metrics
     shares = {name.removeprefix("components/hybrid:0.06/"): value for name, value in found.items() if "round_trip" not in name}
     assert shares == {

@@ -1,6 +1,7 @@
 """Does it read as both? Pictures of two prompts or more, one upright and each other in a view of its own.
 
-Ambigramability: the share of letters that the judge reads right in *every* view. Source: arXiv 2306.12049, section 5.
+Ambigramability: the share of letters that the judge reads right in *every* view. Source: arXiv 2306.12049, section 5. Pairs of letters that
+need no anagram, and of equal letters, stand apart (`lookalikes.populations`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.clip import alignment, concealment
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.lookalikes import populations, trivial
 from eqldm.evaluation.quality import RealPictures, distances, features_of
 from eqldm.views import View
 
@@ -46,16 +48,23 @@ def every_pair() -> Tensor:
     return torch.cartesian_prod(torch.arange(len(LETTERS)), torch.arange(len(LETTERS)))
 
 
-def letter_tuples(count: int, num_views: int = 2, seed: int = 0) -> Tensor:
+def letter_tuples(count: int, num_views: int = 2, seed: int = 0, views: Sequence[View] = ()) -> Tensor:
     """[num_views, count] label numbers: a seeded draw from all ordered tuples of different letters; of pairs without repeats while they
-    last."""
+    last.
+
+    views: those that are trivial under them are passed over; all others come in the same order whatever the views.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if num_views > 2:
-        return torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(count)], 1)
     every = every_pair()
     every = every[every[:, 0] != every[:, 1]]
-    rounds = [every[torch.randperm(len(every), generator=generator)] for _ in range(-(-count // len(every)))]
-    return torch.cat(rounds)[:count].T
+    drawn: list[Tensor] = []
+    while sum(map(len, drawn)) < count:
+        if num_views > 2:
+            tuples = torch.stack([torch.randperm(len(LETTERS), generator=generator)[:num_views] for _ in range(count)])
+        else:
+            tuples = every[torch.randperm(len(every), generator=generator)]
+        drawn.append(tuples[~trivial(tuples.T, views)] if views else tuples)
+    return torch.cat(drawn)[:count].T
 
 
 def read_prompts(path: Path, num_views: int = 2) -> list[tuple[str, ...]]:
@@ -92,6 +101,28 @@ def sides(count: int) -> list[str]:
 
 
 def add_readings(
+    findings: Findings, prefix: str, faces: Sequence[str], values: dict[str, Tensor], wanted: Tensor | None, temperature: float | None,
+    num_seeds: int = 1, *, clusters: Tensor, views: Sequence[View] = (),
+) -> None:  # fmt: skip
+    """Adds the scores of `add_scores`, and where the pictures are of letters, those of each of their `populations`: of different letters
+    that need an anagram under the plain names, of the others, where there are any, under `trivial/...` and `equal/...`.
+
+    clusters: [N] of pictures that are alike, which intervals draw together.  views: of the faces, unless those are parts.
+    """
+    if wanted is None:
+        add_scores(findings, prefix, faces, values, None, temperature, num_seeds)
+        return
+    for name, mask in populations(wanted, views).items():
+        if not bool(mask.any()):
+            continue
+        read = {key: value[mask] for key, value in values.items() if key in ("read", "forced", "chosen", "similarity")}
+        found = Findings(clusters[mask])  # drawn from its own pictures: some resamples of all would hold none of a small population
+        add_scores(found, prefix + name, faces, read, wanted[:, mask], temperature, num_seeds)
+        findings.metrics |= found.metrics
+        findings.resampled |= found.resampled
+
+
+def add_scores(
     findings: Findings, prefix: str, faces: Sequence[str], values: dict[str, Tensor], wanted: Tensor | None, temperature: float | None,
     num_seeds: int = 1,
 ) -> None:  # fmt: skip
@@ -132,7 +163,7 @@ def anagram_metrics(
     temperature: float | None = None, num_seeds: int = 1,
 ) -> Findings:  # fmt: skip
     """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
-    (see `sides`): the readings of `add_readings`, and
+    (see `sides`): the readings of `add_readings`, and of all pictures, whatever their letters,
 
     `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
     `round_trip_psnr`   dB of D(E(x)) against x, upright
@@ -142,7 +173,7 @@ def anagram_metrics(
     if clusters is None:
         clusters = torch.arange(len(values["energy"])) if wanted is None else unordered(wanted.T)
     findings, prefix, names = Findings(clusters), f"anagram/{title(views)}/", sides(len(views))
-    add_readings(findings, prefix, names, values, wanted, temperature, num_seeds)
+    add_readings(findings, prefix, names, values, wanted, temperature, num_seeds, clusters=clusters, views=views)
     for i, side in enumerate(names):
         distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
         findings.mean(f"{prefix}texture_{side}", values["energy"][:, i] / real.energy)

@@ -1,9 +1,9 @@
 """Trains the judge (stage `judge` of train.py).
 
 Its 27th answer, "no letter", is learnt from glyphs turned by the symmetries of the square: a turned R is no R, nor any other letter.
-`READS_AS` names the turned letters that are letters (H, N as Z, M as W), and `UNCERTAIN` those that readers disagree on, which training
-leaves out. (Left to find the lookalikes by itself, the judge tells them by the font's small asymmetries, and refuses a third of the
-upright Os.)
+`READS_AS` (see `lookalikes`) names the turned letters that are letters (H, N as Z, M as W), and `UNCERTAIN` those that readers disagree
+on, which training leaves out. (Left to find the lookalikes by itself, the judge tells them by the font's small asymmetries, and refuses a
+third of the upright Os.)
 """
 
 from __future__ import annotations
@@ -21,35 +21,18 @@ from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.data.samples import PictureSamples
 from eqldm.evaluation.judge import LETTERS, NO_LETTER, make_network, save_judge
+from eqldm.evaluation.lookalikes import READS_AS, UNCERTAIN
 from eqldm.training.callbacks import check_finite
 from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, prepare_run
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
 from eqldm.views import D4
 
-READS_AS = {  # symmetry: {letter: the letter that it reads as when turned by it}
-    "rotate_90": dict(zip("NOXZ", "ZOXN")),
-    "rotate_180": dict(zip("HIMNOSWXZ", "HIWNOSMXZ")),
-    "rotate_270": dict(zip("NOXZ", "ZOXN")),
-    "mirror": dict(zip("AHIMOTUVWXY", "AHIMOTUVWXY")),
-    "transpose": dict(zip("OX", "OX")),
-    "flip": dict(zip("BCDEHIKMOWX", "BCDEHIKWOMX")),
-    "anti_transpose": dict(zip("LOX", "LOX")),
-}
-UNCERTAIN = {  # symmetry: letters that may or may not read as a letter when turned by it, by face
-    "rotate_90": "CHI",
-    "rotate_270": "HIU",
-    "mirror": "JL",
-    "transpose": "CHIU",
-    "flip": "G",
-    "anti_transpose": "CHIU",
-}
-
 
 def turned_label(label: int, symmetry: str) -> int | None:
     """The label of a letter turned by a symmetry of the square: a letter's, `NO_LETTER`, or None where readers disagree."""
     letter = LETTERS[label]
-    if letter in UNCERTAIN.get(symmetry, ""):
+    if letter in UNCERTAIN.get(symmetry, ()):
         return None
     reading = READS_AS[symmetry].get(letter)
     return NO_LETTER if reading is None else LETTERS.index(reading)

@@ -32,7 +32,7 @@ def direction(name: str) -> str:
 
 def question_of(name: str) -> str:
     """The question that a metric answers, as results name it: `fit`, `anagram/rotate_180`, `components/hybrid:0.06`."""
-    return name.rsplit("/", 1)[0] if name.startswith(("anagram/", "components/")) else name.split("/", 1)[0]
+    return "/".join(name.split("/")[: 2 if name.startswith(("anagram/", "components/")) else 1])
 
 
 def number(value: float | None) -> str:

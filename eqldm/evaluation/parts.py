@@ -27,7 +27,7 @@ def part_metrics(
     title: what was asked for, `hybrid:0.06`.  clusters: [N] of pictures that are alike, which intervals draw together.
     """
     findings, prefix = Findings(clusters), f"components/{title}/"
-    add_readings(findings, prefix, [part.name for part in components], values, wanted, temperature, num_seeds)
+    add_readings(findings, prefix, [part.name for part in components], values, wanted, temperature, num_seeds, clusters=clusters)
     for part, share in zip(components, real.read_parts.get(title, ())):
         findings.metrics[f"{prefix}forced_read_right_{part.name}_data"] = share
     if "round_trip" in values:

@@ -31,6 +31,7 @@ from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.lookalikes import population_note, populations
 from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.pictures import count_notes, open_pictures
@@ -278,7 +279,7 @@ class Evaluation:
             yield "generation", question, lambda *found, q=question: self._generation(q, *found)
 
         def of_tuples(name: str, faces: Sequence[View] | Sequence[Component]) -> Sampled:
-            prompts, wanted = self._anagram_prompts(len(faces))
+            prompts, wanted = self._anagram_prompts(len(faces), [face for face in faces if isinstance(face, View)])
             return Sampled(file_name(name), sampler, faces, prompts, wanted=wanted, chooser=self.tools.chooser, **options)
 
         for views in self.anagrams if "anagram" in asked else ():
@@ -334,16 +335,16 @@ class Evaluation:
         if held < count:
             self._note(f"{question}: {count} pictures of {held} {what}, which are sampled again with further seeds.")
 
-    def _anagram_prompts(self, num_views: int) -> tuple[list[list[str]], Tensor | None]:
+    def _anagram_prompts(self, num_views: int, views: Sequence[View] = ()) -> tuple[list[list[str]], Tensor | None]:
         """(for each view, each picture's prompt; label numbers [views, N] where a judge reads), in rounds: each tuple once, then once more
-        for each further seed. Raises ValueError, FileNotFoundError."""
+        for each further seed. views: see `letter_tuples`. Raises ValueError, FileNotFoundError."""
         every, count = self.args.num_pairs == "all", self.args.num_pairs
         if self.judge:
             if every and num_views > 2:
                 raise ValueError(
                     f"--num-pairs all: for two prompts a picture, got {num_views} (views count the upright one): give a number"
                 )
-            wanted = (every_pair().T if every else letter_tuples(int(count), num_views)).repeat(1, self.args.num_seeds)
+            wanted = (every_pair().T if every else letter_tuples(int(count), num_views, views=views)).repeat(1, self.args.num_seeds)
             return letter_prompts(wanted), wanted
         found = read_prompts(Path(self.args.prompt_pairs or PROMPT_PAIRS), num_views)
         if not every:
@@ -379,17 +380,25 @@ class Evaluation:
     def _anagram(self, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
         views = question.views
         self._sampled(question, values, result, folder / f"anagrams_{file_name(title(views))}.png")
+        self._note_populations(f"anagram/{title(views)}", question)
         if question.wanted is not None and self.args.num_pairs == "all":
             heading = f"{result.entry.name}: read right in both views"
-            matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views])
+            of_pairs = {name: mask.view(len(LETTERS), -1) for name, mask in populations(every_pair().T, views).items()}
+            matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views], of_pairs)
             self._save(result, folder / f"letter_matrix_{file_name(title(views))}.png", matrix)
         clusters = None if self.judge else question.clusters
         return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.temperature, self.args.num_seeds)
 
     def _parts(self, text: str, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
         self._sampled(question, values, result, folder / f"components_{file_name(text)}.png")
+        self._note_populations(f"components/{text}", question)
         about = question.clusters, question.wanted, self.tools.temperature, self.args.num_seeds
         return part_metrics(text, question.parts, values, real, *about)
+
+    def _note_populations(self, name: str, question: Sampled) -> None:
+        """Says how many pictures of letters do not count under the plain names."""
+        if question.wanted is not None and (note := population_note(name, question.wanted, question.views)):
+            self._note(note)
 
     def _sampled(self, question: Sampled, values, result: Result, path: Path) -> None:
         """Keeps the pictures that are shown."""

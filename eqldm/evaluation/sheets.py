@@ -147,17 +147,19 @@ def _drawn(canvas: FigureCanvasAgg) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Image:
+def letter_matrix(rates: Tensor, title: str, views: Sequence[str], populations: dict[str, Tensor] | None = None) -> Image.Image:
     """A heat map of rates [26, 26] in [0, 1]: the letter of the first of two views down, of the second across.
 
+    populations: [26, 26] each, as of `lookalikes`: the mean in the title is that of the headline, and those that are trivial are ringed.
     Framed for half a turn: A/V, which arXiv 2306.12049 calls easy (solid), and D/K, which it calls hard (dashed).
     """
+    headline = torch.ones_like(rates, dtype=torch.bool) if populations is None else populations[""]
     figure = Figure(figsize=(8, 7.5), dpi=100, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
     shown = axes.imshow(rates.numpy(), cmap="viridis", vmin=0, vmax=1)
     axes.set_xticks(range(len(LETTERS)), list(LETTERS))
     axes.set_yticks(range(len(LETTERS)), list(LETTERS))
-    (text, *_), font = caption(f"{title}: {float(rates.nanmean()):.1%}", 12)
+    (text, *_), font = caption(f"{title}: {float(rates[headline].nanmean()):.1%}", 12)
     axes.set_title(text.replace("$", r"\$"), fontproperties=FontProperties(fname=str(font.path), size=12))
     axes.set_ylabel(views[0])
     axes.set_xlabel(views[1])
@@ -165,5 +167,8 @@ def letter_matrix(rates: Tensor, title: str, views: Sequence[str]) -> Image.Imag
         i, j = map(LETTERS.index, pair)
         for row, column in ((i, j), (j, i)):
             axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2, linestyle=style))
+    if populations is not None and len(ringed := populations["trivial/"].nonzero()):
+        axes.plot(ringed[:, 1], ringed[:, 0], "o", fillstyle="none", color="white", markeredgecolor="black", markersize=7)
+        axes.set_xlabel(f"{views[1]} (ringed: needs no anagram; the mean is of different letters that do)")
     figure.colorbar(shown, ax=axes, shrink=0.8)
     return _drawn(canvas)
