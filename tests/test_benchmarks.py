@@ -59,6 +59,36 @@ def test_the_letter_matrix_shows_each_pair():
     assert changed.crop((300, 200, 700, 700)).getbbox()
 
 
+# first_steps.py, frame_average.py
+
+
+def printed(script: str, words: list, monkeypatch, capsys) -> dict[str, list[str]]:
+    """The cells of the table that a script prints, by row."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in capsys.readouterr().out.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_first_steps(tiny_model_folder, tiny_pictures, monkeypatch, capsys):
+    words = [tiny_model_folder, "--data", tiny_pictures, "--num-images", 6, "--num-noises", 3, "--num-inference-steps", 4]
+    (cells,) = printed("first_steps.py", words, monkeypatch, capsys).values()
+    assert len(cells) == 5 and all(float(cell.split()[0]) > 0 for cell in cells)
+
+
+def test_a_frame_average_is_equivariant(tiny_vae, tiny_model_folder, tiny_pictures, monkeypatch, capsys):
+    from frame_average import frame_average
+
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        average = frame_average(lambda x: tiny_vae.encode(x).latent_dist.mean)
+        for view in D4:
+            torch.testing.assert_close(average(view(x)), view(average(x)), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(tiny_vae.encode(D4[1](x)).latent_dist.mean, D4[1](tiny_vae.encode(x).latent_dist.mean), atol=1e-3)
+    rows = printed("frame_average.py", [tiny_model_folder, "--data", tiny_pictures, "--num-images", 4], monkeypatch, capsys)
+    assert len(rows) == 5 and {row.rsplit(", ", 1)[-1] for row in rows} >= {"D(E(x))", "D'(E'(x))"}
+
+
 # sampling.py
 
 
