@@ -321,6 +321,19 @@ class JudgeConfig:
     """Standard deviation of the noise added to training pictures, in [-1, 1] units."""
     turned_share: float = 0.3
     """Share of the training pictures that are turned by a symmetry of the square: most are then no letter."""
+    half_share: float = 0.0
+    """Share that are half a letter, or halves of two letters joined: no letter. Where a letter has no half that readers agree on, it stays
+    whole."""
+    mixed_share: float = 0.0
+    """Share that are the average of two letters, the second one often turned: no letter, as what fails as an anagram."""
+    ghost_share: float = 0.0
+    """Share of the pictures (but for halves and mixtures) with a second letter faintly behind, which changes nothing of what it is."""
+    faded_share: float = 0.0
+    """Share of all pictures in low contrast."""
+    blurred_share: float = 0.0
+    """Share of all pictures out of focus."""
+    round_trip_share: float = 0.0
+    """Share of all pictures that go through the autoencoder of a shipped model first, glyphs-base or glyphs-eq."""
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -329,6 +342,8 @@ class JudgeConfig:
         """Raises ValueError where options contradict each other."""
         _check_run(self)
         _refuse_zero(self, "the judge is small")
+        if (total := self.turned_share + self.half_share + self.mixed_share) > 1:
+            raise ValueError(f"turned_share + half_share + mixed_share: got {total:g} in all, wanted at most 1: a picture is one of them")
         if self.run.compile or self.run.channels_last:
             raise ValueError("the judge is small: run.compile and run.channels_last are for the other stages")
 

@@ -96,6 +96,12 @@ RANGES = {  # of a list, that of each of its numbers
     "rotation_degrees": Range(0, 180),
     "noise": Range(0, 10),
     "turned_share": Range(0, 1),
+    "half_share": Range(0, 1),
+    "mixed_share": Range(0, 1),
+    "ghost_share": Range(0, 1),
+    "faded_share": Range(0, 1),
+    "blurred_share": Range(0, 1),
+    "round_trip_share": Range(0, 1),
 }
 
 PICTURE_SIDE = Range(1, 16384)  # px

@@ -135,6 +135,14 @@ def test_train_faces_are_the_only_ones_but_for_the_test_split(tmp_path):
             glyphs.make_split(tmp_path / "other", "train", 4, train_faces=[wrong])
 
 
+def test_further_faces_can_be_held_out_and_are_then_tested(tmp_path):
+    """As the judges' data are made (configs/glyphs/judges.sh): each judge has faces that it alone never sees."""
+    kept = ["DejaVuSans", "cmr10"]
+    faces = {split: glyphs.make_split(tmp_path, split, 4, holdout_fonts=kept)["generator"]["faces"] for split in glyphs.SPLITS}
+    assert set(faces["test"]) == {*glyphs.HELD_OUT_FACES, *kept}
+    assert faces["train"] == faces["val"] == [face for face in glyphs.FACES if face not in faces["test"]]
+
+
 def test_chosen_colours_are_the_only_ones(tmp_path):
     make(tmp_path, num=40, colours=["blue", "yellow", "white"])
     samples = ShardSet.open(tmp_path / "train")

@@ -13,7 +13,7 @@ from eqldm.config import JudgeConfig, load_config
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.evaluation.judge import ANSWERS, Judge, save_judge
-from eqldm.evaluation.judge_training import READS_AS, UNCERTAIN, JudgeTraining, train_judge, turned_label
+from eqldm.evaluation.judge_training import KINDS, READS_AS, UNCERTAIN, JudgeTraining, prepare_judge, train_judge, turned_label
 from eqldm.run_model import export_checkpoint
 from eqldm.training.run_folder import LAST
 from eqldm.views import D4
@@ -87,7 +87,7 @@ def test_turned_letters_are_what_they_read_as(configured):
     module = JudgeTraining(configured("turned", "turned_share=0.5", "noise=0", "rotation_degrees=0"), torch.nn.Identity())
     x = torch.rand(3, 16, 16)
     for letter, readings in {"R": {"R", "-"}, "M": {"M", "W", "-"}, "O": {"O"}, "J": {"J", "-"}}.items():
-        seen = [module._augment(x, ANSWERS.index(letter), position) for position in range(300)]
+        seen = [module._augment(x, ANSWERS.index(letter), position)[:2] for position in range(300)]
         assert {ANSWERS[label] for _, label in seen} == readings
         for picture, label in seen:  # by one symmetry, and labelled by it
             (view,) = [view for view in D4 if torch.equal(picture, view(x))]
@@ -95,6 +95,64 @@ def test_turned_letters_are_what_they_read_as(configured):
             assert ANSWERS[label] == expected
         upright = sum(torch.equal(picture, x) for picture, _ in seen) / len(seen)
         assert 0.4 < upright < 0.7
+
+
+SHARES = [f"{kind}_share=0.3" for kind in ("turned", "half", "mixed", "ghost", "faded", "blurred", "round_trip")]
+
+
+def test_each_kind_is_drawn_as_often_as_asked_and_nothing_else_changes(configured, shards):
+    """A share of 0 leaves every picture, its label and its noise as they were without the kind."""
+    plain, _ = prepare_judge(configured("plain", "turned_share=0.3"))
+    samples = PictureSamples(shards)
+    for kind in KINDS:
+        module, _ = prepare_judge(configured(kind, "turned_share=0.3", f"{kind}_share=0.4"))
+        changed = none = upright = 0
+        for position in range(120):
+            x, label = samples[position]["x"], samples[position]["label"]
+            (a, of_a, noise_a), (b, of_b, noise_b) = (each._augment(x, label, position) for each in (plain, module))
+            assert torch.equal(noise_a, noise_b)
+            changed += not torch.equal(a, b)
+            upright += of_a == label
+            none += of_a != of_b
+            if kind in ("ghost", "faded", "blurred"):
+                assert of_a == of_b
+            elif not torch.equal(a, b):
+                assert ANSWERS[of_b] == "-" and of_a == label
+        assert 0 < changed < 0.6 * 120, (kind, changed)
+        assert none == (changed if kind in ("half", "mixed") else 0)
+
+
+def test_what_a_position_shows_depends_on_nothing_else(configured, shards):
+    """Neither on the batch, nor on what was drawn before: with all kinds, a resumed run equals an uninterrupted one."""
+    modules = [prepare_judge(configured(name, *SHARES))[0] for name in ("one", "other")]
+    sample = PictureSamples(shards)[5]
+    for position in (40, 7, 40):
+        a, b = (module._augment(sample["x"], sample["label"], position) for module in modules)
+        assert torch.equal(a[0], b[0]) and a[1] == b[1]
+        modules.pop() if position == 7 else None
+        modules *= 2 if len(modules) == 1 else 1
+    whole = modules[0]._round_trips(torch.stack([sample["x"]] * 9), list(range(9)))
+    parts = torch.cat([modules[0]._round_trips(torch.stack([sample["x"]] * 3), list(range(i, i + 3))) for i in (0, 3, 6)])
+    assert torch.allclose(whole, parts, atol=1e-5)
+    assert 0 < sum(not torch.equal(x, sample["x"]) for x in whole) < 9
+
+
+def test_all_kinds_train_and_are_measured_one_by_one(configured):
+    config, resumed = configured("kinds", *SHARES, "run.num_steps=4"), configured("resumed", *SHARES)
+    train_judge(config)
+    train_judge(resumed)
+    resumed.run.num_steps = 4
+    train_judge(resumed)
+    a, b = weights(config), weights(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any("vae" in name for name in a)  # neither trained nor kept
+    header = next(Path(config.run.dir).glob("logs/**/*.csv")).read_text().splitlines()[0].split(",")
+    assert {"val/accuracy", *(f"val/accuracy/{kind}" for kind in ("turned", "ghost", "mixed", "round_trip"))} <= set(header)
+
+
+def test_shares_of_what_a_picture_can_be_only_one_of(configured):
+    with pytest.raises(ValueError, match="turned_share . half_share . mixed_share: got 1.1 in all, wanted at most 1"):
+        configured("much", "turned_share=0.5", "half_share=0.3", "mixed_share=0.3")
 
 
 def test_lookalikes_agree_with_the_group():
