@@ -132,7 +132,8 @@ def test_names():
         "anagram/flip/texture_upright": "→1", "generation/round_trip_psnr": "↑", "fit/loss_ratio": "↓", "fit/latent_mean": "",
         "equivariance/rotate_90/latent_error": "↓", "anagram/flip/alignment_q90": "↑", "anagram/flip/read_right_upright": "↑",
         "fit/val_loss/bin_3": "↓", "equivariance/eqvae_scale_error": "↓", "generation/recall_inception": "↑",
-            "generation/read_right_data": "",
+            "generation/read_right_data": "", "anagram/flip/texture_over_contrast_turned_1": "→1", "generation/contrast": "→1",
+            "anagram/flip/trivial/ambigramability": "↑", "anagram/flip/equal/forced_best_of_4": "↑",
     }  # fmt: skip
     assert {name: direction(name) for name in ways} == ways
     assert (

@@ -218,6 +218,7 @@ def test_what_has_no_weights_is_listed_and_the_exit_status_says_so(
     for wanted in ("FID, KID, precision and recall: no Inception weights at", "LPIPS: LPIPS needs the VGG16 weights", "give --clip FOLDER"):
         assert wanted in missing and wanted in capsys.readouterr().out + missing
     assert {"generation/texture", "anagram/rotate_180/texture_turned", "fit/val_loss"} <= metrics.keys()
+    assert {"generation/texture_over_contrast", "generation/contrast", "anagram/rotate_180/texture_over_contrast_turned"} <= metrics.keys()
     assert not any(word in name for name in metrics for word in ("fid", "kid", "read", "clip", "lpips"))
     assert 'class="missing"' in (out / "report.html").read_text()
     out = run(tiny_model_folder, data=data, judge=None, more=[*more, "--without", "lpips", "inception", "clip"])

@@ -10,7 +10,17 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.finite import finite
-from eqldm.evaluation.quality import RealPictures, distances, fid, high_frequency_energy, kid, precision_recall, round_trip_psnr
+from eqldm.evaluation.quality import (
+    RealPictures,
+    contrast,
+    distances,
+    fid,
+    high_frequency_energy,
+    kid,
+    precision_recall,
+    round_trip_psnr,
+    textures,
+)
 
 
 @pytest.fixture
@@ -97,6 +107,55 @@ def test_opposite_edges_make_no_step():
     noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert float(high_frequency_energy(ramp)) < 1e-4
     assert 0.5 < float(high_frequency_energy(noise)) < 0.9  # white noise: all but a circle's share, 1 - pi / 16
+
+
+def test_contrast_is_the_energy_of_all_frequencies_but_the_mean():
+    assert float(contrast(0.5 * wave(17, axis=1) + wave(15) + 0.3)) == pytest.approx(1.25, rel=1e-4)
+    assert float(contrast(torch.full((1, 3, 16, 24), 0.7))) == pytest.approx(0, abs=1e-10)
+    flat = torch.tensor([-1.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)  # a colour is none
+    assert float(contrast(flat)) == 0
+    x = torch.rand(5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    mirrored = torch.cat([torch.cat([x, x.flip(-1)], -1), torch.cat([x, x.flip(-1)], -1).flip(-2)], -2)
+    spectrum = torch.fft.fft2(mirrored, norm="ortho").abs().square()
+    spectrum[..., 0, 0] = 0
+    torch.testing.assert_close(contrast(x), spectrum.mean((1, 2, 3)))
+    assert bool((high_frequency_energy(x) < contrast(x)).all())
+
+
+def found_textures(x: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    """`textures` of pictures x against real ones."""
+    held = RealPictures({}, None, float(high_frequency_energy(real).mean()), contrast=float(contrast(real).mean()))
+    findings = Findings(torch.arange(len(x)))
+    textures(findings, held, high_frequency_energy(x), contrast(x), "")
+    assert findings.resampled.keys() == findings.metrics.keys()  # each has an interval
+    return findings.metrics
+
+
+def test_texture_over_contrast_tells_blurred_pictures_from_pale_ones():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.nn.functional.avg_pool2d(torch.rand(40, 3, 66, 66, generator=generator) * 2 - 1, 3, 1)
+    assert found_textures(real, real) == pytest.approx({"texture_over_contrast": 1, "contrast": 1, "texture": 1}, rel=1e-5)
+    pale = found_textures(0.6 * real + 0.2, real)
+    assert pale == pytest.approx({"texture_over_contrast": 1, "contrast": 0.36, "texture": 0.36}, rel=1e-4)
+    blurred = found_textures(torch.nn.functional.avg_pool2d(real, 3, 1, 1, count_include_pad=False), real)
+    rough = found_textures(real + 0.3 * torch.randn(real.shape, generator=generator), real)
+    assert blurred["texture_over_contrast"] < 0.7 and rough["texture_over_contrast"] > 1.5
+    strong = found_textures(2 * torch.nn.functional.avg_pool2d(real, 3, 1, 1, count_include_pad=False), real)  # blurred, with more contrast
+    assert strong["texture_over_contrast"] == pytest.approx(blurred["texture_over_contrast"], rel=1e-4)
+    for found in (pale, blurred, rough, strong):
+        assert found["texture"] == pytest.approx(found["texture_over_contrast"] * found["contrast"], rel=1e-4)
+
+
+def test_texture_over_contrast_is_a_ratio_of_sums():
+    """A picture with nearly no contrast must not decide."""
+    real = RealPictures({}, None, 1.0, contrast=4.0)
+    findings = Findings(torch.arange(2))
+    textures(findings, real, torch.tensor([2.0, 1e-6]), torch.tensor([4.0, 1e-6]), "anagram/flip/", "_turned")
+    assert findings.metrics == pytest.approx(
+        {"anagram/flip/texture_over_contrast_turned": 2, "anagram/flip/contrast_turned": 0.5, "anagram/flip/texture_turned": 1}, rel=1e-5
+    )
+    with pytest.raises(ValueError, match="wanted `real.contrast`"):
+        textures(findings, RealPictures({}, None, 1.0), torch.ones(2), torch.ones(2), "")
 
 
 def test_round_trip_is_the_reconstruction_of_what_was_sampled(tiny_vae):

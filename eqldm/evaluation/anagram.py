@@ -18,7 +18,7 @@ from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.clip import alignment, concealment
 from eqldm.evaluation.judge import LETTERS
 from eqldm.evaluation.lookalikes import populations, trivial
-from eqldm.evaluation.quality import RealPictures, distances, features_of
+from eqldm.evaluation.quality import RealPictures, distances, features_of, textures
 from eqldm.views import View
 
 PROMPT_PAIRS = Path(__file__).parent / "prompt_pairs.yaml"
@@ -165,7 +165,7 @@ def anagram_metrics(
     """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
     (see `sides`): the readings of `add_readings`, and of all pictures, whatever their letters,
 
-    `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_*`   as of plain pictures
+    `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_over_contrast_*`, `contrast_*`, `texture_*`   as of plain ones
     `round_trip_psnr`   dB of D(E(x)) against x, upright
 
     clusters: [N] of pictures that are alike, which intervals draw together; by default those of the same letters.
@@ -176,7 +176,7 @@ def anagram_metrics(
     add_readings(findings, prefix, names, values, wanted, temperature, num_seeds, clusters=clusters, views=views)
     for i, side in enumerate(names):
         distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
-        findings.mean(f"{prefix}texture_{side}", values["energy"][:, i] / real.energy)
+        textures(findings, real, values["energy"][:, i], values["contrast"][:, i] if "contrast" in values else None, prefix, f"_{side}")
     if "round_trip" in values:
         findings.mean(f"{prefix}round_trip_psnr", values["round_trip"])
     return findings

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.judge import LETTERS
-from eqldm.evaluation.quality import RealPictures, distances, features_of
+from eqldm.evaluation.quality import RealPictures, distances, features_of, textures
 
 
 def plain_letters(count: int, seed: int = 0) -> Tensor:
@@ -28,7 +28,7 @@ def generation_metrics(
     `generation/read_right`   the share that the judge reads right;  wanted: [1, N]
     `generation/read_right_data`   the same of the real pictures, which is what it can reach
     `generation/kid_NAME`, `fid_NAME`, `precision_NAME`, `recall_NAME`   see `distances`
-    `generation/texture`      high-frequency energy over that of real pictures: above 1 where they are rough, below where blurred
+    `generation/texture_over_contrast`, `contrast`, `texture`   see `textures`
     `generation/round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
     `generation/clip_score`   mean similarity with the prompt, times 100 as the literature has it. Source: arXiv 2104.08718, section 3.
 
@@ -41,7 +41,7 @@ def generation_metrics(
         findings.mean("generation/read_right", (values["read"][:, 0] == wanted[0]).double())
         findings.metrics |= {"generation/read_right_data": real.read_right} if real.read_right is not None else {}
     distances(findings, real, {name: features[:, 0] for name, features in features_of(values).items()}, "generation/")
-    findings.mean("generation/texture", values["energy"][:, 0] / real.energy)
+    textures(findings, real, values["energy"][:, 0], values["contrast"][:, 0] if "contrast" in values else None, "generation/")
     if "round_trip" in values:
         findings.mean("generation/round_trip_psnr", values["round_trip"])
     if "similarity" in values:

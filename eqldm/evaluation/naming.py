@@ -5,7 +5,7 @@ from __future__ import annotations
 UP = set("psnr ssim read_right ambigramability best_of precision recall clip_score alignment concealment aligned_share".split())
 DOWN = set("lpips rfid fid kid error loss ratio".split())
 NEITHER = {"fit/spectral_loss"}
-TO_ONE = {"texture", "latent_std"}
+TO_ONE = {"texture", "contrast", "latent_std"}
 QUESTION_TITLES = {
     "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
     "equivariance": "Equivariance: do the latents turn with the picture?",

@@ -31,31 +31,32 @@ NEIGHBOURS = 3  # of precision and recall
 
 @dataclass(frozen=True)
 class RealPictures:
-    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), and their mean
-    high-frequency energy; of those with labels, where a judge reads, the share that it reads right, and by components (`hybrid:0.06`)
-    that of each of their parts, where it must name a letter."""
+    """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), their mean
+    high-frequency energy and their mean contrast (None: it was not measured); of those with labels, where a judge reads, the share that
+    it reads right, and by components (`hybrid:0.06`) that of each of their parts, where it must name a letter."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
     energy: float
     read_right: float | None = None
     read_parts: dict[str, list[float]] = field(default_factory=dict)
+    contrast: float | None = None
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> RealPictures:
         """Of what `RealData` measured."""
         labels = values["label"]
-        energy = float(values["energy"].mean())
+        energy, contrast = (float(values[name].double().mean()) for name in ("energy", "contrast"))
         if bool((labels < 0).any()):
-            return cls(features_of(values), None, energy)
+            return cls(features_of(values), None, energy, contrast=contrast)
         read_right = float((values["read"] == labels).double().mean()) if "read" in values else None
         parts = {name.removeprefix("parts/"): read for name, read in values.items() if name.startswith("parts/")}
         read_parts = {name: (read == labels[:, None]).double().mean(0).tolist() for name, read in parts.items()}
-        return cls(features_of(values), labels, energy, read_right, read_parts)
+        return cls(features_of(values), labels, energy, read_right, read_parts, contrast)
 
 
 class RealData:
-    """The question what real pictures are like: their features and energy, their labels, and which cannot be read."""
+    """The question what real pictures are like: their features, energy and contrast, their labels, and which cannot be read."""
 
     name = "data"
 
@@ -70,7 +71,7 @@ class RealData:
         self.key = {"data": samples.digest, "features": hashes, "judge": judge and judge.hash, "components": list(components)}
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy` [B], `features/NAME` [B, D], and
+        """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy`, `contrast` [B], `features/NAME` [B, D], and
         `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter.
 
         Raises ValueError where a judge reads and a label is that of no letter, and where a value is NaN or infinite."""
@@ -81,6 +82,7 @@ class RealData:
         unreadable = torch.tensor([float(bool(self.samples[i]["skipped"])) for i in numbers] if batch["skipped"] else [0.0] * len(x))
         values = {"label": batch["label"], "unreadable": unreadable}
         values["energy"] = finite("energies", high_frequency_energy(x), batch["key"])
+        values["contrast"] = finite("contrasts", contrast(x), batch["key"])
         values |= {f"features/{f.name}": finite(f"features '{f.name}'", f.extract(x), batch["key"]) for f in self.features}
         if self.judge is not None:
             values["read"] = self.judge(x)
@@ -205,7 +207,8 @@ class _AsFeatures(nn.Module):
 def high_frequency_energy(pictures: Tensor, batch_size: int = 64) -> Tensor:
     """[N] mean energy per pixel of pictures [N, 3, H, W] at frequencies above half of Nyquist's (radially).
 
-    Pictures are mirrored at their edges first (as a cosine transform does), so that opposite edges make no step.
+    Pictures are mirrored at their edges first (as a cosine transform does), so that opposite edges make no step. It grows with the square
+    of the pictures' contrast: see `contrast`.
     """
     height, width = (2 * side for side in pictures.shape[-2:])
     high = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.fftfreq(width).square()).sqrt() > 0.25
@@ -216,6 +219,32 @@ def high_frequency_energy(pictures: Tensor, batch_size: int = 64) -> Tensor:
         spectrum = torch.fft.fft2(x, norm="ortho").abs().square()
         energies.append((spectrum * high.to(x)).mean((1, 2, 3)))
     return torch.cat(energies)
+
+
+def contrast(pictures: Tensor) -> Tensor:
+    """[N] mean energy per pixel of pictures [N, 3, H, W] at all frequencies but the mean: what `high_frequency_energy` is a share of.
+
+    By Parseval the variance of a channel's pixels, of mirrored pictures as of plain ones.
+    """
+    return pictures.float().var((-2, -1), correction=0).mean(1)
+
+
+def textures(
+    findings: Findings, real: RealPictures, energy: Tensor, contrasts: Tensor | None, prefix: str, suffix: str = ""
+) -> None:  # fmt: skip
+    """Adds, of sampled pictures' high-frequency energy [N] and contrasts [N] (None: not measured), each under `PREFIX...SUFFIX`, and each
+    over the same of real pictures, so that 1 is best:
+
+    `texture_over_contrast`   the share of the energy that is of high frequencies (a ratio of sums): rough above 1, blurred below
+    `contrast`                the energy of all frequencies but the mean: pale below 1
+    `texture`                 the energy of high frequencies, the two multiplied: a pale picture has less of it, however sharp it is
+    """
+    if contrasts is not None:
+        if real.contrast is None:
+            raise ValueError("texture_over_contrast is held against real pictures, whose contrast is not given: wanted `real.contrast`")
+        findings.ratio(f"{prefix}texture_over_contrast{suffix}", energy.double() * (real.contrast / real.energy), contrasts)
+        findings.mean(f"{prefix}contrast{suffix}", contrasts / real.contrast)
+    findings.mean(f"{prefix}texture{suffix}", energy / real.energy)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from eqldm.evaluation.clip import Clip
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
-from eqldm.evaluation.quality import high_frequency_energy, round_trip_psnr
+from eqldm.evaluation.quality import contrast, high_frequency_energy, round_trip_psnr
 from eqldm.evaluation.work import identity
 from eqldm.model_folder import Pixels, config_hash
 from eqldm.views import View
@@ -70,7 +70,7 @@ class Sampled:
         """Of pictures, rounded to 8 bits as they would be saved, of each view, or part, V of them:
 
         `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;
-        `energy` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
+        `energy`, `contrast` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
         `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `chosen` [B] what the chooser gives the worst;
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
 
@@ -86,6 +86,7 @@ class Sampled:
         values = {"shown": saved[shown]}
         if not self.parts:
             values["energy"] = finite("energies", torch.stack([high_frequency_energy(x) for x in seen], 1), names)
+            values["contrast"] = finite("contrasts", torch.stack([contrast(x) for x in seen], 1), names)
             for f in self.features:
                 values[f"features/{f.name}"] = finite(f"features '{f.name}'", torch.stack([f.extract(x) for x in seen], 1), names)
         if not isinstance(self.sampler.vae, Pixels):
