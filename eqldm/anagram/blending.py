@@ -3,7 +3,8 @@
 The known way around an autoencoder that is not equivariant, and what an equivariant one saves: each view has latents of its
 own; at each step the clean estimate of every view is decoded, turned back, averaged with the others, turned again and encoded
 again. A decoding and two encodings for each view and step; with `Options.time_travel`, as LookingGlass does it, for each time a step is
-done. Sources: LookingGlass, arXiv 2504.08902; SyncTweedies, arXiv 2403.14370.
+done. Sources: LookingGlass, arXiv 2504.08902; SyncTweedies, arXiv 2403.14370. LookingGlass blends Laplacian pyramids, for views that
+resample the picture; ours are permutations of pixels, and their mean is plain.
 """
 
 from __future__ import annotations

@@ -91,7 +91,9 @@ def rectified_mean(guided: Guidance, views: Sequence[View], objective: Objective
     a picture that is nearly finished, and blurs.
 
     The mean of noise estimates eps_i, of shares a_i, divided by sqrt(sum_i a_i^2 + 2 sum_{i<j} rho_ij a_i a_j), rho_ij their correlation
-    in each sample. In pure noise there is nothing to rectify. Source: arXiv 2412.02693, section 4.3.
+    in each sample. In pure noise there is nothing to rectify. Source: arXiv 2412.02693, section 4.3. Its released code takes for rho_ij
+    the mean product of the estimates, which is their correlation only where each has mean 0 and variance 1, as guided ones do not. Its
+    weights come from a CLIP that reads noisy pictures; ours are given, or alike.
     """
     shares = shares_of(weights, len(views))
 

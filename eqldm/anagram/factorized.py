@@ -1,6 +1,7 @@
 """One picture whose parts read differently: a denoiser that sums the components of several prompts' estimates.
 
-Source: Factorized Diffusion, arXiv 2404.11615: eq. 3 (the sum), section 3.5 (a part held to that of a reference picture).
+Source: Factorized Diffusion, arXiv 2404.11615: eq. 3 (the sum), section 3.5 (a part held to that of a reference picture). Its released code
+holds a part otherwise, before the network is asked: see `sum_of_parts` and docs/differences.md.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def sum_of_parts(
     """The sum over components i of component_i(the estimate under its prompt), in one call of the UNet a step.
 
     Prompts are those of the components that are not held, in order.  held: by number, the latents [1, C, h, w] (with vae: the pictures
-    [1, 3, H, W]) whose part takes the estimate's place.  vae: take pictures apart in place of latents: each estimate is decoded, the sum
-    encoded, and what that loses of the estimates' mean is added back.
+    [1, 3, H, W]) whose part takes the place of the clean estimate's. (The released code of the paper puts the part of the reference, noised
+    anew at each step, into z_t, and lets the network estimate it with the rest.)  vae: take pictures apart in place of latents: each
+    estimate is decoded, the sum encoded, and what that loses of the estimates' mean is added back.
     """
     held = dict(held or {})
     free = [i for i in range(len(components)) if i not in held]

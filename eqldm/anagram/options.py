@@ -38,7 +38,8 @@ class Options:
     """A name of `solvers.SCHEDULERS`; None is the model folder's own."""
     time_travel: int = 1
     """How often each step of `travel_band` is done; before each again, the noise that it took is given back. Source: RePaint, arXiv
-    2201.09865, section 4.2; for anagrams LookingGlass, arXiv 2504.08902."""
+    2201.09865, section 4.2, whose code goes back ten steps at a time where this goes back one; for anagrams LookingGlass, arXiv
+    2504.08902."""
     travel_band: tuple[float, float] = (0.2, 0.8)
     """From which to which share of the steps."""
     image_size: int | None = None

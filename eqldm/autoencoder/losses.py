@@ -21,7 +21,8 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, a mean over samples and latent values.
 
-    Source: arXiv 1312.6114, appendix B.
+    Source: arXiv 1312.6114, appendix B. Latent Diffusion's code takes sums over values, and over pixels of the reconstruction loss: its
+    kl_weight is here one times C / (3 f^2), with C latent channels.
     """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
@@ -39,7 +40,7 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """The ratio of the two losses' gradient norms at the decoder's last layer, clamped to [0, 1e4]; carries no gradient.
 
-    Source: VQGAN, arXiv 2012.09841, eq. 7.
+    Source: VQGAN, arXiv 2012.09841, eq. 7; the clamp, and 1e-4 in the denominator (the paper: 1e-6), are its released code's.
     """
     (a,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)

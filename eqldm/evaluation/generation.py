@@ -30,7 +30,8 @@ def generation_metrics(
     `generation/kid_NAME`, `fid_NAME`, `precision_NAME`, `recall_NAME`   see `distances`
     `generation/texture_over_contrast`, `contrast`, `texture`   see `textures`
     `generation/round_trip_psnr`   dB of D(E(x)) against x under the model's own VAE; not for pixel models
-    `generation/clip_score`   mean similarity with the prompt, times 100 as the literature has it. Source: arXiv 2104.08718, section 3.
+    `generation/clip_score`   mean similarity with the prompt, 0 where negative, times 100 (as torchmetrics has it; its source multiplies by
+                              2.5 and puts "A photo depicts" before each prompt). Source: arXiv 2104.08718, section 3.
 
     clusters: [N] of pictures that are alike, which intervals draw together; by default none are. (Letters are drawn with their pictures: a
     resample of letters would leave a third of them out.)

@@ -129,7 +129,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """(precision, recall) of features fake [N, D] among real [M, D]: the share of each that lies nearer to one of the other than that
     one's third neighbour among its own.
 
-    Raises ValueError where some are NaN or infinite. Source: arXiv 1904.06991, eq. 1 and 2 (torch-fidelity).
+    Raises ValueError where some are NaN or infinite. Source: arXiv 1904.06991, eq. 1 and 2 (torch-fidelity),
+    there on features of VGG16.
     """
     _check(real, fake)
     found = prc_features_to_metric(fake.float(), real.float(), prc_neighborhood=NEIGHBOURS, verbose=False)
@@ -143,7 +144,7 @@ def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: 
     own copies are left out, so that a resampled estimate of independent pictures stays unbiased.
     real_labels: [M] of a balanced set, in which two pictures are of one label less often than in independent draws; with them
     the estimate is that of such draws. Raises ValueError where some features are NaN or infinite.
-    Source: KID, arXiv 1801.01401, section 4.
+    Source: KID, arXiv 1801.01401, section 4 (which averages the estimates of subsets of the pictures; this is one of them all).
     """
     _check(real, fake)
     real, fake = real.double(), fake.double()
