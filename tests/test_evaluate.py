@@ -144,6 +144,14 @@ def test_models_in_one_report(run, tiny_model_folder, vae_alone, capsys):
     assert words[:3] == ["python", "-m", "eqldm.evaluate"] and words[3:] == sys.argv[1:]
     resampled = load_file(out / "tiny" / "resampled.safetensors")
     assert resampled.keys() <= whole.keys() and all(len(values) == 1000 for values in resampled.values())
+    intervals = json.loads((out / "tiny" / "intervals.json").read_text())
+    assert intervals.keys() == resampled.keys() and all(each["low"] <= whole[name] <= each["high"] for name, each in intervals.items())
+    rates = [
+        intervals[f"{question}/{name}"] for question, name in (("generation", "read_right"), ("anagram/rotate_180", "ambigramability"))
+    ]
+    assert all(each["num_clusters"] == 4 and each["high"] - each["low"] > 0.5 for each in rates)  # four pictures say little
+    assert about["samples"]["generation"]["clusters"] == about["samples"]["anagram/rotate_180"]["clusters"] == 4
+    assert f"({rates[0]['low']:.3g} to {rates[0]['high']:.3g})" in report
 
 
 def test_every_metric_is_documented(run, tiny_model_folder, vae_alone, tmp_path, tiny_chooser):

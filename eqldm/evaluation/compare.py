@@ -14,17 +14,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eqldm.command import Parser, error_line
-from eqldm.evaluation.bootstrap import interval
+from eqldm.evaluation.bootstrap import CONFIDENCE, Interval
 from eqldm.evaluation.naming import direction, number, question_of
+from eqldm.evaluation.quantiles import t_quantile, t_tail
 from eqldm.markdown import markdown
 from eqldm.paths import path_option, place_option
 from eqldm.weights import read_json, read_weights
 
 LEVEL = 0.05  # of being wrong about any difference that is called real
-FEWEST = 30  # pictures for that: p is by the normal distribution, with the spread that the bootstrap gives
+FEWEST = 6
+"""Clusters for that. Of fewer, all differ the same way with a chance above 5 %, so that a star would rest on the t distribution alone."""
+FILES = ("metrics.json", "intervals.json", "resampled.safetensors", "about.json")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Measured:
 
     name: str
     metrics: dict[str, float]
+    intervals: dict[str, Interval]
     resampled: dict[str, Tensor]
     about: dict
 
@@ -45,13 +50,19 @@ class Measured:
     def open(cls, folder: str | Path) -> Measured:
         """Those of a folder. Raises FileNotFoundError where it holds none, ValueError where they are damaged or not of one run."""
         folder = Path(folder)
-        missing = [name for name in ("metrics.json", "resampled.safetensors", "about.json") if not (folder / name).is_file()]
-        if missing:
-            how = "give DIR/NAME of python -m eqldm.evaluate --out DIR"
-            raise FileNotFoundError(f"'{folder}' holds no results (it lacks {', '.join(missing)}): {how}")
-        metrics, about = (read_json(folder / name) for name in ("metrics.json", "about.json"))
-        resampled = read_weights(folder / "resampled.safetensors")
+        missing = [name for name in FILES if not (folder / name).is_file()]
         how = "run python -m eqldm.evaluate again, which takes what is measured from its --out"
+        if [name for name in missing if name != "intervals.json"]:
+            raise FileNotFoundError(
+                f"'{folder}' holds no results (it lacks {', '.join(missing)}): give DIR/NAME of python -m eqldm.evaluate --out DIR"
+            )
+        resampled = read_weights(folder / "resampled.safetensors")
+        if missing:
+            raise FileNotFoundError(
+                f"'{folder}' lacks intervals.json, as results of earlier versions do: how many clusters of alike pictures they count, "
+                "and so which differences are real, is not known: run python -m eqldm.evaluate again"
+            )
+        metrics, kept, about = (read_json(folder / name) for name in ("metrics.json", "intervals.json", "about.json"))
         if odd := [name for name, value in metrics.items() if type(value) not in (int, float)]:
             raise ValueError(f"'{folder / 'metrics.json'}': {odd[0]} is {metrics[odd[0]]!r}, wanted a number: {how}")
         if odd := [name for name in resampled if name not in metrics]:
@@ -60,10 +71,27 @@ class Measured:
             raise ValueError(f"'{folder / 'resampled.safetensors'}': {odd[0]} is no list of finite numbers, it is damaged: {how}")
         if odd := [name for name in resampled if not math.isfinite(metrics[name])]:
             raise ValueError(f"'{folder / 'metrics.json'}': {odd[0]} is {metrics[odd[0]]}, though its resamples are finite: {how}")
+        if odd := sorted(kept.keys() ^ resampled.keys()):
+            raise ValueError(f"'{folder}': intervals.json and resampled.safetensors differ in {odd[0]}, so they are of two runs: {how}")
+        intervals = {name: _interval(each) for name, each in kept.items()}
+        if odd := [name for name, each in intervals.items() if each is None or not each.low <= metrics[name] <= each.high]:
+            wanted = f"wanted low <= {metrics[odd[0]]} <= high and num_clusters > 1"
+            raise ValueError(f"'{folder / 'intervals.json'}': {odd[0]} is {kept[odd[0]]!r}, {wanted}: {how}")
         samples = about.get("samples")
         if not isinstance(samples, dict) or not all(isinstance(each, dict) for each in samples.values()):
             raise ValueError(f"'{folder / 'about.json'}' does not say what was sampled (samples), so nothing can be paired: {how}")
-        return cls(folder.name, metrics, resampled, about)
+        if odd := [name for name in intervals if question_of(name) not in samples]:
+            raise ValueError(f"'{folder / 'about.json'}' does not say what was sampled for {odd[0]}, so it cannot be paired: {how}")
+        return cls(folder.name, metrics, {name: each for name, each in intervals.items() if each}, resampled, about)
+
+
+def _interval(kept) -> Interval | None:
+    """Of what `intervals.json` holds; None where it is none."""
+    if not isinstance(kept, dict) or kept.keys() != {"low", "high", "num_clusters"}:
+        return None
+    if any(type(value) not in (int, float) or not math.isfinite(value) for value in kept.values()):
+        return None
+    return Interval(**kept) if type(kept["num_clusters"]) is int and kept["num_clusters"] > 1 else None
 
 
 @dataclass(frozen=True)
@@ -86,24 +114,55 @@ def differences(a: Measured, b: Measured) -> dict[str, Difference]:
     Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
     found = {}
-    for name in a.resampled:
-        if name not in b.resampled:
+    for name in a.intervals:
+        if name not in b.intervals:
             continue
-        question = question_of(name)
-        paired = a.samples.get(question) == b.samples.get(question) and len(a.resampled[name]) == len(b.resampled[name])
-        count = min(len(a.resampled[name]), len(b.resampled[name]))
-        mine, theirs = a.resampled[name][:count].double(), b.resampled[name][:count].double()
-        drawn = mine - (theirs if paired else theirs.roll(1))  # the same draws of other pictures are not one draw
-        value, spread = a.metrics[name] - b.metrics[name], float(drawn.std())
-        p = math.erfc(abs(value) / spread / math.sqrt(2)) if spread > 0 else 1.0  # a spread of 0 is that of too few pictures
-        fewest = min(model.samples.get(question, {}).get("count", FEWEST) for model in (a, b))
-        found[name] = Difference(value, interval(drawn), paired, p if fewest >= FEWEST else 1.0)
+        mine, theirs, question = a.resampled[name], b.resampled[name], question_of(name)
+        paired = a.samples[question] == b.samples[question] and len(mine) == len(theirs)
+        together = correlation(mine, theirs) if paired else 0.0
+        found[name] = _difference(a.metrics[name], a.intervals[name], b.metrics[name], b.intervals[name], together, paired)
     real, ordered = True, sorted(found, key=lambda name: found[name].p)
     for rank, name in enumerate(ordered):
         real = real and found[name].p < LEVEL / (len(ordered) - rank)
-        each = found[name]
-        found[name] = Difference(each.value, each.bounds, each.paired, each.p, real)
+        found[name] = replace(found[name], real=real)
     return found
+
+
+def _difference(a: float, of_a: Interval, b: float, of_b: Interval, together: float, paired: bool) -> Difference:
+    """Of two values with their intervals, whose errors have the correlation `together`.
+
+    Each bound is as far from the difference as the two values' bounds on that side make it; where intervals are symmetric, that is the t
+    interval of the difference. Degrees of freedom are one less than the clusters of that one that has fewer. p is by the bound on the side
+    of 0, so that it is below 5 % where the interval leaves 0 out.
+
+    Source: Newcombe 1998, Statistics in Medicine 17, for rates; Zou & Donner 2008, Statistics in Medicine 27, for any.
+    """
+    clusters, value = min(of_a.num_clusters, of_b.num_clusters), a - b
+    (a_below, a_above), (b_below, b_above) = _spreads(a, of_a), _spreads(b, of_b)
+    below, above = (
+        math.sqrt((mine - other) ** 2 + 2 * (1 - together) * mine * other) for mine, other in ((a_below, b_above), (a_above, b_below))
+    )
+    rounding = torch.finfo(torch.float32).eps * max(abs(a), abs(b))
+    below, above = (each if each > rounding else 0.0 for each in (below, above))
+    t, spread = t_quantile(CONFIDENCE, clusters - 1), below if value > 0 else above
+    p = 1.0
+    if clusters >= FEWEST and abs(value) > rounding:  # without a spread: all clusters differ alike, by chance as rarely as coins fall alike
+        p = t_tail(abs(value) / spread, clusters - 1) if spread > 0 else 2.0 ** (1 - clusters)
+    return Difference(value, (value - t * below, value + t * above), paired, p)
+
+
+def _spreads(value: float, interval: Interval) -> tuple[float, float]:
+    """The standard error that each side of an interval stands for: below the value, and above."""
+    t = t_quantile(CONFIDENCE, interval.num_clusters - 1)
+    return (value - interval.low) / t, (interval.high - value) / t
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Of values [R] and [R], in [-1, 1]; exactly 1 where they are equal, 0 where either is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    if not (float(x.norm()) > 0 and float(y.norm()) > 0):
+        return 0.0
+    return 1 - float((x / x.norm() - y / y.norm()).square().sum()) / 2
 
 
 def difference_cell(each: Difference | None) -> str:
@@ -144,8 +203,9 @@ def comparison_table(models: Sequence[Measured]) -> str:
 
 
 NOTE = (
-    "In brackets the 95 % interval of this figure alone (bootstrap). A star: the difference is real; the chance of one wrong star in a "
-    "column is 5 % (Holm: stricter than the interval; none below 30 pictures). "
+    "In brackets the 95 % interval of this figure alone, from the spread between clusters of alike pictures (Clopper-Pearson for rates, "
+    "Student's t for others). A star: the difference is real; the chance of one wrong star in a column is at most 5 % (Holm: stricter than "
+    f"the interval; none below {FEWEST} clusters). "
     "Pictures differ where they are said to; else both models were measured on the same ones, or with the same prompts and seeds."
 )
 

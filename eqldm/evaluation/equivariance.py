@@ -106,20 +106,20 @@ def equivariance_metrics(values: dict[str, Tensor], vae: AutoencoderKL, transfor
     mean, std = channel_statistics(values, "latent")
     errors = {name: _error(values, name, mean, std) for name in transforms}
     for name in transforms:
-        findings.mean(f"equivariance/{name}/latent_error", errors[name])
+        findings.mean(f"equivariance/{name}/latent_error", errors[name], rate=False)
         for metric in ("psnr", "decoder_psnr", "lpips"):
             if f"{name}/{metric}" in values:
-                findings.mean(f"equivariance/{name}/{metric}", values[f"{name}/{metric}"])
+                findings.mean(f"equivariance/{name}/{metric}", values[f"{name}/{metric}"], rate=False)
     views = list(mean_of) or [name for name in transforms if not name.startswith("rescale_")]
     for metric in ("latent_error", "psnr", "decoder_psnr", "lpips"):
         known = errors if metric == "latent_error" else {name: values[key] for name in views if (key := f"{name}/{metric}") in values}
         if views and all(name in known for name in views):
-            findings.mean(f"equivariance/mean/{metric}", torch.stack([known[name] for name in views]).double().mean(0))
+            findings.mean(f"equivariance/mean/{metric}", torch.stack([known[name] for name in views]).double().mean(0), rate=False)
     origin = denormalise(vae, torch.zeros(1)).double() * -vae.config.scaling_factor  # what z would be of raw latents of zero
     for metric, names in (("rotation", ROTATIONS), ("scale", [name for name in transforms if name.startswith("rescale_")])):
         if names and all(name in transforms for name in names):
             raw = [_error(values, name, origin.expand_as(mean), torch.ones_like(std)) for name in names]
-            findings.mean(f"equivariance/eqvae_{metric}_error", torch.stack(raw).mean(0))
+            findings.mean(f"equivariance/eqvae_{metric}_error", torch.stack(raw).mean(0), rate=False)
     return findings
 
 

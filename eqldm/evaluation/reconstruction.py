@@ -52,7 +52,7 @@ def reconstruction_metrics(values: dict[str, Tensor], real: RealPictures | None 
     findings = Findings(torch.arange(len(values["psnr"])))
     for name in ("psnr", "ssim", "lpips"):
         if name in values:
-            findings.mean(f"reconstruction/{name}", values[name])
+            findings.mean(f"reconstruction/{name}", values[name], rate=False)
     for name, features in features_of(values).items():
         if real is None:
             raise ValueError(f"rfid_{name} is a distance from real pictures, of which nothing is given: wanted `real`")

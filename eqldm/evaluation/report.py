@@ -13,7 +13,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from rich.table import Column, Table
 
-from eqldm.evaluation.bootstrap import interval
 from eqldm.evaluation.compare import NOTE, Difference, Measured, comparison_headings, comparison_rows, differences
 from eqldm.evaluation.fit import NUM_BINS, Verdict
 from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
@@ -68,11 +67,10 @@ class Report:
 
 def value_cell(measured: Measured, name: str) -> str:
     """A metric's value, with its interval where it has one."""
-    value, resampled = measured.metrics.get(name), measured.resampled.get(name)
-    if value is None or resampled is None:
+    value, interval = measured.metrics.get(name), measured.intervals.get(name)
+    if value is None or interval is None:
         return number(value)
-    low, high = interval(resampled)
-    return f"{number(value)} ({number(low)} to {number(high)})"
+    return f"{number(value)} ({number(interval.low)} to {number(interval.high)})"
 
 
 def metric_table(report: Report, names: Sequence[str], against: Sequence[dict[str, Difference]]) -> tuple[list[str], list[list[str]]]:

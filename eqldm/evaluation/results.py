@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eqldm.atomic import write_whole
 from eqldm.evaluation.anagram import Reading
-from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.bootstrap import Findings, Interval
 from eqldm.evaluation.compare import Measured
 from eqldm.evaluation.entries import RESERVED, Entry
 from eqldm.evaluation.fit import Verdict
@@ -29,13 +29,14 @@ from eqldm.views.components import Component
 class Result:
     """What was found of one model.
 
-    about: how it was evaluated.  metrics: by name.  resampled: [R] by name, of those with an interval.  sheets: pictures, by the path
-    under the report's folder.  samples: by question, what its pictures were: two results are paired where it is equal.
+    about: how it was evaluated.  metrics: by name.  intervals, resampled: as in `Findings`.  sheets: pictures, by the path under the
+    report's folder.  samples: by question, what its pictures were: two results are paired where it is equal.
     """
 
     entry: Entry
     about: dict
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
     resampled: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, dict] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
@@ -47,8 +48,9 @@ class Result:
     def add(self, findings: Findings, question: str, samples: dict, shown: Result) -> None:
         """What one question found. shown: its sheets, and what is shown of several models together."""
         self.metrics |= findings.metrics
+        self.intervals |= findings.intervals
         self.resampled |= findings.resampled
-        self.samples[question] = samples
+        self.samples[question] = samples | {"clusters": findings.num_clusters}
         self.sheets |= shown.sheets
         self.decodings |= shown.decodings
         self.readings |= shown.readings
@@ -64,12 +66,14 @@ def check_own(out: Path) -> None:
 
 
 def keep(out: Path, result: Result, command: str) -> None:
-    """Writes `metrics.json`, `resampled.safetensors` and `about.json` of a model, which `compare` reads."""
+    """Writes `metrics.json`, `intervals.json`, `resampled.safetensors` and `about.json` of a model, which `compare` reads."""
     folder = out / result.entry.name
     about = {"model": result.entry.text, "hashes": result.hashes, "samples": result.samples, **result.about, "command": command}
     about |= {"verdict": result.verdict and result.verdict.text, "commit": git_commit(), "versions": versions()}
+    intervals = {name: asdict(each) for name, each in result.intervals.items()}
     resampled = {name: values.float() for name, values in result.resampled.items()}
     write_whole(folder / "metrics.json", lambda path: path.write_text(json.dumps(result.metrics, indent=2) + "\n"))
+    write_whole(folder / "intervals.json", lambda path: path.write_text(json.dumps(intervals, indent=2) + "\n"))
     write_whole(folder / "resampled.safetensors", lambda path: path.write_bytes(save(resampled)))
     write_whole(folder / "about.json", lambda path: path.write_text(json.dumps(about, indent=2, default=str) + "\n"))
 
