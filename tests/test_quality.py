@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.bootstrap import Findings, bootstrap_weights
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.quality import (
     RealPictures,
@@ -61,6 +62,68 @@ def test_samples_of_one_distribution_have_no_kernel_distance():
     draws = [kid(torch.randn(50, 4, generator=generator), torch.randn(50, 4, generator=generator)) for _ in range(200)]
     mean, spread = torch.stack(draws).mean(), torch.stack(draws).std()
     assert abs(float(mean)) < 3 * float(spread) / 200**0.5
+
+
+def alike(num_clusters: int, num_seeds: int, generator: torch.Generator) -> torch.Tensor:
+    """[N, 4] of clusters, as seeds of one prompt are alike; all together they are normal, of unit variance."""
+    centres, own = (torch.randn(num_clusters, size, 4, generator=generator) for size in (1, num_seeds))
+    return (0.6**0.5 * centres + 0.4**0.5 * own).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("num_clusters", "num_seeds"), [(24, 1), (12, 4), (12, 8)])
+def test_seeds_of_one_prompt_are_no_distance(num_clusters, num_seeds):
+    """The real ones are of the same distribution. With pairs of one cluster left in, the estimate is above 0, the resamples more so."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.arange(num_clusters).repeat_interleave(num_seeds)
+    weights = bootstrap_weights(clusters, 100)
+    plain, estimates, resamples = [], [], []
+    for _ in range(300):
+        real, fake = torch.randn(60, 4, generator=generator), alike(num_clusters, num_seeds, generator)
+        plain.append(kid(real, fake))
+        estimates.append(kid(real, fake, clusters=clusters * 5 - 3))  # any numbers
+        resamples.append(kid(real, fake, weights, clusters=clusters).mean())
+    for found in (estimates, resamples):
+        assert torch.stack(found).mean().abs() < 3 * torch.stack(found).std() / 300**0.5
+    assert (torch.stack(plain).mean() > 5 * torch.stack(plain).std() / 300**0.5) == (num_seeds > 1)
+
+
+def test_kid_of_clusters_is_that_of_pairs_of_different_ones():
+    generator = torch.Generator().manual_seed(0)
+    real, fake, clusters = (
+        torch.randn(9, 3, generator=generator),
+        torch.randn(7, 3, generator=generator),
+        torch.tensor([4, 4, 1, 0, 0, 0, 9]),
+    )
+
+    def kernel(a, b):
+        return float((a.double() @ b.double() / 3 + 1) ** 3)
+
+    def expected(rows, of):  # of pictures, with their clusters
+        pairs = [kernel(fake[i], fake[j]) for i, g in zip(rows, of) for j, h in zip(rows, of) if g != h]
+        between = [kernel(fake[i], real[j]) for i in rows for j in range(9)]
+        among_real = [kernel(real[i], real[j]) for i in range(9) for j in range(9) if i != j]
+        return sum(among_real) / len(among_real) + sum(pairs) / len(pairs) - 2 * sum(between) / len(between)
+
+    assert float(kid(real, fake, clusters=clusters)) == pytest.approx(expected(range(7), clusters.tolist()))
+    weights = torch.tensor([[2.0, 2, 1, 0, 0, 0, 1]])  # one cluster twice, one not at all
+    assert float(kid(real, fake, weights, clusters=clusters)[0]) == pytest.approx(expected([0, 0, 1, 1, 2, 6], [4, 4, 4, 4, 1, 9]))
+    assert torch.equal(kid(real, fake), kid(real, fake, clusters=torch.arange(7)))
+    assert bool(kid(real, fake, clusters=torch.zeros(7)).isnan())  # of a single prompt nothing tells how far prompts lie apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_clusters", "num_seeds"), [(12, 4), (25, 8), (100, 1)])
+def test_the_interval_of_kid_covers(num_clusters, num_seeds):
+    """The distance of all that a model may draw from these real pictures. (Percentiles of the resamples cover less.)"""
+    generator = torch.Generator().manual_seed(0)
+    real, clusters = torch.randn(60, 4, generator=generator) + 0.3, torch.arange(num_clusters).repeat_interleave(num_seeds)
+    truth = float(kid(real, alike(8000, 1, generator)))
+    covered = 0
+    for _ in range(300):
+        findings = Findings(clusters, 300)
+        findings.of_weights("kid", partial(kid, real, alike(num_clusters, num_seeds, generator), clusters=clusters))
+        covered += findings.intervals["kid"].low <= truth <= findings.intervals["kid"].high
+    assert covered / 300 >= 0.93
 
 
 def test_balanced_real_pictures_are_no_farther_than_drawn_ones():

@@ -118,7 +118,7 @@ def distances(findings: Findings, real: RealPictures, features: dict[str, Tensor
     for name, fake in features.items():
         known = finite(f"features '{name}' of real pictures", real.features[name])
         finite(f"features '{name}' of sampled pictures", fake)
-        findings.of_weights(f"{prefix}kid_{name}{suffix}", partial(kid, known, fake, real_labels=real.labels))
+        findings.of_weights(f"{prefix}kid_{name}{suffix}", partial(kid, known, fake, real_labels=real.labels, clusters=findings.clusters))
         findings.metrics[f"{prefix}fid_{name}{suffix}"] = float(fid(known, fake))
         if min(len(known), len(fake)) > NEIGHBOURS:
             precision, recall = precision_recall(known, fake)
@@ -137,11 +137,15 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return found["precision"], found["recall"]
 
 
-def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: Tensor | None = None) -> Tensor:
+def kid(
+    real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: Tensor | None = None, clusters: Tensor | None = None
+) -> Tensor:
     """Kernel distance of features real [M, D] and fake [N, D]: the unbiased squared MMD under k(a, b) = (a.b / D + 1)^3.
 
-    weights: [R, N] counts of a bootstrap over the fake ones; the result is then [R], else []. Pairs of one picture with its
-    own copies are left out, so that a resampled estimate of independent pictures stays unbiased.
+    weights: [R, N] counts of a bootstrap over the fake ones; the result is then [R], else [].
+    clusters: [N] cluster number of each fake one (default: each is its own). Pictures of one cluster are alike, and in a resample they may
+    be the same: only pairs of different clusters tell how far apart independent draws of prompts lie, so all others are left out, and the
+    estimate and its resamples are unbiased. NaN where there are no such pairs.
     real_labels: [M] of a balanced set, in which two pictures are of one label less often than in independent draws; with them
     the estimate is that of such draws. Raises ValueError where some features are NaN or infinite.
     Source: KID, arXiv 1801.01401, section 4 (which averages the estimates of subsets of the pictures; this is one of them all).
@@ -155,7 +159,10 @@ def kid(real: Tensor, fake: Tensor, weights: Tensor | None = None, real_labels: 
     among_real = _mean_over_pairs(kernel(real, real), real_labels)
     w = fake.new_ones(1, len(fake)) if weights is None else weights.double()
     total = w.sum(1)
-    among_fake = ((w @ kernel(fake, fake).fill_diagonal_(0)) * w).sum(1) / (total.square() - w.square().sum(1))
+    of = torch.arange(len(fake)) if clusters is None else clusters.unique(return_inverse=True)[1]
+    alike = w.new_zeros(len(w), int(of.max()) + 1).index_add_(1, of, w).square_().sum(1)
+    others = kernel(fake, fake).masked_fill_(of[:, None] == of, 0)
+    among_fake = ((w @ others) * w).sum(1) / (total.square() - alike)
     between = w @ kernel(fake, real).mean(1) / total
     distance = among_real + among_fake - 2 * between
     return distance[0] if weights is None else distance
