@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
+
+from eqldm.evaluation.quantiles import t_quantile, t_tail
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def contrast(differences: Tensor, sources: Sequence[str]) -> Contrast:
     if squared == 0:
         return Contrast(value, (value, value), 1.0 if value == 0 else 0.0, dict.fromkeys(sources, 0.0))
     df = squared**2 / sum(term**2 / free for term, free in zip(terms, freedom))
-    reach = float(student.ppf(0.975, df)) * math.sqrt(squared)
-    p = float(2 * student.sf(abs(value) / math.sqrt(squared), df))
+    reach = t_quantile(0.95, df) * math.sqrt(squared)
+    p = t_tail(value / math.sqrt(squared), df)
     return Contrast(value, (value - reach, value + reach), p, {name: term / squared for name, term in zip(sources, terms)})
 
 

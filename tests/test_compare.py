@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from eqldm.evaluation import compare
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.compare import Measured, comparison_table, difference_cell, differences
-from eqldm.evaluation.naming import direction, number, question_of
+from eqldm.evaluation.lookalikes import populations
+from eqldm.evaluation.naming import APART, direction, number, question_of
+from eqldm.views import D4
 
 
 def measured(name: str, values: dict[str, torch.Tensor], samples="same", num_seeds: int = 1) -> Measured:
@@ -46,6 +48,23 @@ def test_pairs_tell_what_others_cannot(noise):
     assert paired.paired and paired.real and paired.bounds[0] > 0.045 and paired.bounds[1] < 0.055
     assert not other.paired and not other.real and other.bounds[0] < 0 < other.bounds[1]
     assert difference_cell(paired).endswith(" *") and difference_cell(other).endswith(" (other pictures)")
+
+
+def test_pairs_that_need_no_anagram_weaken_no_star(noise):
+    """Ten more metrics, of populations that stand apart, would have hidden the difference that there is."""
+    shift = 2.6 * float(noise.std()) / 400**0.5
+    apart = [f"anagram/rotate_180/{population}/{k}" for population in APART for k in range(5)]
+    a = {"anagram/rotate_180/ambigramability": noise + shift} | {name: noise + 9 for name in apart}
+    b = {"anagram/rotate_180/ambigramability": noise.flip(0)} | {name: noise for name in apart}
+    models = [measured(name, values) for name, values in (("a", a), ("b", b))]
+    for model in models:
+        model.about["samples"]["anagram/rotate_180"] = model.about["samples"]["fit"]
+    found = differences(*models)
+    alone = differences(*(replace(m, intervals={n: i for n, i in m.intervals.items() if n not in apart}) for m in models))
+    headline = "anagram/rotate_180/ambigramability"
+    assert found[headline] == alone[headline] and found[apart[0]].value == pytest.approx(9, abs=1e-4)
+    assert not any(found[name].real for name in apart)
+    assert {f"{name}/" for name in APART} == populations(torch.tensor([[0, 7], [0, 7]]), D4[:2]).keys() - {""}
 
 
 def test_unpaired_resamples_are_of_the_right_spread(noise):

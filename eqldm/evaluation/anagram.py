@@ -118,8 +118,7 @@ def add_readings(
         read = {key: value[mask] for key, value in values.items() if key in ("read", "forced", "chosen", "similarity")}
         found = Findings(clusters[mask])  # drawn from its own pictures: some resamples of all would hold none of a small population
         add_scores(found, prefix + name, faces, read, wanted[:, mask], temperature, num_seeds)
-        findings.metrics |= found.metrics
-        findings.resampled |= found.resampled
+        findings.take(found)
 
 
 def add_scores(

@@ -124,6 +124,12 @@ class Findings:
         self.intervals: dict[str, Interval] = {}
         self.resampled: dict[str, Tensor] = {}
 
+    def take(self, others: Findings) -> None:
+        """Adds what was found of other pictures, such as a part of these."""
+        self.metrics |= others.metrics
+        self.intervals |= others.intervals
+        self.resampled |= others.resampled
+
     def mean(self, name: str, values: Tensor, rate: bool | None = None) -> None:
         """The mean of values [N], one of each picture. rate: whether each is a hit (1) or none (0); by default where all are 0 or 1."""
         self.ratio(name, values, torch.ones_like(values), rate)

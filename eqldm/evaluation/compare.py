@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eqldm.command import Parser, error_line
 from eqldm.evaluation.bootstrap import CONFIDENCE, Interval
-from eqldm.evaluation.naming import direction, number, question_of
+from eqldm.evaluation.naming import direction, number, question_of, stands_apart
 from eqldm.evaluation.quantiles import t_quantile, t_tail
 from eqldm.markdown import markdown
 from eqldm.paths import path_option, place_option
@@ -109,7 +109,8 @@ class Difference:
 
 
 def differences(a: Measured, b: Measured) -> dict[str, Difference]:
-    """Of all metrics that both have, with an interval.
+    """Of all metrics that both have, with an interval. Those of populations that stand apart are given, but never called real: they would
+    make the comparison of the others stricter.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
@@ -121,7 +122,8 @@ def differences(a: Measured, b: Measured) -> dict[str, Difference]:
         paired = a.samples[question] == b.samples[question] and len(mine) == len(theirs)
         together = correlation(mine, theirs) if paired else 0.0
         found[name] = _difference(a.metrics[name], a.intervals[name], b.metrics[name], b.intervals[name], together, paired)
-    real, ordered = True, sorted(found, key=lambda name: found[name].p)
+    family = [name for name in found if not stands_apart(name)]
+    real, ordered = True, sorted(family, key=lambda name: found[name].p)
     for rank, name in enumerate(ordered):
         real = real and found[name].p < LEVEL / (len(ordered) - rank)
         found[name] = replace(found[name], real=real)

@@ -6,6 +6,7 @@ UP = set("psnr ssim read_right ambigramability best_of precision recall clip_sco
 DOWN = set("lpips rfid fid kid error loss ratio".split())
 NEITHER = {"fit/spectral_loss"}
 TO_ONE = {"texture", "contrast", "latent_std"}
+APART = ("trivial", "equal")  # populations of `lookalikes`
 QUESTION_TITLES = {
     "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
     "equivariance": "Equivariance: do the latents turn with the picture?",
@@ -33,6 +34,11 @@ def direction(name: str) -> str:
 def question_of(name: str) -> str:
     """The question that a metric answers, as results name it: `fit`, `anagram/rotate_180`, `components/hybrid:0.06`."""
     return "/".join(name.split("/")[: 2 if name.startswith(("anagram/", "components/")) else 1])
+
+
+def stands_apart(name: str) -> bool:
+    """Whether a metric is of pictures beside those that a question is about, such as pairs of letters that need no anagram."""
+    return any(f"/{population}/" in name for population in APART)
 
 
 def number(value: float | None) -> str:
