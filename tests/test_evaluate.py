@@ -27,6 +27,7 @@ from eqldm.data.samples import PictureSamples
 from eqldm.data.shards import file_sha256, read_manifest, write_manifest, write_shard
 from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompts
 from eqldm.evaluation.compare import Measured, differences
+from eqldm.evaluation.drawn import Drawn
 from eqldm.evaluation.fit import Fit
 from eqldm.evaluation.judge import Judge, save_judge
 from eqldm.evaluation.reconstruction import Reconstruction
@@ -185,6 +186,33 @@ def test_a_stopped_evaluation_goes_on(run, tiny_model_folder, monkeypatch, tmp_p
     assert metrics_of(out, "tiny") == metrics_of(whole, "tiny")
     run(tiny_model_folder, more=FULL)  # and a third time nothing is measured
     assert len(sampled) == 2
+
+
+def test_another_judge_looks_at_the_pictures_that_there_are(run, tiny_model_folder, tmp_path, tiny_chooser, monkeypatch):
+    """Also where sampling was stopped between two batches, and by two processes, each of which looks at what it has drawn."""
+    asked = ["--metrics", "generation", "anagram", "--batch-size", 2]
+    draw, calls = Drawn._draw, []
+
+    def stops(self, *arguments):
+        calls.append(self.name)
+        return draw(self, *arguments) if len(calls) < 4 else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Drawn, "_draw", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_model_folder, more=asked)
+    assert calls == ["generation_pictures"] * 2 + ["anagram_rotate_180_pictures"] * 2
+    out = run(tiny_model_folder, more=asked)
+    first = metrics_of(out, "tiny")
+    monkeypatch.setattr(Drawn, "_draw", lambda *a: pytest.fail("drawn again"))
+    with pytest.warns(UserWarning, match="measured with other features, judge"):
+        run(tiny_model_folder, more=[*asked, "--judge", tiny_chooser])
+    other = metrics_of(out, "tiny")
+    assert other.keys() == first.keys() and other["generation/texture"] == first["generation/texture"]
+    assert other["generation/kid_judge"] != first["generation/kid_judge"]
+    with pytest.warns(UserWarning, match="measured with other"):
+        run(tiny_model_folder, more=asked)
+    assert metrics_of(out, "tiny") == first
 
 
 def test_other_options_are_measured_anew(run, tiny_model_folder):
@@ -606,7 +634,7 @@ def test_one_process_that_fails_keeps_no_report_back(run, tiny_model_folder, mak
     """The other goes on, and says what the first has said. (A launcher ends all where one exits with an error: the last one does.)"""
     models = [f"small={make_model_folder(tmp_path / 'model', seed=3)}", f"other={tiny_model_folder}"]
     more = ["--metrics", "reconstruction", "generation", "--without", "lpips", "--batch-size", 2]
-    draw, calls = Sampled._draw, []
+    draw, calls = Drawn._draw, []
 
     def short_of_memory(self, *arguments, **options):
         calls.append(self)
@@ -617,7 +645,7 @@ def test_one_process_that_fails_keeps_no_report_back(run, tiny_model_folder, mak
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with monkeypatch.context() as patched:
-        patched.setattr(Sampled, "_draw", short_of_memory)
+        patched.setattr(Drawn, "_draw", short_of_memory)
         patched.setattr(command.Evaluation, "_answer", once := Once(command.Evaluation._answer))
         out = run(*models, more=more)
     assert "is written by the one that finishes last" in capsys.readouterr().out and not (out / "report.md").exists()
@@ -702,7 +730,7 @@ def test_values_that_are_no_numbers_name_model_and_picture(run, tiny_model_folde
     monkeypatch.setattr(*{
         "features": (Judge, "features", spoilt(Judge.features)),
         "probabilities": (Judge, "probabilities", spoilt(Judge.probabilities)),
-        "draw": (Sampled, "_draw", spoilt(Sampled._draw)),
+        "draw": (Drawn, "_draw", spoilt(Drawn._draw)),
     }[broken])  # fmt: skip
     what = {
         "features": "features 'judge' hold NaN or infinity for 1 of 6 pictures, first for picture 000000005",

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eqldm.evaluation import work as module
-from eqldm.evaluation.work import measure_all, work
+from eqldm.evaluation.drawn import Drawn
+from eqldm.evaluation.work import Store, measure_all, work
 
 
 class Squares:
@@ -114,6 +115,47 @@ def test_a_process_that_is_overtaken_measures_nothing_again(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["squares.safetensors"]
 
 
+class Kept(Squares):
+    """Squares that others look at."""
+
+    code = ("evaluation/work.py",)
+
+
+def test_a_store_measures_each_batch_once(tmp_path):
+    question, store = Kept(), Store(tmp_path / "a", 4)
+    for _ in range(2):
+        assert store.batch(question, range(4, 8))["square"].tolist() == [16, 25, 36, 49]
+    elsewhere = Store(tmp_path / "b", 4, [tmp_path / "c", tmp_path / "a"])
+    assert elsewhere.batch(again := Kept(), range(4, 8))["square"].tolist() == [16, 25, 36, 49]
+    assert question.measured == [range(4, 8)] and not again.measured
+    (file,) = (tmp_path / "b").rglob("*.safetensors")  # which is its own now
+    (copied,) = (tmp_path / "a").rglob("*.safetensors")
+    assert file.read_bytes() == copied.read_bytes()
+    copied.write_bytes(b"half a file")
+    with pytest.warns(UserWarning, match="00000004.safetensors' is damaged .*: it is not used"):
+        assert store.batch(again, range(4, 8))["square"].tolist() == [16, 25, 36, 49]
+    assert again.measured == [range(4, 8)]
+
+
+def test_a_store_keeps_questions_apart_and_drops_what_was_asked_before(tmp_path):
+    (tmp_path / "squares-of-mine").mkdir()
+    stores = {4: Store(tmp_path, 4), 5: Store(tmp_path, 5)}
+    first, other = Kept(), Kept(key={"of": "letters"})
+    for store, question in ((stores[4], first), (stores[4], other), (stores[5], first)):
+        store.batch(question, range(store.batch_size))
+    assert first.measured == [range(4), range(5)] and other.measured == [range(4)] and len(list(tmp_path.iterdir())) == 4
+    stores[4].forget_others(other)
+    assert len(list(tmp_path.iterdir())) == 2 and (tmp_path / "squares-of-mine").is_dir()
+    assert stores[4].batch(other, range(4)) and other.measured == [range(4)]
+
+
+def test_what_is_kept_outlives_a_change_of_what_looks_at_it():
+    """The code that a judge or a metric is made of does not count, that of sampling does."""
+    root = Path(module.__file__).parents[1]
+    assert module._code(()) != module._code(("evaluation/work.py",)) != module._code()
+    assert all((root / name).is_file() for name in Drawn.code)
+
+
 def test_what_is_not_its_own_is_left_alone(tmp_path):
     (tmp_path / "squares-augmentation").mkdir()
     (tmp_path / ".squares-of-mine").mkdir()
@@ -134,6 +176,8 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(OSError, match="no space left in .*Finished batches are kept: free some space and run the same command again"):
         work(Squares(), tmp_path, 4)
+    with pytest.raises(OSError, match="no space left in .*Finished batches are kept: free some space and run the same command again"):
+        Store(tmp_path, 4).batch(Kept(), range(4))
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()
     again = Squares()

@@ -39,7 +39,7 @@ from eqldm.evaluation.quality import RealData, RealPictures
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.results import Result, check_own
 from eqldm.evaluation.sampled import Sampled
-from eqldm.evaluation.work import Question, work
+from eqldm.evaluation.work import Question, Store, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
 from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View, parse_view
@@ -109,12 +109,19 @@ class Evaluation:
         """The values of a question, with a bar of progress; None while other processes are at work on it."""
         others = [path.parent for path in self.out.glob(f"*/{question.name}.safetensors")]
         question.key["device"] = self.device.type
+        if isinstance(question, Sampled):
+            question.drawn.key["device"] = self.device.type
+            models = [path.parent for path in self.out.glob(f"*/{question.drawn.name}-*") if path.parent != folder]
+            question.store = Store(folder, self.batch_size, sorted(set(models)))
         rank, world = self.place
         total = len(range(0, question.count, self.batch_size)[rank::world])
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"{about}: {question.name}", total=total)
-            return work(question, folder, self.batch_size, self.place, lambda: progress.advance(task), others)
+            values = work(question, folder, self.batch_size, self.place, lambda: progress.advance(task), others)
+        if values is not None and isinstance(question, Sampled) and question.store is not None:
+            question.store.forget_others(question.drawn)
+        return values
 
     def look_at_data(self) -> None:
         """Measures the real pictures, once for all models."""

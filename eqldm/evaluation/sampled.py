@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
-from eqldm.data.samples import from_bytes, to_bytes
+from eqldm.data.samples import from_bytes
 from eqldm.evaluation.clip import Clip
+from eqldm.evaluation.drawn import Drawn, from_png
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.quality import contrast, high_frequency_energy, round_trip_psnr
-from eqldm.evaluation.work import identity
-from eqldm.model_folder import Pixels, config_hash
+from eqldm.evaluation.work import Store
+from eqldm.model_folder import Pixels
 from eqldm.views import View
 from eqldm.views.components import Component
 
 
 class Sampled:
-    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view, or part.
+    """The question how what a model draws looks: in each view, or part, to a judge, features and the like. See `Drawn` for the pictures.
 
     faces: views, or components.  prompts: for each face, each picture's.  wanted: [faces, N] label numbers, where a judge reads.
     num_shown: pictures that are kept, drawn from all (of every pair of letters the first are alike).  options: of `sampling.Options`.
+    store: where pictures are kept, and found; None keeps none.
     """
+
+    store: Store | None = None
 
     def __init__(
         self, name: str, sampler: Sampler, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]], *,
@@ -37,26 +38,18 @@ class Sampled:
     ):  # fmt: skip
         self.name, self.sampler, self.faces, self.prompts, self.count = name, sampler, faces, prompts, len(prompts[0])
         self.wanted, self.judge, self.chooser, self.features, self.clip = wanted, judge, chooser, features, clip
-        self.seed, self.on_step, self.options = seed, on_step, options
-        self.views = [face for face in faces if isinstance(face, View)]
-        self.parts = [face for face in faces if isinstance(face, Component)]
+        self.drawn = Drawn(name, sampler, faces, prompts, seed, on_step, **options)
+        self.views, self.parts = self.drawn.views, self.drawn.parts
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
         self.shown = order[:num_shown].sort().values
-        solver = sampler.solver(Options(**options))
         self.key = {
-            **identity(sampler.vae, sampler.networks),
-            "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",
+            **self.drawn.key,
             "name": name,
-            "views": [face.name for face in faces],
-            "prompts": hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16],
             "judge": judge and judge.hash,
             "chooser": chooser and chooser.hash,
             "features": {f.name: f.hash for f in features},
             "clip": clip and clip.hash,
-            "seed": seed,
             "num_shown": num_shown,
-            "precision": sampler.precision,
-            "options": options,
         }
 
     @property
@@ -76,10 +69,8 @@ class Sampled:
 
         Raises ValueError, naming the first picture, where a picture or a value is NaN or infinite.
         """
-        prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
-        names = [f"{number} (seed {self.seed + number})" for number in numbers]
-        drawn = self._draw(prompts, [self.seed + number for number in numbers])
-        saved = to_bytes(finite("pixels", drawn, names))  # a byte has no NaN
+        prompts, names = [texts[numbers.start : numbers.stop] for texts in self.prompts], self.drawn.names(numbers)
+        saved = self.drawn.pictures(numbers) if self.store is None else from_png(self.store.batch(self.drawn, numbers))
         x = from_bytes(saved)
         seen = [face(x).clamp(-1, 1) for face in self.faces]  # a part may leave the range
         shown = [number - numbers.start for number in self.shown.tolist() if number in numbers]
@@ -102,9 +93,3 @@ class Sampled:
             texts = torch.stack([self.clip.texts(list(each)) for each in prompts], 1)
             values["similarity"] = finite("CLIP's scores", torch.stack([self.clip.pictures(x) for x in seen], 1) @ texts.mT, names)
         return values
-
-    def _draw(self, prompts: Sequence[Sequence[str]], seeds: Sequence[int]) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1]."""
-        if self.parts:
-            return self.sampler.compose(prompts, self.parts, seeds, on_step=self.on_step, **self.options)
-        return self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)

@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, overload
@@ -36,11 +37,17 @@ def identity(vae: AutoencoderKL | Pixels, networks: Networks | None = None) -> d
     return known
 
 
-@lru_cache(maxsize=1)
-def _code() -> str:
-    """16 hex digits that change with any line of this package: what another version of it measured is not taken for this one's."""
+@lru_cache(maxsize=2)
+def _code(of_evaluation: Sequence[str] | None = None) -> str:
+    """16 hex digits that change with any line of this package: what another version of it measured is not taken for this one's.
+
+    of_evaluation: the files that count of what is above sampling (the evaluation, and its command); None: all.
+    """
     root = Path(__file__).parents[1]
     sources = sorted(root.rglob("*.py"))
+    if of_evaluation is not None:
+        above = [*root.glob("evaluation/**/*.py"), root / "evaluate.py"]
+        sources = [path for path in sources if path not in above or path.relative_to(root).as_posix() in of_evaluation]
     return hashlib.sha256(b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -54,6 +61,12 @@ class Question(Protocol):
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """The values of these pictures, a row each (CPU), of one that only some have as many as they are; those named `sum/...` are
         of the batch as a whole, and are added up."""
+
+
+class KeptQuestion(Question, Protocol):
+    """One whose batches are kept for others to look at; see `Store`. code: the files of the evaluation that its values depend on."""
+
+    code: tuple[str, ...]
 
 
 def measure_all(question: Question, batch_size: int = 64) -> dict[str, Tensor]:
@@ -120,6 +133,45 @@ def work(
         if re.fullmatch(rf"\.{re.escape(question.name)}-[0-9a-f]{{12}}", stale.name):
             shutil.rmtree(stale, ignore_errors=True)
     return values
+
+
+@dataclass
+class Store:
+    """A folder that keeps the batches of questions, each in a file; another process, or another question, finds them there.
+
+    others: further folders where they may be found.
+    """
+
+    folder: Path
+    batch_size: int
+    others: Sequence[Path] = ()
+
+    def batch(self, question: KeptQuestion, numbers: range) -> dict[str, Tensor]:
+        """The values of these pictures, which are one batch: those that are kept, or else measured and kept. Warns and raises as `work`."""
+        key = self._key(question)
+        name = f"{self._place(question, key)}/{numbers.start:08d}.safetensors"
+        for folder in (self.folder, *self.others):
+            if (values := _read(folder / name, key)) is not None:
+                break
+        else:
+            values, folder = question.measure(numbers), Path()
+        if folder != self.folder:
+            _write(self.folder / name, values, key)
+        return values
+
+    def forget_others(self, question: KeptQuestion) -> None:
+        """Removes what is kept of the same name under another key: as `work` replaces what was measured of something else."""
+        own = self._place(question, self._key(question))
+        for stale in self.folder.glob(f"{question.name}-*"):
+            if stale.name != own and re.fullmatch(rf"{re.escape(question.name)}-[0-9a-f]{{12}}", stale.name):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _key(self, question: KeptQuestion) -> str:
+        known = {"count": question.count, "batch_size": self.batch_size, "code": _code(question.code)}
+        return json.dumps({**question.key, **known}, sort_keys=True)
+
+    def _place(self, question: KeptQuestion, key: str) -> str:
+        return f"{question.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -1,0 +1,114 @@
+"""Pictures that a model draws from seeds, kept without loss: another judge, CLIP or feature needs no new sampling.
+
+They lie in DIR/MODEL/QUESTION_pictures-KEY/, a file for each batch, as PNGs (4 to 5 KiB of a glyph, of 12 KiB raw). What is in a folder
+depends on the model, the prompts, the seeds, the options and the code that samples, and on nothing that looks at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from eqldm.anagram.options import Options
+from eqldm.anagram.sampling import Sampler
+from eqldm.data.samples import to_bytes
+from eqldm.evaluation.finite import finite
+from eqldm.evaluation.work import identity
+from eqldm.model_folder import config_hash
+from eqldm.views import View
+from eqldm.views.components import Component
+
+
+class Drawn:
+    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view, or part (`faces`).
+
+    prompts: for each face, each picture's.  options: of `sampling.Options`.
+    """
+
+    code = ("evaluation/drawn.py", "evaluation/finite.py", "evaluation/work.py")
+    """What of the evaluation's code its pictures depend on."""
+
+    def __init__(
+        self, name: str, sampler: Sampler, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]], seed: int = 0,
+        on_step: Callable[[], None] | None = None, **options,
+    ):  # fmt: skip
+        self.name, self.sampler, self.prompts, self.count = f"{name}_pictures", sampler, prompts, len(prompts[0])
+        self.seed, self.on_step, self.options = seed, on_step, options
+        self.views = [face for face in faces if isinstance(face, View)]
+        self.parts = [face for face in faces if isinstance(face, Component)]
+        solver = sampler.solver(Options(**options))
+        self.key = {
+            **identity(sampler.vae, sampler.networks),
+            "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",
+            "views": [face.name for face in faces],
+            "prompts": hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16],
+            "seed": seed,
+            "precision": sampler.precision,
+            "options": options,
+        }
+
+    def names(self, numbers: range) -> list[str]:
+        """What messages call these pictures."""
+        return [f"{number} (seed {self.seed + number})" for number in numbers]
+
+    @torch.no_grad()
+    def pictures(self, numbers: range) -> Tensor:
+        """[B, 3, H, W] uint8, as they would be saved. Raises ValueError, naming the first, where one is NaN or infinite."""
+        prompts = [texts[numbers.start : numbers.stop] for texts in self.prompts]
+        drawn = self._draw(prompts, [self.seed + number for number in numbers])
+        return to_bytes(finite("pixels", drawn, self.names(numbers)))  # a byte has no NaN
+
+    def measure(self, numbers: range) -> dict[str, Tensor]:
+        """`png` [bytes] uint8, the files one after another, and `size` [B], the bytes of each. Raises as `pictures`."""
+        return as_png(self.pictures(numbers))
+
+    def _draw(self, prompts: Sequence[Sequence[str]], seeds: Sequence[int]) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1]."""
+        if self.parts:
+            return self.sampler.compose(prompts, self.parts, seeds, on_step=self.on_step, **self.options)
+        return self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
+
+
+def as_png(pictures: Tensor) -> dict[str, Tensor]:
+    """`png` [bytes] uint8 and `size` [B] of pictures [B, 3, H, W] uint8."""
+    files = []
+    for picture in pictures.permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return {"png": torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy()), "size": torch.tensor([len(f) for f in files])}
+
+
+def from_png(values: dict[str, Tensor]) -> Tensor:
+    """[B, 3, H, W] uint8: the inverse of `as_png`."""
+    files = values["png"].split(values["size"].tolist())
+    return (
+        torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(file.numpy().tobytes())))) for file in files])
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
+
+
+def read_pictures(folder: Path) -> Tensor:
+    """[N, 3, H, W] uint8, all pictures of a folder QUESTION_pictures-KEY, in order. Raises ValueError, FileNotFoundError where some are
+    not there."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"'{folder}' holds no pictures: give a folder QUESTION_pictures-KEY of an evaluation")
+    batches = []
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            count = json.loads(file.metadata()["key"])["count"]
+            batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
+    if (found := sum(map(len, batches))) != count:
+        raise ValueError(f"'{folder}' holds {found} of {count} pictures: run the command of the evaluation again, which goes on")
+    return torch.cat(batches)
