@@ -1,0 +1,272 @@
+"""Do people read what the judges read? A blind reading of anagrams by several readers, and how they agree with each other and the judges.
+
+    python benchmarks/readers.py draw NAME=DIR/MODEL NAME=DIR/MODEL ... --out STUDY
+    python benchmarks/readers.py score STUDY --answers READER.csv READER.csv READER.csv
+
+DIR/MODEL: what `eqldm.evaluate --judge A B ...` left of the anagrams of a method. `draw` takes --num-pictures of them, as many of each
+method; within it as many of those that all judges, that some and that no judge reads right in both views, as far as there are so many. Each
+view of a picture is an item of its own, and all items are shuffled. STUDY/sheets/*.png show them by number. A reader writes a CSV of
+`item,letter`: the letter that the item shows, A to Z, or - where it shows none. STUDY/key.csv says what each item is; readers must not see
+it. `score` prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from eqldm.evaluation.drawn import read_pictures
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eqldm.atomic import write_whole
+from eqldm.command import error_line
+from eqldm.data.samples import from_bytes, to_bytes
+from eqldm.evaluation.anagram import letter_tuples
+from eqldm.evaluation.judge import ANSWERS, LETTERS
+from eqldm.evaluation.naming import file_name
+from eqldm.markdown import markdown
+from eqldm.views import IDENTITY, parse_view
+
+VIEW = "rotate_180"
+COLUMNS, ROWS = 6, 5  # of a sheet
+SCALE, GAP, CAPTION = 3, 12, 26  # how much an item is enlarged, smoothly; pixels between items, and above each
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of the key: one view of one picture. weight: how many of the method's pictures this one stands for."""
+
+    item: int
+    method: str
+    picture: int
+    view: int
+    wanted: str
+    weight: float
+    judges: str  # what each read, in order
+
+
+def kappa(a: Sequence[str], b: Sequence[str]) -> float:
+    """Cohen's kappa of two readers' answers: agreement beyond chance, 1 where they always agree. Source: Cohen 1960."""
+    agreed = sum(x == y for x, y in zip(a, b)) / len(a)
+    chance = sum(a.count(answer) * b.count(answer) for answer in {*a, *b}) / len(a) ** 2
+    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+
+
+def majority(answers: Sequence[str]) -> str:
+    """The answer of more than half of the readers; - where there is none."""
+    most = max(set(answers), key=answers.count)
+    return most if answers.count(most) * 2 > len(answers) else "-"
+
+
+def read_answers(file: Path, items: Sequence[int]) -> list[str]:
+    """A reader's answers, in the order of `items`. Raises ValueError for items that are missing, unknown or answered twice, and for answers
+    that are none of A to Z and -."""
+    with open(file, newline="") as opened:
+        rows = [(row["item"].strip(), row["letter"].strip().upper()) for row in csv.DictReader(opened)]
+    given: dict[int, str] = {}
+    for item, letter in rows:
+        if not item.isdigit() or int(item) not in items or int(item) in given:
+            raise ValueError(f"'{file}': item {item} is unknown or answered twice")
+        if letter not in ANSWERS or len(letter) != 1:
+            raise ValueError(f"'{file}': item {item}: got '{letter}', wanted a letter from A to Z, or - for none")
+        given[int(item)] = letter
+    if missing := [item for item in items if item not in given]:
+        raise ValueError(f"'{file}': {len(missing)} items have no answer, such as {missing[0]}")
+    return [given[item] for item in items]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method drew. pictures: [N, 3, H, W] uint8.  wanted: [views, N] label numbers.  read: [N, views, J] what each judge reads."""
+
+    pictures: Tensor
+    wanted: Tensor
+    read: Tensor
+
+    @classmethod
+    def open(cls, folder: Path, num_seeds: int) -> Method:
+        """Of a folder DIR/MODEL of an evaluation. Raises ValueError, FileNotFoundError where it does not hold what is needed."""
+        name = file_name(f"anagram/{VIEW}")
+        kept = sorted(folder.glob(f"{name}_pictures-*"))
+        if len(kept) != 1:
+            raise FileNotFoundError(f"'{folder}' holds {len(kept)} sets of pictures of {VIEW}, wanted one: give DIR/MODEL of an evaluation")
+        values = load_file(folder / f"{name}.safetensors")
+        read = [value for key, value in values.items() if key.startswith("read/")]
+        if len(read) < 2:
+            raise ValueError(f"'{folder}' was read by {max(1, len(read))} judge: evaluate it with --judge A B ...")
+        pictures = read_pictures(kept[0])
+        wanted = letter_tuples(len(pictures) // num_seeds, 2, views=[IDENTITY, parse_view(VIEW, 8)]).repeat(1, num_seeds)
+        if wanted.shape[1] != len(pictures):
+            raise ValueError(f"'{folder}' holds {len(pictures)} pictures, which are no {num_seeds} of each pair: give --num-seeds")
+        return cls(pictures, wanted, torch.stack(read, 2))
+
+    @property
+    def hits(self) -> Tensor:
+        """[N] how many judges read both right."""
+        return (self.read == self.wanted.T[:, :, None]).all(1).sum(1)
+
+
+def chosen(method: Method, count: int, generator: torch.Generator) -> dict[int, float]:
+    """{picture number: how many of the method's it stands for} of `count`: a third each of those that all judges, some and none read
+    right in both views; what there are too few of, the others make up."""
+    hits, judges = method.hits, method.read.shape[2]
+    strata = [(mask.nonzero()[:, 0]) for mask in (hits == judges, (hits > 0) & (hits < judges), hits == 0)]
+    sizes, left = [], count
+    for k, stratum in enumerate(sorted(strata, key=len)):  # what a small one cannot give, the larger ones do
+        sizes.append(min(len(stratum), left // (len(strata) - k)))
+        left -= sizes[-1]
+    found = {}
+    for stratum, size in zip(sorted(strata, key=len), sizes):
+        for number in stratum[torch.randperm(len(stratum), generator=generator)[:size]].tolist():
+            found[number] = len(stratum) / size
+    return found
+
+
+def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
+    """Writes the sheets and the key of a study. Raises ValueError where there are fewer pictures than are wanted."""
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for name, method in methods.items():
+        if len(method.pictures) < count // len(methods):
+            raise ValueError(f"{name} has {len(method.pictures)} pictures, wanted {count // len(methods)} of it: evaluate more pairs")
+        for number, weight in chosen(method, count // len(methods), generator).items():
+            drawn += [(name, number, view, weight) for view in range(2)]
+    order = torch.randperm(len(drawn), generator=generator).tolist()
+    items, shown = [], []
+    views = [IDENTITY, parse_view(VIEW, 8)]
+    for item, k in enumerate(order, 1):
+        name, number, view, weight = drawn[k]
+        method = methods[name]
+        read = "".join(ANSWERS[each] for each in method.read[number, view].tolist())
+        items.append(Item(item, name, number, view, LETTERS[int(method.wanted[view, number])], weight, read))
+        x = views[view](from_bytes(method.pictures[number])[None])
+        shown.append(F.interpolate(x, scale_factor=SCALE, mode="bicubic").clamp(-1, 1)[0])
+    (out / "sheets").mkdir(parents=True, exist_ok=True)
+    with open(out / "key.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(items[0])))
+        writer.writeheader()
+        writer.writerows(asdict(item) for item in items)
+    per = COLUMNS * ROWS
+    for first in range(0, len(items), per):
+        sheet = numbered(shown[first : first + per], first + 1)
+        write_whole(out / "sheets" / f"{first // per + 1:02d}.png", lambda path, sheet=sheet: sheet.save(path, "PNG"))
+
+
+def numbered(pictures: Sequence[Tensor], first: int) -> Image.Image:
+    """A sheet of pictures [3, H, W], each with its number above it."""
+    height, width = pictures[0].shape[-2:]
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, rows * (height + GAP + CAPTION) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 6)
+    for k, picture in enumerate(pictures):
+        left, top = GAP + (k % COLUMNS) * (width + GAP), GAP + (k // COLUMNS) * (height + GAP + CAPTION)
+        pen.text((left, top), str(first + k), fill="black", font=font)
+        sheet.paste(Image.fromarray(to_bytes(picture[None])[0].permute(1, 2, 0).numpy()), (left, top + CAPTION))
+    return sheet
+
+
+def read_key(folder: Path) -> list[Item]:
+    with open(folder / "key.csv", newline="") as file:
+        return [
+            Item(int(row["item"]), row["method"], int(row["picture"]), int(row["view"]), row["wanted"], float(row["weight"]), row["judges"])
+            for row in csv.DictReader(file)
+        ]
+
+
+def agreement(names: Sequence[str], answers: Sequence[Sequence[str]], judges: Sequence[Sequence[str]]) -> str:
+    """A table of kappa between readers, and of each judge with the readers' majority."""
+    rows = [[f"{a} with {b}", *_agreement(x, y)] for (a, x), (b, y) in combinations(zip(names, answers), 2)]
+    agreed = [majority(each) for each in zip(*answers)]
+    rows += [[f"judge {k + 1} with the majority", *_agreement(judge, agreed)] for k, judge in enumerate(judges)]
+    return markdown(["", "the same answer", "kappa", "kappa of letter or none"], rows)
+
+
+def _agreement(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    letters = [["letter" if answer in LETTERS else "none" for answer in each] for each in (a, b)]
+    return [f"{sum(x == y for x, y in zip(a, b)) / len(a):.0%}", f"{kappa(a, b):.2f}", f"{kappa(*letters):.2f}"]
+
+
+def calibration(items: Sequence[Item], agreed: Sequence[str]) -> str:
+    """A table: of the items that so many judges read as wanted, the share that the readers' majority does."""
+    rows = []
+    for count in range(len(items[0].judges) + 1):
+        right = [answer == item.wanted for item, answer in zip(items, agreed) if item.judges.count(item.wanted) == count]
+        rows.append([str(count), str(len(right)), f"{sum(right) / len(right):.0%}" if right else "-"])
+    return markdown(["judges that read it as wanted", "items", "readers do"], rows)
+
+
+def both_read(items: Sequence[Item], answers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By method, ([n] 1 where all views of a picture were read as wanted, [n] weights)."""
+    found: dict[str, dict[int, tuple[bool, float]]] = {}
+    for item, answer in zip(items, answers):
+        pictures = found.setdefault(item.method, {})
+        before, _ = pictures.get(item.picture, (True, 0.0))
+        pictures[item.picture] = (before and answer == item.wanted, item.weight)
+    return {
+        method: (torch.tensor([float(right) for right, _ in each.values()]), torch.tensor([weight for _, weight in each.values()]))
+        for method, each in found.items()
+    }
+
+
+def rates(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> str:
+    """A table of the share of each method's pictures that are read in both views: by the readers' majority, by each reader, by each judge,
+    weighted back to all of the method's pictures."""
+    judges = list(zip(*(item.judges for item in items)))
+    columns = [[majority(each) for each in zip(*answers)], *answers, *judges]
+    found = [both_read(items, column) for column in columns]
+    rows = []
+    for method in found[0]:
+        shares = [float((right * weight).sum() / weight.sum()) for right, weight in (each[method] for each in found)]
+        right, weight = found[0][method]
+        drawn = torch.randint(len(right), (2000, len(right)), generator=torch.Generator().manual_seed(0))
+        low, high = ((right * weight)[drawn].sum(1) / weight[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975])).tolist()
+        readers, of_judges = shares[1 : 1 + len(answers)], shares[1 + len(answers) :]
+        cells = [f"{shares[0]:.1%} ({low:.1%} to {high:.1%})"]
+        rows.append([method, str(len(right)), *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
+    return markdown(["method", "pictures", "the majority reads both", "single readers", "judges"], rows)
+
+
+def score(folder: Path, files: Sequence[Path]) -> str:
+    """The tables of a study. Raises ValueError, FileNotFoundError."""
+    items = read_key(folder)
+    answers = [read_answers(file, [item.item for item in items]) for file in files]
+    judges = [[item.judges[k] for item in items] for k in range(len(items[0].judges))]
+    agreed = [majority(each) for each in zip(*answers)]
+    return "\n".join([agreement([file.stem for file in files], answers, judges), calibration(items, agreed), rates(items, answers)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="make the sheets and the key")
+    drawing.add_argument("methods", nargs="+", metavar="NAME=DIR/MODEL")
+    drawing.add_argument("--num-pictures", type=int, default=200)
+    drawing.add_argument("--num-seeds", type=int, default=1, help="that the evaluation was given")
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--out", type=Path, required=True)
+    scoring = commands.add_parser("score", help="print the tables")
+    scoring.add_argument("study", type=Path)
+    scoring.add_argument("--answers", type=Path, nargs="+", required=True)
+    args = parser.parse_args()
+    try:
+        if args.command == "score":
+            print(score(args.study, args.answers), end="")
+            return
+        if odd := [text for text in args.methods if not all(text.partition("="))]:
+            raise ValueError(f"got '{odd[0]}', wanted NAME=DIR/MODEL")
+        methods = dict(text.split("=", 1) for text in args.methods)
+        draw({name: Method.open(Path(folder), args.num_seeds) for name, folder in methods.items()}, args.num_pictures, args.out, args.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(error_line(error))
+
+
+if __name__ == "__main__":
+    main()
