@@ -1,8 +1,8 @@
 """How to adapt a UNet to new latents: python benchmarks/adaptation.py --vae FOLDER --out DIR
 
-From glyphs-base to the autoencoder of --vae, at equal steps: scratch, full from base, full and LoRA from base after the alignment
-fold. Quality against steps comes from the validation (`val_letters`), by --seeds seeds; step 0 is the swap (with and without the
-fold) with nothing trained. Every part runs once: a second call goes on. Writes DIR/table.md, DIR/curves.json and DIR/curves.png.
+From glyphs-base to the autoencoder of --vae, step by step: scratch, full from base, full and LoRA from base after the alignment fold.
+Quality against steps comes from the validation (`val_letters`), by --seeds seeds; step 0 is the swap (with and without the fold) with
+nothing trained. Every part runs once: a second call goes on. Writes DIR/table.md, DIR/curves.json and DIR/curves.png.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--vae", type=path, required=True, help="model folder of the equivariant VAE, normalised, not aligned")
     parser.add_argument("--base", type=path, default=BASE, help="model folder to start from: glyphs-base")
     parser.add_argument("--num-steps", type=int, default=4000)
+    parser.add_argument("--adapted-steps", type=int, help="of all but scratch; default: --num-steps")
     parser.add_argument("--val-every", type=int, default=500)
     parser.add_argument("--num-letters", type=int, default=208)
     parser.add_argument("--num-images", type=int, default=1024, help="validation pictures that samples and losses are held against")
@@ -76,7 +77,8 @@ def main() -> None:
         for name, (config, is_aligned, options) in METHODS.items():
             run = args.out / f"{slug(name)}{seed}"
             start = [] if name == "scratch" else [f"model={args.base}"]
-            length = [f"run.num_steps={args.num_steps}", f"run.val_every={args.val_every}", f"val_letters={args.num_letters}",
+            num_steps = args.num_steps if name == "scratch" else args.adapted_steps or args.num_steps
+            length = [f"run.num_steps={num_steps}", f"run.val_every={args.val_every}", f"val_letters={args.num_letters}",
                       f"data.val_samples={args.num_images}"]  # fmt: skip
             more = [f"run.seed={seed}", f"vae={vaes[is_aligned]}", "optimizer.schedule=constant", *options, *start, *args.set]
             train(config, run, *shards(latents[is_aligned]), *length, *more)

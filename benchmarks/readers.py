@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from eqldm.evaluation.drawn import read_pictures
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from eqldm.atomic import write_whole
 from eqldm.command import error_line
 from eqldm.data.samples import from_bytes, to_bytes
 from eqldm.evaluation.anagram import letter_tuples
+from eqldm.evaluation.drawn import read_pictures
 from eqldm.evaluation.judge import ANSWERS, LETTERS
 from eqldm.evaluation.naming import file_name
 from eqldm.markdown import markdown

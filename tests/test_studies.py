@@ -41,10 +41,10 @@ def test_adaptation(base, data, tmp_path, make_tiny_vae):
     vae = make_tiny_vae(seed=3)
     vae.save_pretrained(tmp_path / "vae" / "vae")
     words = ["--vae", tmp_path / "vae", "--base", base, "--data", data, "--seeds", 2, "--num-steps", 2, "--val-every", 1,
-             "--num-letters", 2, "--num-images", 4, "--out", tmp_path / "out", "--set", *SMALL]  # fmt: skip
+             "--adapted-steps", 1, "--num-letters", 2, "--num-images", 4, "--out", tmp_path / "out", "--set", *SMALL]  # fmt: skip
     study("adaptation", *words)
     table = (tmp_path / "out" / "table.md").read_text()
-    for row in ("swap", "swap, aligned", "scratch, 1", "full, 2", "full, aligned, 2", "LoRA, aligned, 1"):
+    for row in ("swap", "swap, aligned", "scratch, 1", "scratch, 2", "full, 1", "full, aligned, 1", "LoRA, aligned, 1"):
         assert f"| {row} | " in table
     curves = json.loads((tmp_path / "out" / "curves.json").read_text())
     assert {name: len(runs) for name, runs in curves.items()} == dict.fromkeys(("scratch", "full", "full, aligned", "LoRA, aligned"), 2)
