@@ -171,3 +171,13 @@ def test_what_is_no_mean_has_the_interval_of_its_resamples():
     findings.of_weights("y", lambda w: weighted_mean(values, w))
     mean, other = findings.intervals["x"], findings.intervals["y"]
     assert (other.low, other.high) == pytest.approx((mean.low, mean.high), abs=0.05 * (mean.high - mean.low)) and CONFIDENCE == 0.95
+
+
+def test_findings_of_some_pictures_are_taken_whole():
+    clusters, values = torch.arange(40) // 2, (torch.arange(40) % 3 == 0).double()
+    findings, some = Findings(clusters, 50), Findings(clusters[:20], 50)
+    findings.mean("all", values)
+    some.mean("some", values[:20])
+    findings.take(some)
+    assert findings.metrics.keys() == findings.intervals.keys() == findings.resampled.keys() == {"all", "some"}
+    assert {name: each.num_clusters for name, each in findings.intervals.items()} == {"all": 20, "some": 10}
