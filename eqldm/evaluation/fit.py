@@ -70,8 +70,9 @@ class Fit:
         batch["x"] = batch["x"].to(self.sampler.device)
         values, latents = {}, {}
         for name, module in self.modules().items():
-            values[name] = module.denoising_loss(batch, 0, module.unweighted)
-            latents[name] = module.latents(batch, 0)
+            encoded = batch | {"moments": module.vae.encode(batch["x"]).latent_dist.parameters}
+            values[name] = module.denoising_loss(encoded, 0, module.unweighted)
+            latents[name] = module.latents(encoded, 0)
         module = self.modules()["loss"]
         values["t"] = draw(batch, latents["loss"], 0, module.unweighted)[0]
         transformed = torch.fft.fft2(latents["loss"].double(), norm="ortho").movedim(1, -1)
