@@ -212,7 +212,8 @@ class Study:
 
     def _show(self, change: Change, pictures: Tensor) -> None:
         words = "-".join(filter(None, (self.name, change.name, change.dose))).replace(" ", "_").replace("°", "")
-        sheet = picture_sheet([list(pictures[k : k + 8]) for k in range(0, min(16, len(pictures)), 8)], ["", ""], [""] * 8)
+        rows = [list(part) for part in pictures[:16].split(8)]
+        sheet = picture_sheet(rows, [""] * len(rows), [""] * len(rows[0]))
         write_whole(self.args.out / "letters" / f"{file_name(words)}.png", partial(sheet.save, format="PNG"))
 
 
@@ -249,9 +250,9 @@ def change_table(results: Results) -> str:
         cells = []
         for model in MODELS:
             found, own = results[model][key], results[model]["none|"]
-            cells += [f"{found['read']:.0%}", number(found["fit/loss_ratio"]), number(STATISTICS["ratio to own"](found, own))]
+            cells += [f"{found['read']:.0%}", number(STATISTICS["ratio to own"](found, own))]
         rows.append([" ".join(filter(None, key.split("|"))), *cells])
-    return markdown(["change", *(f"{model}: {what}" for model in MODELS for what in ("read", "loss_ratio", "to own"))], rows)
+    return markdown(["change", *(f"{model}: {what}" for model in MODELS for what in ("read", "to own"))], rows)
 
 
 def statistic_table(results: Results) -> str:
@@ -262,11 +263,15 @@ def statistic_table(results: Results) -> str:
         for model in MODELS:
             own = results[model]["none|"]
             for key, found in results[model].items():
-                share = found["read"] / own["read"]
-                if not key.startswith("noise in the") and (share >= READ or share < UNREAD):
-                    (well if share >= READ else ill).append(statistic(found, own))
-        right = sum((a < b) + (a == b) / 2 for a in well for b in ill) / (len(well) * len(ill))
-        rows.append([name, number(max(well)), number(min(ill)), f"{right:.3f}"])
+                if key.startswith("noise in the"):  # of which one half says nothing of the other
+                    continue
+                if found["read"] >= READ * own["read"]:
+                    well.append(statistic(found, own))
+                elif found["read"] < UNREAD * own["read"]:
+                    ill.append(statistic(found, own))
+        pairs = [(a < b) + (a == b) / 2 for a in well for b in ill]
+        right = sum(pairs) / len(pairs) if pairs else None
+        rows.append([name, number(max(well, default=None)), number(min(ill, default=None)), number(right)])
     headings = [f"greatest of {len(well)} where {READ:.0%} still read", f"least of {len(ill)} where under {UNREAD:.0%} do"]
     return markdown(["statistic", *headings, "share of such pairs in the right order"], rows)
 

@@ -16,6 +16,7 @@ from eqldm.autoencoder.equivariance import IDENTITY_TRANSFORM, draw_groups
 from eqldm.config import load_config
 from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.sheets import letter_matrix
+from eqldm.model_folder import decode, encode
 from eqldm.views import D4, Transform
 
 ROOT = Path(__file__).parents[1]
@@ -150,3 +151,44 @@ def test_a_picture_for_each_view(tmp_path, monkeypatch):
         assert (ROOT / "docs" / "figures" / "views" / f"{file_name(name)}.png").exists()
     shown = re.findall(r"docs/figures/views/(\S+)\.png", readme)
     assert set(shown) <= {file_name(name) for name in view_pictures.ALL} and len(shown) > 15
+
+
+# fit_verdict.py
+
+
+def test_a_change_of_latents_keeps_reconstructions(tiny_vae, make_tiny_vae):
+    """And moves the latents. But for noise, which is meant to spoil either, and the other model's VAE."""
+    import fit_verdict
+
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = encode(tiny_vae, x)
+    found = {}
+    for change in fit_verdict.changes(4, make_tiny_vae(seed=1), None):
+        if change.dose != "aligned":
+            changed = change.make(tiny_vae)
+            latents = encode(changed, x)
+            found[change.name, change.dose] = torch.dist(latents, z), torch.dist(decode(changed, latents), decode(tiny_vae, z))
+    assert len(found) > 40 and found.pop(("none", "")) == (0, 0)
+    for (name, dose), (moved, spoilt) in found.items():
+        assert (moved > 1e-3) != name.startswith("noise"), (name, dose)  # noise is the posterior's, not of its mean
+        assert (spoilt > 1e-2) == (name in ("noise in both", "noise in the decoder", "the other model's VAE")), (name, dose)
+
+
+@pytest.mark.slow
+def test_the_fit_of_changed_latents_is_tabled_and_kept(make_picture_shards, tmp_path, monkeypatch, capsys):
+    import fit_verdict
+
+    every, kept = fit_verdict.changes, (("none", ""), ("offset", "1"))
+    monkeypatch.setattr(fit_verdict, "changes", lambda *given: [each for each in every(*given) if (each.name, each.dose) in kept])
+    pictures = make_picture_shards(tmp_path / "pictures", 4, size=64)
+    words = ["--data", pictures, "--num-letters", 2, "--num-images", 4, "--num-inference-steps", 1, "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["fit_verdict.py", *map(str, words)])
+    fit_verdict.main()
+    first = (tmp_path / "out" / "results.json").read_text()
+    assert [row.split(" | ")[0] for row in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]] == ["| none", "| offset 1"]
+    capsys.readouterr()
+    fit_verdict.main()
+    assert "loss_ratio 0" not in capsys.readouterr().out and (tmp_path / "out" / "results.json").read_text() == first
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-letters", "3"])
+    with pytest.raises(SystemExit, match=r"results.json' is of other options"):
+        fit_verdict.main()

@@ -120,7 +120,7 @@ def test_models_in_one_report(run, tiny_model_folder, vae_alone, capsys):
     assert "equivariance/flip@patch_permute:2/latent_error" in alone and "equivariance/rescale_0.5/psnr" in alone
     for view in ("rotate_180", "flip@patch_permute:2"):
         assert {f"anagram/{view}/{name}" for name in ("ambigramability", "read_right_turned", "kid_judge_upright")} <= whole.keys()
-    assert "fit/own_ratio" in swap and "fit/own_ratio" not in whole and swap["fit/own_ratio"] == pytest.approx(1)  # the same VAE
+    assert "fit/ratio_to_own" in swap and "fit/ratio_to_own" not in whole and swap["fit/ratio_to_own"] == pytest.approx(1)  # the same VAE
     symmetries = ("rotate_90", "rotate_180", "rotate_270", "mirror", "transpose", "flip", "anti_transpose")
     errors = [alone[f"equivariance/{view}/latent_error"] for view in symmetries]
     assert alone["equivariance/mean/latent_error"] == pytest.approx(sum(errors) / 7)  # D4's, whatever --views

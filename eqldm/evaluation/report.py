@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.table import Column, Table
 
 from eqldm.evaluation.compare import NOTE, Difference, Measured, comparison_headings, comparison_rows, differences
-from eqldm.evaluation.fit import NUM_BINS, Verdict
+from eqldm.evaluation.fit import NUM_BINS, Level, Verdict
 from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
 from eqldm.markdown import markdown
 
@@ -156,7 +156,7 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
         ]
         sections.append((question, QUESTION_TITLES.get(question, question.capitalize()), "\n".join(filter(None, body))))
     verdicts = [
-        f'<p class="verdict {"good" if model.verdict.fits else "bad"}"><b>{html.escape(model.measured.name)}</b>: '
+        f'<p class="verdict {VERDICTS[model.verdict.level]}"><b>{html.escape(model.measured.name)}</b>: '
         f"{html.escape(model.verdict.text)}</p>"
         for model in report.models
         if model.verdict
@@ -296,14 +296,16 @@ CAPTIONS = {  # of sheets, by the first word of their names; the others' names s
     "latents": "latents, their three principal components as colours: where they turn with the picture, all are alike",
 }
 
+VERDICTS: dict[Level, str] = {"fits": "good", "may fit": "unsure", "does not fit": "bad"}  # classes of the style
+
 STYLE = """
-:root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #3a9a5b; --bad: #d1603d; }
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --good: #3a9a5b; --unsure: #c9a227; --bad: #d1603d; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0; }
 main { max-width: 1400px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 nav a { margin-right: 1rem; }
 .verdict { border-left: .3rem solid var(--line); padding: .5rem 1rem; background: var(--soft); }
-.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
+.verdict.good { border-color: var(--good); } .verdict.unsure { border-color: var(--unsure); } .verdict.bad { border-color: var(--bad); }
 .missing { border-left: .3rem solid var(--bad); padding: .1rem 1rem; background: var(--soft); }
 .missing h2 { border: 0; margin: .5rem 0 0; }
 .wide { overflow-x: auto; } .plot svg { max-width: 100%; height: auto; }
