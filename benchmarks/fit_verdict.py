@@ -168,7 +168,8 @@ def on_means(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def aligned(other: AutoencoderKL, vae: AutoencoderKL, pictures: Subset) -> AutoencoderKL:
     """`other` after the alignment fold towards `vae`."""
-    return mapped(other, *alignment(*(latent_matrix(each, pictures, len(pictures)) for each in (other, vae))))
+    latents, wanted = (latent_matrix(each, pictures, len(pictures)) for each in (other, vae))
+    return mapped(other, *alignment(latents, wanted))
 
 
 class Study:

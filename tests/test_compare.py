@@ -279,6 +279,7 @@ def test_names():
     ways = {
         "reconstruction/psnr": "↑", "reconstruction/rfid_judge": "↓", "generation/texture": "→1", "anagram/flip/kid_judge_turned": "↓",
         "anagram/flip/texture_upright": "→1", "generation/round_trip_psnr": "↑", "fit/loss_ratio": "↓", "fit/latent_mean": "",
+        "fit/ratio_to_own": "↓",
         "equivariance/rotate_90/latent_error": "↓", "anagram/flip/alignment_q90": "↑", "anagram/flip/read_right_upright": "↑",
         "fit/val_loss/bin_3": "↓", "equivariance/eqvae_scale_error": "↓", "generation/recall_inception": "↑",
             "generation/read_right_data": "", "anagram/flip/texture_over_contrast_turned_1": "→1", "generation/contrast": "→1",
