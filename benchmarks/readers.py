@@ -17,6 +17,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
         writer.writerows(asdict(item) for item in items)
     per = COLUMNS * ROWS
     for first in range(0, len(items), per):
-        sheet = numbered(shown[first : first + per], first + 1)
-        write_whole(out / "sheets" / f"{first // per + 1:02d}.png", lambda path, sheet=sheet: sheet.save(path, "PNG"))
+        save = partial(numbered(shown[first : first + per], first + 1).save, format="PNG")
+        write_whole(out / "sheets" / f"{first // per + 1:02d}.png", save)
 
 
 def numbered(pictures: Sequence[Tensor], first: int) -> Image.Image:

@@ -117,18 +117,16 @@ def report(args: Namespace, folders: list[Path]) -> str:
 def dose(args: Namespace, found: dict[str, tuple[Path, str]]) -> str:
     """The table of the autoencoders: how far each is from equivariant, and how often its anagrams read right. found: by row, the folder of
     the evaluation and the name in it."""
-    rows, columns = {}, {"latent error": [], "PSNR of D(T z), dB": [], "both read right": []}
+    rows, errors, decoded, shares = {}, [], [], []
     for row, (out, name) in found.items():
         metrics = metrics_of(out, name)
-        read = statistics.fmean(float(each.mean()) for each in readings(args, out, name).values())
-        values = [metrics["equivariance/mean/latent_error"], metrics["equivariance/mean/psnr"], read]
-        for column, value in zip(columns.values(), values):
-            column.append(value)
-        rows[row] = [f"{values[0]:.4f}", f"{values[1]:.1f}", f"{values[2]:.1%}"]
-    errors, decoded, read = columns.values()
-    ranks = [rank_correlation(each, read) for each in (errors, decoded)]
+        errors.append(metrics["equivariance/mean/latent_error"])
+        decoded.append(metrics["equivariance/mean/psnr"])
+        shares.append(statistics.fmean(float(each.mean()) for each in readings(args, out, name).values()))
+        rows[row] = [f"{errors[-1]:.4f}", f"{decoded[-1]:.1f}", f"{shares[-1]:.1%}"]
+    ranks = [rank_correlation(each, shares) for each in (errors, decoded)]
     rows["Spearman's rho with both read right (p)"] = [*(f"{rho:.2f} ({p:.2g})" for rho, p in ranks), "-"]
-    return table("autoencoder", list(columns), rows)
+    return table("autoencoder", ["latent error", "PSNR of D(T z), dB", "both read right"], rows)
 
 
 def main() -> None:
@@ -144,7 +142,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 2 or len(args.judges) < 2:
         sys.exit(f"error: --seeds {args.seeds}, {len(args.judges)} judges: wanted two or more of each, for one says nothing of others")
-    folders, rows = [], {}
+    folders: list[Path] = []
+    rows: dict[str, tuple[Path, str]] = {}
     for seed in range(args.seeds):
         models = {name: trained(args, name, loss, seed) for name, loss in SEEDED.items()}
         folders.append(out := args.out / f"evaluation{seed}")

@@ -66,7 +66,8 @@ class Question(Protocol):
 class KeptQuestion(Question, Protocol):
     """One whose batches are kept for others to look at; see `Store`. code: the files of the evaluation that its values depend on."""
 
-    code: tuple[str, ...]
+    @property
+    def code(self) -> tuple[str, ...]: ...
 
 
 def measure_all(question: Question, batch_size: int = 64) -> dict[str, Tensor]:
