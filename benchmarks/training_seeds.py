@@ -1,10 +1,10 @@
 """Do the anagrams of an equivariant autoencoder come out better whatever the training seed, the letters and the judge?
 
-    python benchmarks/training_seeds.py --base FOLDER --judges FOLDER [FOLDER ...] --out DIR
+    python benchmarks/training_seeds.py --judges FOLDER [FOLDER ...] --out DIR
 
-For each training seed, glyphs-base's autoencoder is fine-tuned three ways (plain, rotations, D4), and the UNet of --base is adapted to
-each. Then each of METHODS samples the same pairs of letters, which need an anagram, from the same seeds, and all judges read them.
-Training seeds, pairs and judges are all counted as samples (`crossed.contrast`), so that a difference is one that others would see too.
+For each training seed, glyphs-base's autoencoder is fine-tuned three ways (plain, rotations, D4), and its UNet is adapted to each. Then
+each of METHODS samples the same pairs of letters, which need an anagram, from the same seeds, and all judges read them. Training seeds,
+pairs and judges are all counted as samples (`crossed.contrast`), so that a difference is one that others would see too.
 
 With --dose the first seed also trains the other losses of equivariance_losses.py: do anagrams read better the less the latents err?
 
@@ -52,7 +52,7 @@ SOURCES = ("training seed", "pair", "judge")
 def trained(args: Namespace, name: str, loss: str, seed: int) -> Path:
     """The model of a loss: its autoencoder, and --base's UNet adapted to that, in the folders `name`/vaeSEED and so on."""
     folder, options = args.out / name, [f"run.seed={seed}", *args.set]
-    length = [f"model={BASE}", *ALL, f"run.num_steps={args.num_steps}"]
+    length = [f"model={args.vae_base}", *ALL, f"run.num_steps={args.num_steps}"]
     vae = train("configs/glyphs/eq_vae.yaml", folder / f"vae{seed}", *shards(args.data), *length, *VARIANTS[loss], *options)
     latents = shards(encode(args.data, vae, folder / f"latents{seed}"))
     adapted = [f"vae={vae}", f"model={args.base}", f"run.num_steps={args.unet_steps}"]
@@ -132,6 +132,7 @@ def dose(args: Namespace, found: dict[str, tuple[Path, str]]) -> str:
 def main() -> None:
     parser = study(__doc__)
     parser.add_argument("--base", type=path, default=BASE, help="model folder whose UNet is adapted: glyphs-base")
+    parser.add_argument("--vae-base", type=path, default=BASE, help="model folder whose autoencoder is fine-tuned: glyphs-base")
     parser.add_argument("--judges", type=path, nargs="+", required=True, help="two or more; see configs/glyphs/judges.sh")
     parser.add_argument("--num-steps", type=int, default=1500, help="of the autoencoder")
     parser.add_argument("--unet-steps", type=int, default=2000)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -18,6 +19,7 @@ from PIL import Image
 
 from eqldm.data.shards import write_manifest, write_shard
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
+from eqldm.evaluation.judge import save_judge
 from eqldm.model_folder import make_scheduler, save_model_folder
 from versions import differences
 
@@ -160,6 +162,19 @@ def tiny_model_folder(tmp_path_factory) -> Path:
 def tiny_pictures(tmp_path_factory) -> Path:
     """A shard folder of 24 pictures of 32 px in 3 shards, to be read only."""
     return make_picture_shards(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def make_judge() -> Callable[[Path, int], Path]:
+    """`make_judge(folder, seed)`: a tiny judge of random weights."""
+
+    def make(folder: Path, seed: int) -> Path:
+        torch.manual_seed(seed)
+        about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
+        save_judge(folder, timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -29,7 +28,7 @@ from eqldm.evaluation.anagram import PROMPT_PAIRS, read_prompts
 from eqldm.evaluation.compare import Measured, differences
 from eqldm.evaluation.drawn import Drawn
 from eqldm.evaluation.fit import Fit
-from eqldm.evaluation.judge import Judge, save_judge
+from eqldm.evaluation.judge import Judge
 from eqldm.evaluation.reconstruction import Reconstruction
 from eqldm.evaluation.sampled import Sampled
 from eqldm.model_folder import Networks, Pixels, decode, encode, load_vae, save_model_folder
@@ -41,20 +40,13 @@ SIZES = ["--num-images", 6, "--num-letters", 4, "--num-pairs", 4, "--num-inferen
 FULL = ["--without", "lpips", "--views", "rotate_180", "flip@patch_permute:2"]
 
 
-def make_judge(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    about = {"architecture": "resnet18", "args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
-    save_judge(folder, timm.create_model("resnet18", num_classes=27, channels=[8, 8, 8, 8]), about)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def tiny_judge(tmp_path_factory) -> Path:
+def tiny_judge(make_judge, tmp_path_factory) -> Path:
     return make_judge(tmp_path_factory.mktemp("judge") / "model", 0)
 
 
 @pytest.fixture(scope="module")
-def tiny_chooser(tmp_path_factory) -> Path:
+def tiny_chooser(make_judge, tmp_path_factory) -> Path:
     return make_judge(tmp_path_factory.mktemp("chooser") / "model", 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_equivariance_losses(base, data, tmp_path):
     study("equivariance_losses", *words)
     rows = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(rows) == 2 + len(variants) and all(row.count("|") == rows[0].count("|") and " - " not in row for row in rows)
+
+
+def test_training_seeds(base, data, tmp_path, make_judge):
+    judges = [make_judge(tmp_path / f"judge{seed}", seed) for seed in range(2)]
+    words = ["--base", base, "--vae-base", base, "--data", data, "--judges", *judges, "--seeds", 2, "--num-steps", 1, "--unet-steps", 1,
+             "--num-pairs", 3, "--num-samples", 2, "--num-images", 4, "--out", tmp_path / "out", "--dose"]  # fmt: skip
+    words += ["--set", *SMALL, "data.val_samples=4"]
+    study("training_seeds", *words)
+    table, dose = ((tmp_path / "out" / name).read_text() for name in ("table.md", "dose.md"))
+    module = runpy.run_path(str(ROOT / "benchmarks" / "training_seeds.py"))
+    assert all(table.count(f"| {name} | ") == 4 - (name in module["REFERENCES"]) for name in module["METHODS"])
+    assert all(f"| {loss}, seed 0 | " in dose for loss in module["DOSE"].values()) and "Spearman" in dose
+    assert len(dose.splitlines()) == 2 + 6 + 6 + 1
+    again = study("training_seeds", *words)
+    assert "nothing to do" in again.stdout and (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_one_seed_or_judge_says_nothing_of_others(tmp_path):
+    script = [sys.executable, ROOT / "benchmarks" / "training_seeds.py", "--judges", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and "error: --seeds 3, 1 judges: wanted two or more of each" in done.stderr
 
 
 def test_world(data, tmp_path):
