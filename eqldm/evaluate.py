@@ -118,7 +118,15 @@ def parse_args() -> argparse.Namespace:
         metavar="NAME",
         help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3",
     )
-    add("--judge", type=place_option, metavar="FOLDER", help="reads letters (default: the shipped one, where the data have labels)")
+    add(
+        "--judge",
+        nargs="+",
+        action="extend",
+        type=place_option,
+        metavar="[NAME=]FOLDER",
+        help="reads letters (default: the shipped one, where the data have labels); of several the mean is reported, the range and each "
+        "one's, and how far they agree; distances are on the first one's features",
+    )
     add(
         "--features",
         nargs="+",

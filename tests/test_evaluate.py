@@ -198,10 +198,28 @@ def test_another_judge_looks_at_the_pictures_that_there_are(run, tiny_model_fold
     first = metrics_of(out, "tiny")
     monkeypatch.setattr(Drawn, "_draw", lambda *a: pytest.fail("drawn again"))
     with pytest.warns(UserWarning, match="measured with other features, judge"):
-        run(tiny_model_folder, more=[*asked, "--judge", tiny_chooser])
+        run(tiny_model_folder, more=asked, judge=tiny_chooser)
     other = metrics_of(out, "tiny")
     assert other.keys() == first.keys() and other["generation/texture"] == first["generation/texture"]
     assert other["generation/kid_judge"] != first["generation/kid_judge"]
+
+    judges = ["--judge", f"other={tiny_chooser}"]
+    with pytest.warns(UserWarning, match="measured with other"):
+        run(tiny_model_folder, more=[*asked, *judges])  # beside the first
+    both = metrics_of(out, "tiny")
+    for name in first:
+        assert both[name] == pytest.approx((first[name] + other[name]) / 2 if "read_right" in name or "ambigram" in name else first[name])
+    prefix = "anagram/rotate_180/judges"
+    assert both[f"{prefix}/other/ambigramability"] == other["anagram/rotate_180/ambigramability"] and f"{prefix}/kappa" in both
+    parts = [name.split("/judges/")[1] for name in both if "/judges/" in name]
+    names = {f"judges/{re.sub('^(?!least|most)[^/]+/', 'JUDGE/', part)}" for part in parts}
+    names = {re.sub("(JUDGE|least|most)/.*", r"\1/METRIC", name) for name in names}
+    assert names <= set(re.findall(r"`([\w/]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    report = (out / "report.md").read_text()
+    assert re.search(r"anagram/rotate_180/read_right_upright ↑ \| .*, judges .* to ", report)
+    assert "Sheets of pictures say what the first judge, judge" in report and "by judge" in (out / "report.html").read_text()
+    with pytest.raises(SystemExit, match="--chooser is the judge itself"):
+        run(tiny_model_folder, more=[*asked, *judges, "--num-seeds", 2, "--chooser", tiny_chooser])
     with pytest.warns(UserWarning, match="measured with other"):
         run(tiny_model_folder, more=asked)
     assert metrics_of(out, "tiny") == first

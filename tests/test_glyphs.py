@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,16 @@ def test_further_faces_can_be_held_out_and_are_then_tested(tmp_path):
     faces = {split: glyphs.make_split(tmp_path, split, 4, holdout_fonts=kept)["generator"]["faces"] for split in glyphs.SPLITS}
     assert set(faces["test"]) == {*glyphs.HELD_OUT_FACES, *kept}
     assert faces["train"] == faces["val"] == [face for face in glyphs.FACES if face not in faces["test"]]
+
+
+def test_the_script_of_the_judges_names_faces_and_configs_that_there_are():
+    folder = Path(__file__).parents[1] / "configs" / "glyphs"
+    calls = re.findall(r"judge ([abcd]) (\d+) (\w+) (.*) ;;", (folder / "judges.sh").read_text())
+    unseen = [faces.split() for *_, faces in calls]
+    assert len({seed for _, seed, *_ in calls}) == len(calls) == 4 and all(
+        (folder / f"{config}.yaml").is_file() for _, _, config, _ in calls
+    )
+    assert all(set(faces) < set(glyphs.FACES) for faces in unseen) and len(set(sum(unseen, []))) == len(sum(unseen, []))
 
 
 def test_chosen_colours_are_the_only_ones(tmp_path):

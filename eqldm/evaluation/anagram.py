@@ -17,6 +17,7 @@ from torch import Tensor
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.clip import alignment, concealment
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.judges import add_agreement, add_share, by_judge
 from eqldm.evaluation.lookalikes import populations, trivial
 from eqldm.evaluation.quality import RealPictures, distances, features_of, textures
 from eqldm.views import View
@@ -115,7 +116,7 @@ def add_readings(
     for name, mask in populations(wanted, views).items():
         if not bool(mask.any()):
             continue
-        read = {key: value[mask] for key, value in values.items() if key in ("read", "forced", "chosen", "similarity")}
+        read = {key: value[mask] for key, value in values.items() if key.split("/")[0] in ("read", "forced", "chosen", "similarity")}
         found = Findings(clusters[mask])  # drawn from its own pictures: some resamples of all would hold none of a small population
         add_scores(found, prefix + name, faces, read, wanted[:, mask], temperature, num_seeds)
         findings.take(found)
@@ -132,16 +133,20 @@ def add_scores(
     `best_of_K`, `forced_best_of_K`   the same of the picture that the chooser (if any) likes best of a tuple's K = num_seeds
     `alignment`, `concealment`   means of `clip.alignment` and `clip.concealment` (at CLIP's temperature), and their `_q90`, `_q95`
 
-    Pictures are in rounds: each tuple of prompts once, then each once more, of the next seeds.
+    Of several judges these are means, with each one's beside them (see `judges.add_share`), and `judges/kappa` is how far they agree on
+    what reads right in every view. Pictures are in rounds: each tuple of prompts once, then each once more, of the next seeds.
     """
     if wanted is not None:
-        for name, read in (("", values["read"]), ("forced_", values["forced"])):
-            right = (read == wanted.T).double()
-            findings.mean(f"{prefix}{name}ambigramability", right.prod(1))
+        for name, what in (("", "read"), ("forced_", "forced")):
+            right = {judge: (read == wanted.T).double() for judge, read in by_judge(values, what).items()}
+            both = {judge: each.prod(1) for judge, each in right.items()}
+            add_share(findings, prefix, f"{name}ambigramability", both)
             if "chosen" in values and num_seeds > 1:
-                findings.ratio(f"{prefix}{name}best_of_{num_seeds}", right.prod(1) * (best := best_of(values["chosen"], num_seeds)), best)
-            for face, each in zip(faces, right.T):
-                findings.mean(f"{prefix}{name}read_right_{face}", each)
+                add_share(findings, prefix, f"{name}best_of_{num_seeds}", both, best_of(values["chosen"], num_seeds))
+            for i, face in enumerate(faces):
+                add_share(findings, prefix, f"{name}read_right_{face}", {judge: each[:, i] for judge, each in right.items()})
+            if what == "read":
+                add_agreement(findings, prefix, both)
     if "similarity" in values:
         if temperature is None:
             raise ValueError("concealment is taken at CLIP's temperature, which is not given: wanted `temperature`")
@@ -182,8 +187,9 @@ def anagram_metrics(
 
 
 def letter_rates(values: dict[str, Tensor], wanted: Tensor) -> Tensor:
-    """[26, 26] share of pictures of each ordered pair of letters that read right in both views; NaN where there is none of a pair."""
-    right = (values["read"] == wanted.T).all(1).double()
+    """[26, 26] share of pictures of each ordered pair of letters that read right in both views, the mean over judges; NaN where there is
+    none of a pair."""
+    right = torch.stack([(read == wanted.T).all(1).double() for read in by_judge(values, "read").values()]).mean(0)
     cells, size = wanted[0] * len(LETTERS) + wanted[1], len(LETTERS) ** 2
     held = torch.bincount(cells, minlength=size)
     return (torch.bincount(cells, right, minlength=size) / held).view(len(LETTERS), -1)

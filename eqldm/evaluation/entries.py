@@ -125,7 +125,7 @@ def parse_entries(texts: list[str]) -> list[Entry]:
     apart. Raises ValueError where two have one name."""
     entries = [parse_entry(text) for text in texts]
     unnamed = [entry for entry in entries if not entry.name]
-    names = iter(_folder_names([entry.folder for entry in unnamed]))
+    names = iter(folder_names([entry.folder for entry in unnamed]))
     named = [entry if entry.name else Entry(next(names), entry.folder, entry.vae, entry.options) for entry in entries]
     twice = sorted({entry.name for entry in named if sum(other.name == entry.name for other in named) > 1})
     if twice:
@@ -138,7 +138,8 @@ def parse_entries(texts: list[str]) -> list[Entry]:
     return named
 
 
-def _folder_names(folders: list[Path]) -> list[str]:
+def folder_names(folders: list[Path]) -> list[str]:
+    """Names of folders: of the run or folder that each lies in, with as many parents as tell them apart."""
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     parts = [(path.parent if path.name == "model" else path).parts for path in paths]
     parts = [tuple(re.sub(r"[^\w.+-]", "-", part).strip("-_.") for part in names) for names in parts]

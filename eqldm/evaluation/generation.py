@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.judges import add_agreement, add_each, add_share, by_judge
 from eqldm.evaluation.quality import RealPictures, distances, features_of, textures
 
 
@@ -25,7 +26,7 @@ def generation_metrics(
 ) -> Findings:
     """Of what `Sampled` measured of plain pictures (one view):
 
-    `generation/read_right`   the share that the judge reads right;  wanted: [1, N]
+    `generation/read_right`   the share that the judge reads right;  wanted: [1, N]; of several judges the mean, with each one's beside it
     `generation/read_right_data`   the same of the real pictures, which is what it can reach
     `generation/kid_NAME`, `fid_NAME`, `precision_NAME`, `recall_NAME`   see `distances`
     `generation/texture_over_contrast`, `contrast`, `texture`   see `textures`
@@ -39,8 +40,12 @@ def generation_metrics(
     count = len(values["energy"])
     findings = Findings(torch.arange(count) if clusters is None else clusters)
     if wanted is not None:
-        findings.mean("generation/read_right", (values["read"][:, 0] == wanted[0]).double())
-        findings.metrics |= {"generation/read_right_data": real.read_right} if real.read_right is not None else {}
+        right = {judge: (read[:, 0] == wanted[0]).double() for judge, read in by_judge(values, "read").items()}
+        add_share(findings, "generation/", "read_right", right)
+        if real.read_right is not None:
+            findings.metrics["generation/read_right_data"] = real.read_right
+            add_each(findings.metrics, "generation/", "read_right_data", real.read_right_each)
+        add_agreement(findings, "generation/", right)
     distances(findings, real, {name: features[:, 0] for name, features in features_of(values).items()}, "generation/")
     textures(findings, real, values["energy"][:, 0], values["contrast"][:, 0] if "contrast" in values else None, "generation/")
     if "round_trip" in values:

@@ -13,6 +13,7 @@ from eqldm.autoencoder.losses import load_lpips
 from eqldm.evaluation.clip import HOW, Clip
 from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features
 from eqldm.evaluation.judge import Judge
+from eqldm.evaluation.judges import open_judges
 from eqldm.paths import expanded
 
 WEIGHTS = {  # what `--without` may name, and the questions that need it
@@ -25,6 +26,7 @@ WEIGHTS = {  # what `--without` may name, and the questions that need it
 
 class Instruments:
     """judge, chooser, features, lpips, clip: those that the questions `asked` need and that are at hand, else None.
+    judges: by name, where several read; `judge`, whose features distances are on, is the first of them.
 
     missing: what cannot be computed for want of weights, with the way to get them.  notes: what is left out.
     """
@@ -40,7 +42,9 @@ class Instruments:
         for name in args.without:
             if getattr(args, name, None):
                 raise ValueError(f"--{name} and --without {name}: give one of them")
-        self.judge = self._needing("judge", "what the judge reads", partial(Judge.open, args.judge)) if args.judge or letters else None
+        read = self._needing("judge", "what the judge reads", partial(open_judges, args.judge)) if args.judge or letters else None
+        self.judge: Judge | None = next(iter(read.values())) if read else None
+        self.judges = read if read and len(read) > 1 else {}
         if self.judge and args.prompt_pairs:
             raise ValueError("--prompt-pairs means nothing where a judge reads letters: leave it out, or add --without judge")
         self.chooser = self._chooser() if args.chooser else None
@@ -52,7 +56,9 @@ class Instruments:
         """What `make` gives, or None where it is done without (`--without`) or its weights are not there, which is then noted."""
         if not WEIGHTS[name].intersection(self.asked):
             if path := getattr(self.args, name, None):
-                self.notes.append(f"Not used (--{name} {path}): none of {', '.join(self.asked)} needs it.")
+                self.notes.append(
+                    f"Not used (--{name} {path if isinstance(path, str) else ' '.join(path)}): none of {', '.join(self.asked)} needs it."
+                )
             return None
         if name in self.args.without:
             self.notes.append(f"Left out (--without {name}): {what}.")
@@ -77,7 +83,7 @@ class Instruments:
         if self.args.num_seeds < 2:
             raise ValueError(f"--chooser: nothing to choose from with --num-seeds {self.args.num_seeds}, wanted 2 or more")
         chooser = Judge.open(self.args.chooser)
-        if chooser.hash == self.judge.hash:
+        if chooser.hash in {judge.hash for judge in (self.judge, *self.judges.values())}:
             raise ValueError("--chooser is the judge itself, which must not choose what it reads: give one trained with another seed")
         return chooser
 

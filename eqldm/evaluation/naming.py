@@ -7,6 +7,7 @@ DOWN = set("lpips rfid fid kid error loss ratio".split())
 NEITHER = {"fit/spectral_loss"}
 TO_ONE = {"texture", "contrast", "latent_std"}
 APART = ("trivial", "equal")  # populations of `lookalikes`
+OF_JUDGES = "judges"  # in a metric's name what one of several judges reads follows it
 QUESTION_TITLES = {
     "reconstruction": "Reconstruction: how well does the autoencoder reconstruct?",
     "equivariance": "Equivariance: do the latents turn with the picture?",
@@ -37,8 +38,9 @@ def question_of(name: str) -> str:
 
 
 def stands_apart(name: str) -> bool:
-    """Whether a metric is of pictures beside those that a question is about, such as pairs of letters that need no anagram."""
-    return any(f"/{population}/" in name for population in APART)
+    """Whether a metric is of pictures beside those that a question is about, such as pairs of letters that need no anagram, or is what one
+    of several judges reads of them."""
+    return any(f"/{part}/" in name for part in (*APART, OF_JUDGES))
 
 
 def number(value: float | None) -> str:

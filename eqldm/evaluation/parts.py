@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eqldm.evaluation.anagram import add_readings
 from eqldm.evaluation.bootstrap import Findings
+from eqldm.evaluation.judges import add_each
 from eqldm.evaluation.quality import RealPictures
 from eqldm.views.components import Component
 
@@ -28,8 +29,10 @@ def part_metrics(
     """
     findings, prefix = Findings(clusters), f"components/{title}/"
     add_readings(findings, prefix, [part.name for part in components], values, wanted, temperature, num_seeds, clusters=clusters)
-    for part, share in zip(components, real.read_parts.get(title, ())):
+    for i, (part, share) in enumerate(zip(components, real.read_parts.get(title, ()))):
         findings.metrics[f"{prefix}forced_read_right_{part.name}_data"] = share
+        each = {judge: shares[i] for judge, shares in real.read_parts_each.get(title, {}).items()}
+        add_each(findings.metrics, prefix, f"forced_read_right_{part.name}_data", each)
     if "round_trip" in values:
         findings.mean(f"{prefix}round_trip_psnr", values["round_trip"])
     return findings

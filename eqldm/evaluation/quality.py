@@ -6,7 +6,7 @@ A reading judge forgives a rough texture, as CLIP scores do; these do not. Dista
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +22,7 @@ from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.evaluation.judges import by_judge
 from eqldm.evaluation.pictures import Pictures
 from eqldm.model_folder import decode, encode
 from eqldm.views.components import parse_components
@@ -33,7 +34,8 @@ NEIGHBOURS = 3  # of precision and recall
 class RealPictures:
     """What sampled pictures are held against: features [M, D] of real ones by name, their labels [M] (None: they have none), their mean
     high-frequency energy and their mean contrast (None: it was not measured); of those with labels, where a judge reads, the share that
-    it reads right, and by components (`hybrid:0.06`) that of each of their parts, where it must name a letter."""
+    it reads right, and by components (`hybrid:0.06`) that of each of their parts, where it must name a letter; means over judges, and
+    (`..._each`) by judge."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
@@ -41,6 +43,8 @@ class RealPictures:
     read_right: float | None = None
     read_parts: dict[str, list[float]] = field(default_factory=dict)
     contrast: float | None = None
+    read_right_each: dict[str, float] = field(default_factory=dict)
+    read_parts_each: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict[str, Tensor]) -> RealPictures:
@@ -49,10 +53,16 @@ class RealPictures:
         energy, contrast = (float(values[name].double().mean()) for name in ("energy", "contrast"))
         if bool((labels < 0).any()):
             return cls(features_of(values), None, energy, contrast=contrast)
-        read_right = float((values["read"] == labels).double().mean()) if "read" in values else None
-        parts = {name.removeprefix("parts/"): read for name, read in values.items() if name.startswith("parts/")}
-        read_parts = {name: (read == labels[:, None]).double().mean(0).tolist() for name, read in parts.items()}
-        return cls(features_of(values), labels, energy, read_right, read_parts, contrast)
+        if not any(name.split("/")[0] == "read" for name in values):
+            return cls(features_of(values), labels, energy, contrast=contrast)
+        right = {judge: float((read == labels).double().mean()) for judge, read in by_judge(values, "read").items()}
+        components = dict.fromkeys(name.split("/")[1] for name in values if name.startswith("parts/"))
+        parts = {
+            name: {each: (read == labels[:, None]).double().mean(0).tolist() for each, read in by_judge(values, f"parts/{name}").items()}
+            for name in components
+        }
+        means = {name: [sum(shares) / len(found) for shares in zip(*found.values())] for name, found in parts.items()}
+        return cls(features_of(values), labels, energy, sum(right.values()) / len(right), means, contrast, right, parts)
 
 
 class RealData:
@@ -62,17 +72,20 @@ class RealData:
 
     def __init__(
         self, samples: Pictures, count: int, features: Sequence[Features] = (), judge: Judge | None = None,
-        components: Sequence[str] = (),
+        components: Sequence[str] = (), judges: Mapping[str, Judge] | None = None,
     ):  # fmt: skip
-        """components: such as `hybrid:0.06`, whose parts the judge reads too."""
+        """components: such as `hybrid:0.06`, whose parts the judge reads too.  judges: by name, where several read."""
         self.samples, self.count, self.features, self.judge = samples, count, features, judge
         self.components = {name: parse_components(name) for name in components}
         hashes = {f.name: f.hash for f in features}
+        self.judges = judges or {}
         self.key = {"data": samples.digest, "features": hashes, "judge": judge and judge.hash, "components": list(components)}
+        self.key |= {"judges": {name: each.hash for name, each in self.judges.items()}} if self.judges else {}
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
         """`label` [B] (-1: none), `unreadable` [B] 1 where another picture stands in, `energy`, `contrast` [B], `features/NAME` [B, D], and
-        `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter.
+        `read` [B], what the judge reads, and `parts/COMPONENTS` [B, parts], what of each part if it must name a letter; of several judges
+        `read/NAME` and `parts/COMPONENTS/NAME`.
 
         Raises ValueError where a judge reads and a label is that of no letter, and where a value is NaN or infinite."""
         batch = collate([self.samples[i] for i in numbers])
@@ -84,11 +97,12 @@ class RealData:
         values["energy"] = finite("energies", high_frequency_energy(x), batch["key"])
         values["contrast"] = finite("contrasts", contrast(x), batch["key"])
         values |= {f"features/{f.name}": finite(f"features '{f.name}'", f.extract(x), batch["key"]) for f in self.features}
-        if self.judge is not None:
-            values["read"] = self.judge(x)
-            for name, parts in self.components.items():
-                seen = [self.judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
-                values[f"parts/{name}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
+        for suffix, judge in {f"/{name}": judge for name, judge in self.judges.items()}.items() or [("", self.judge)]:
+            if judge is not None:
+                values[f"read{suffix}"] = judge(x)
+                for name, parts in self.components.items():
+                    seen = [judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
+                    values[f"parts/{name}{suffix}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
         return values
 
 

@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from eqldm.evaluation.compare import NOTE, Difference, Measured, comparison_headings, comparison_rows, differences
 from eqldm.evaluation.fit import NUM_BINS, Level, Verdict
+from eqldm.evaluation.judges import judges_range, of_one_judge
 from eqldm.evaluation.naming import QUESTION_TITLES, direction, number
 from eqldm.markdown import markdown
 
@@ -54,9 +55,11 @@ class Report:
         return [name for name in names if name.split("/", 1)[0] == question and "/bin_" not in name]
 
     def means_and_details(self, question: str) -> tuple[list[str], list[str]]:
-        """The names of a question's metrics, and of those of single views that there is a mean of."""
+        """The names of a question's metrics, and of those of single views, or judges, that there is a mean of."""
         names = self.metrics(question)
-        single = [name for name in names if question == "equivariance" and name.count("/") == 2 and "/mean/" not in name]
+        single = [
+            name for name in names if of_one_judge(name) or (question == "equivariance" and name.count("/") == 2 and "/mean/" not in name)
+        ]
         return [name for name in names if name not in single], single
 
     def against_first(self) -> list[dict[str, Difference]]:
@@ -66,11 +69,14 @@ class Report:
 
 
 def value_cell(measured: Measured, name: str) -> str:
-    """A metric's value, with its interval where it has one."""
+    """A metric's value, with its interval where it has one, and the least and the most of several judges."""
     value, interval = measured.metrics.get(name), measured.intervals.get(name)
-    if value is None or interval is None:
-        return number(value)
-    return f"{number(value)} ({number(interval.low)} to {number(interval.high)})"
+    text = number(value)
+    if value is not None and interval is not None:
+        text += f" ({number(interval.low)} to {number(interval.high)})"
+    if ends := judges_range(measured.metrics, name):
+        text += ", judges {} to {}".format(*map(number, ends))
+    return text
 
 
 def metric_table(report: Report, names: Sequence[str], against: Sequence[dict[str, Difference]]) -> tuple[list[str], list[list[str]]]:
@@ -82,7 +88,7 @@ def metric_table(report: Report, names: Sequence[str], against: Sequence[dict[st
 def console_table(models: Sequence[Measured], title: str) -> Table:
     """The values of all models for the terminal, without those of single views and bins where there are means."""
     table = Table(Column("metric", no_wrap=True), "", *(model.name for model in models), title=title)
-    names = dict.fromkeys(name for model in models for name in model.metrics)
+    names = dict.fromkeys(name for model in models for name in model.metrics if not of_one_judge(name))
     for name in sorted(names, key=lambda name: list(QUESTION_TITLES).index(name.split("/", 1)[0])):
         if name.startswith(("reconstruction/", "generation/", "anagram/", "components/", "equivariance/mean/", "equivariance/eqvae")) or (
             name.startswith("fit/") and "/bin_" not in name
@@ -142,7 +148,7 @@ def _page(out: Path, report: Report, against: Sequence[dict[str, Difference]]) -
         body = [_plot(question, report), _html_table(*metric_table(report, main, against))]
         if single:
             table = _html_table(*metric_table(report, single, against))
-            body.append(f"<details><summary>by view</summary>{table}</details>")
+            body.append(f"<details><summary>{'by view' if question == 'equivariance' else 'by judge'}</summary>{table}</details>")
         body += [
             _picture(out, CAPTIONS.get(title, title), path)
             for title, path in report.shared.items()

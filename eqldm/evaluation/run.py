@@ -31,6 +31,7 @@ from eqldm.evaluation.fit import Fit, fit_metrics, verdict
 from eqldm.evaluation.generation import generation_metrics, letter_prompts, plain_letters
 from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import LETTERS
+from eqldm.evaluation.judges import by_judge, of_one_judge
 from eqldm.evaluation.lookalikes import population_note, populations
 from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.parts import part_metrics
@@ -125,7 +126,7 @@ class Evaluation:
 
     def look_at_data(self) -> None:
         """Measures the real pictures, once for all models."""
-        question = RealData(self.samples, self.count, self.tools.features, self.judge, list(self.components))
+        question = RealData(self.samples, self.count, self.tools.features, self.judge, list(self.components), self.tools.judges)
         self.values = self.ask(question, self.out, "data")
         if self.values is not None and len(rows := self.values["unreadable"].nonzero()[:, 0]):
             keys = list(dict.fromkeys(key for i in rows.tolist() for key in self.samples[i]["skipped"]))
@@ -278,6 +279,7 @@ class Evaluation:
             own = load_vae(entry.folder).to(self.device) if entry.vae else None
             yield "fit", Fit(sampler, self.samples, self.count, own), lambda *found: self._fit(sampler, *found)
         options = {**self._sampling(entry), "features": self.tools.features, "clip": self.tools.clip, "judge": self.judge}
+        options["judges"] = self.tools.judges
         options |= {"seed": args.seed, "num_shown": args.num_shown or (24 if max(self.samples.image_size) <= 128 else 12)}
         if "generation" in asked:
             wanted = plain_letters(args.num_letters) if self.judge else None
@@ -414,7 +416,10 @@ class Evaluation:
             prompts = [[texts[number] for number in shown.tolist()] for texts in question.prompts]
             self._save(result, path, sheets.prompt_sheet(pictures, question.faces, prompts))
             return
-        reading = Reading(pictures, question.wanted[:, shown], values["read"][shown].T)
+        judge, read = next(iter(by_judge(values, "read").items()))
+        if judge:
+            self._note(f"Sheets of pictures say what the first judge, {judge}, reads.")
+        reading = Reading(pictures, question.wanted[:, shown], read[shown].T)
         result.readings[question.name] = question.faces, reading
         self._save(result, path, sheets.reading_sheet(reading, question.faces))
 
@@ -439,6 +444,7 @@ def _fits(view: View, height: int, width: int) -> bool:
 
 def headline(findings: Findings, most: int = 4) -> list[tuple[str, float]]:
     """The first metrics that are not of a single view, bin or quantile."""
-    short = [(name, value) for name, value in findings.metrics.items() if "bin_" not in name and name.count("/") == 1]
-    means = [(name, value) for name, value in findings.metrics.items() if "/mean/" in name or name.startswith(("anagram/", "components/"))]
+    metrics = {name: value for name, value in findings.metrics.items() if not of_one_judge(name)}
+    short = [(name, value) for name, value in metrics.items() if "bin_" not in name and name.count("/") == 1]
+    means = [(name, value) for name, value in metrics.items() if "/mean/" in name or name.startswith(("anagram/", "components/"))]
     return (means or short)[:most]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Sampled:
     """The question how what a model draws looks: in each view, or part, to a judge, features and the like. See `Drawn` for the pictures.
 
     faces: views, or components.  prompts: for each face, each picture's.  wanted: [faces, N] label numbers, where a judge reads.
-    num_shown: pictures that are kept, drawn from all (of every pair of letters the first are alike).  options: of `sampling.Options`.
+    num_shown: pictures that are shown, drawn from all (of every pair of letters the first are alike).  options: of `sampling.Options`.
+    judges: by name, where several read; `judge` is then the first of them.
     store: where pictures are kept, and found; None keeps none.
     """
 
@@ -33,11 +34,13 @@ class Sampled:
 
     def __init__(
         self, name: str, sampler: Sampler, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]], *,
-        wanted: Tensor | None = None, judge: Judge | None = None, chooser: Judge | None = None, features: Sequence[Features] = (),
-        clip: Clip | None = None, seed: int = 0, num_shown: int = 24, on_step: Callable[[], None] | None = None, **options,
+        wanted: Tensor | None = None, judge: Judge | None = None, judges: Mapping[str, Judge] | None = None, chooser: Judge | None = None,
+        features: Sequence[Features] = (), clip: Clip | None = None, seed: int = 0, num_shown: int = 24,
+        on_step: Callable[[], None] | None = None, **options,
     ):  # fmt: skip
         self.name, self.sampler, self.faces, self.prompts, self.count = name, sampler, faces, prompts, len(prompts[0])
         self.wanted, self.judge, self.chooser, self.features, self.clip = wanted, judge, chooser, features, clip
+        self.judges = judges or {}
         self.drawn = Drawn(name, sampler, faces, prompts, seed, on_step, **options)
         self.views, self.parts = self.drawn.views, self.drawn.parts
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(0))
@@ -46,6 +49,7 @@ class Sampled:
             **self.drawn.key,
             "name": name,
             "judge": judge and judge.hash,
+            **({"judges": {each: other.hash for each, other in self.judges.items()}} if self.judges else {}),
             "chooser": chooser and chooser.hash,
             "features": {f.name: f.hash for f in features},
             "clip": clip and clip.hash,
@@ -64,7 +68,8 @@ class Sampled:
 
         `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;
         `energy`, `contrast` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
-        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `chosen` [B] what the chooser gives the worst;
+        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `read/NAME`, `forced/NAME` of each of several;
+        `chosen` [B] what the chooser gives the worst;
         `similarity` [B, V, V] of the picture in view i with the prompt of view j
 
         Raises ValueError, naming the first picture, where a picture or a value is NaN or infinite.
@@ -82,9 +87,11 @@ class Sampled:
                 values[f"features/{f.name}"] = finite(f"features '{f.name}'", torch.stack([f.extract(x) for x in seen], 1), names)
         if not isinstance(self.sampler.vae, Pixels):
             values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
-        if self.judge is not None:
-            probabilities = finite("the judge's answers", torch.stack([self.judge.probabilities(x) for x in seen], 1), names)
-            values |= {"read": probabilities.argmax(-1), "forced": probabilities[..., : len(LETTERS)].argmax(-1)}
+        for suffix, judge in {f"/{name}": judge for name, judge in self.judges.items()}.items() or [("", self.judge)]:
+            if judge is not None:
+                probabilities = finite("the judge's answers", torch.stack([judge.probabilities(x) for x in seen], 1), names)
+                values[f"read{suffix}"] = probabilities.argmax(-1)
+                values[f"forced{suffix}"] = probabilities[..., : len(LETTERS)].argmax(-1)
         if self.chooser is not None:
             assert self.wanted is not None  # it is given where a judge reads
             worst = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
