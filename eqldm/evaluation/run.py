@@ -176,7 +176,11 @@ class Evaluation:
             if not self.judge and "generation" in self.asked:
                 self._captions(1, sampler)
             options = Options(**self._sampling(entry))
-            options.check(1)
+            if "generation" in self.asked:
+                try:
+                    options.check(1)
+                except ValueError as error:
+                    raise ValueError(f"generation by '{entry.text}': {error} (give other options, or leave it out)") from error
             views = {names: names.count(",") + 2 for names in self.args.views} if "anagram" in self.asked else {}
             for name, count in {**views, **{name: len(parts) for name, parts in self.components.items()}}.items():
                 prompts, _ = self._anagram_prompts(count)
