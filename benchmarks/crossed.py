@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from eqldm.evaluation.quantiles import t_quantile, t_tail
@@ -70,8 +71,14 @@ def permutation_p(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """(Spearman's rho, its p by all or 20,000 seeded permutations): whether more of one goes with more of the other."""
-    ranks = [torch.tensor(values, dtype=torch.float64).argsort().argsort().double() for values in (x, y)]
+    """(Spearman's rho, its p by all or 20,000 seeded permutations): whether more of one goes with more of the other.
+
+    x, y: a value of each of two or more independent things; equal values share their mean rank. Where x or y is constant, rho is NaN and
+    p is 1.
+    """
+    ranks = [torch.from_numpy(rankdata(values)) for values in (x, y)]
+    if any(bool((each == each[0]).all()) for each in ranks):
+        return math.nan, 1.0
     centred = [(each - each.mean()) / each.std() for each in ranks]
     n = len(x)
     rho = float((centred[0] * centred[1]).sum() / (n - 1))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from crossed import contrast, permutation_p, rank_correlation
 
@@ -57,3 +58,12 @@ def test_ranks():
     x = torch.randn(9, generator=torch.Generator().manual_seed(0)).tolist()
     rho, p = rank_correlation(x, [a + 1e-3 for a in x])
     assert rho == pytest.approx(1.0) and p < 1e-3 and all(a <= b for a, b in pairwise(sorted(x)))
+
+
+def test_equal_values_have_equal_ranks():
+    """Rates that no method reaches are all 0: their order in the table said rho = 1, p = .003."""
+    rho, p = rank_correlation([1, 2, 3, 4, 5, 6], [0.0] * 6)
+    assert math.isnan(rho) and p == 1.0
+    x, y = [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]
+    assert rank_correlation(x, y) == (pytest.approx(spearmanr(x, y).statistic), pytest.approx(0.5))
+    assert rank_correlation(x, y)[0] == pytest.approx(rank_correlation([1.0, 3.0, 2.0, 4.0], y)[0])
