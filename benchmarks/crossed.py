@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from eqldm.evaluation.bootstrap import errors_between, spread_between
 from eqldm.evaluation.quantiles import t_quantile, t_tail
 
 
@@ -28,25 +29,32 @@ class Contrast:
     shares: dict[str, float]
 
 
-def contrast(differences: Tensor, sources: Sequence[str]) -> Contrast:
+def contrast(differences: Tensor, sources: Sequence[str], alike: Mapping[str, Tensor] | None = None) -> Contrast:
     """Of differences [S, P, ...] between two methods, in each combination of levels of the crossed random factors `sources`.
+
+    alike: by source, [levels] cluster numbers of levels that are no independent draws, such as a pair of letters in either order; clusters
+    are counted then (see `bootstrap`).
 
     The squared error is the sum over the factors of the variance of their levels' means, divided by their number: each term holds its
     share of the interactions and of the residual too, which are so counted once a factor, and the interval is on the safe side. Degrees of
-    freedom are Satterthwaite's, of Student's t. Raises ValueError where a factor has one level: it says nothing of others.
+    freedom are Satterthwaite's, of Student's t. In simulations p is below 5 % without a difference in 0 to 6 % of draws, but in 10 % where
+    a factor of two levels makes up nearly all of the error. Raises ValueError where a factor has one level, or cluster: it says nothing of
+    others.
     Source: Clark, The language-as-fixed-effect fallacy, 1973 (two crossed random factors); Satterthwaite 1946.
     """
     if differences.dim() != len(sources):
         raise ValueError(
             f"differences of shape {tuple(differences.shape)} for the sources {', '.join(sources)}: wanted a dimension for each"
         )
-    if few := [name for name, count in zip(sources, differences.shape) if count < 2]:
+    of = [(alike or {}).get(name, torch.arange(count)) for name, count in zip(sources, differences.shape)]
+    if few := [name for name, clusters in zip(sources, of) if len(clusters.unique()) < 2]:
         raise ValueError(f"{few[0]}: got one level, wanted two or more: with one, nothing is known of others")
     values, terms, freedom = differences.double(), [], []
-    for k, count in enumerate(values.shape):
+    for k, clusters in enumerate(of):
         means = values.movedim(k, 0).flatten(1).mean(1)
-        terms.append(float(means.var()) / count)
-        freedom.append(count - 1)
+        errors = errors_between(means, torch.ones_like(means), clusters)
+        terms.append(spread_between(errors) ** 2)
+        freedom.append(len(errors) - 1)
     value, squared = float(values.mean()), sum(terms)
     if squared == 0:
         return Contrast(value, (value, value), 1.0 if value == 0 else 0.0, dict.fromkeys(sources, 0.0))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crossed import Contrast, contrast, permutation_p, rank_correlation
-from eqldm.evaluation.anagram import letter_tuples
+from eqldm.evaluation.anagram import letter_tuples, unordered
 from eqldm.evaluation.naming import file_name
 from eqldm.views import IDENTITY, parse_view
 from equivariance_losses import ALL, VARIANTS
@@ -66,11 +66,15 @@ def evaluated(args: Namespace, out: Path, entries: Mapping[str, str]) -> None:
          "--metrics", "anagram", "equivariance", "--without", "lpips", "--views", VIEW, "--judge", *args.judges, *sizes)  # fmt: skip
 
 
+def pairs(args: Namespace) -> Tensor:
+    """[P, 2] label numbers of the letters that are sampled."""
+    return letter_tuples(args.num_pairs, 2, views=[IDENTITY, parse_view(VIEW, 8)]).T
+
+
 def readings(args: Namespace, out: Path, name: str) -> dict[str, Tensor]:
     """By judge, [P] the share of a pair's pictures in which it reads both letters right."""
     values = load_file(out / slug(name) / f"{file_name(f'anagram/{VIEW}')}.safetensors")
-    views = [IDENTITY, parse_view(VIEW, 8)]
-    wanted = letter_tuples(args.num_pairs, 2, views=views).repeat(1, args.num_samples).T
+    wanted = pairs(args).repeat(args.num_samples, 1)
     read = {key.partition("/")[2]: value for key, value in values.items() if key.split("/")[0] == "read"}
     return {judge: (each == wanted).all(1).double().view(args.num_samples, -1).mean(0) for judge, each in read.items()}
 
@@ -102,13 +106,14 @@ def report(args: Namespace, folders: list[Path]) -> str:
         rows[name] = [*rate_cells(each), *quality]
     columns = ["both read right", "by judge", "by training seed", "KID, by seed", "texture over contrast"]
     parts = [table("sampled by", columns, rows)]
+    alike = {"pair": unordered(pairs(args))}  # in either order they are one task
     for reference in REFERENCES:
         rows = {}
         for name, each in shares.items():
             if name != reference:
                 trainings = permutation_p(*(values.mean((1, 2)).tolist() for values in (each, shares[reference])))
                 same = METHODS[name][0] == METHODS[reference][0]  # of the same models: their seeds cannot be dealt anew
-                rows[name] = [*difference_cells(contrast(each - shares[reference], SOURCES)), "-" if same else f"{trainings:.2g}"]
+                rows[name] = [*difference_cells(contrast(each - shares[reference], SOURCES, alike)), "-" if same else f"{trainings:.2g}"]
         columns = ["difference (95 %)", "p", f"of the squared error: {', '.join(SOURCES)}", "p of permuted trainings"]
         parts.append(table(f"minus {reference}", columns, rows))
     return "\n".join(parts)
