@@ -121,16 +121,18 @@ def report(args: Namespace, folders: list[Path]) -> str:
 
 def dose(args: Namespace, found: dict[str, tuple[Path, str]]) -> str:
     """The table of the autoencoders: how far each is from equivariant, and how often its anagrams read right. found: by row, the folder of
-    the evaluation and the name in it."""
-    rows, errors, decoded, shares = {}, [], [], []
+    the evaluation and the name in it. Ranks are of the means of each name: trainings of one loss are no independent points."""
+    rows: dict[str, list[str]] = {}
+    of_losses: dict[str, list[tuple[float, float, float]]] = {}
     for row, (out, name) in found.items():
         metrics = metrics_of(out, name)
-        errors.append(metrics["equivariance/mean/latent_error"])
-        decoded.append(metrics["equivariance/mean/psnr"])
-        shares.append(statistics.fmean(float(each.mean()) for each in readings(args, out, name).values()))
-        rows[row] = [f"{errors[-1]:.4f}", f"{decoded[-1]:.1f}", f"{shares[-1]:.1%}"]
-    ranks = [rank_correlation(each, shares) for each in (errors, decoded)]
-    rows["Spearman's rho with both read right (p)"] = [*(f"{rho:.2f} ({p:.2g})" for rho, p in ranks), "-"]
+        error, decoded = (metrics[f"equivariance/mean/{metric}"] for metric in ("latent_error", "psnr"))
+        share = statistics.fmean(float(each.mean()) for each in readings(args, out, name).values())
+        of_losses.setdefault(name, []).append((error, decoded, share))
+        rows[row] = [f"{error:.4f}", f"{decoded:.1f}", f"{share:.1%}"]
+    errors, psnrs, shares = zip(*(map(statistics.fmean, zip(*each)) for each in of_losses.values()))
+    ranks = [rank_correlation(each, shares) for each in (errors, psnrs)]
+    rows["Spearman's rho with both read right (p)"] = [*(f"{rho:.2f} ({p:.2g})" for rho, p in ranks), f"of {len(shares)} losses"]
     return table("autoencoder", ["latent error", "PSNR of D(T z), dB", "both read right"], rows)
 
 

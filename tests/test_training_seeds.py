@@ -57,7 +57,11 @@ def test_the_dose_is_ranked(tmp_path):
         found[f"loss {k}, seed 0"] = tmp_path / "out", f"loss {k}"
     table = rows(training_seeds.dose(args, found))
     assert table["loss 4, seed 0"] == ["0.0100", "19.9", "50.0%"]
-    assert table["Spearman's rho with both read right (p)"] == ["-1.00 (0.017)", "1.00 (0.017)", "-"]
+    assert table["Spearman's rho with both read right (p)"] == ["-1.00 (0.017)", "1.00 (0.017)", "of 5 losses"]
+    evaluated(tmp_path / "again" / slug("loss 4"), 0.5, 0.02)
+    again = rows(training_seeds.dose(args, found | {"loss 4, seed 1": (tmp_path / "again", "loss 4")}))
+    assert again["loss 4, seed 1"][0] == "0.0200"  # another training of a loss makes p no smaller
+    assert again["Spearman's rho with both read right (p)"] == table["Spearman's rho with both read right (p)"]
 
 
 def test_every_loss_and_method_is_one_that_there_is():
