@@ -7,7 +7,8 @@ DIR/MODEL: what `eqldm.evaluate --judge A B ...` left of the anagrams of a metho
 method; within it as many of those that all judges, that some and that no judge reads right in both views, as far as there are so many. Each
 view of a picture is an item of its own, and all items are shuffled. STUDY/sheets/*.png show them by number. A reader writes a CSV of
 `item,letter`: the letter that the item shows, A to Z, or - where it shows none. STUDY/key.csv says what each item is; readers must not see
-it. `score` prints the tables.
+it. `score` prints the tables. Agreement is that on the items drawn, which are richer in hits than what a method draws; rates, and the
+calibration, are weighted back to all of the methods' pictures.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from eqldm.atomic import write_whole
 from eqldm.command import error_line
 from eqldm.data.samples import from_bytes, to_bytes
 from eqldm.evaluation.anagram import letter_tuples
+from eqldm.evaluation.bootstrap import rate_interval
 from eqldm.evaluation.drawn import read_pictures
 from eqldm.evaluation.judge import ANSWERS, LETTERS
 from eqldm.evaluation.naming import file_name
@@ -72,10 +74,13 @@ def read_answers(file: Path, items: Sequence[int]) -> list[str]:
     """A reader's answers, in the order of `items`. Raises ValueError for items that are missing, unknown or answered twice, and for answers
     that are none of A to Z and -."""
     with open(file, newline="") as opened:
-        rows = [(row["item"].strip(), row["letter"].strip().upper()) for row in csv.DictReader(opened)]
+        table = csv.DictReader(opened)
+        if lacking := {"item", "letter"} - set(table.fieldnames or ()):
+            raise ValueError(f"'{file}' has no column {min(lacking)}: wanted a first line 'item,letter'")
+        rows = [((row["item"] or "").strip(), (row["letter"] or "").strip().upper()) for row in table]
     given: dict[int, str] = {}
     for item, letter in rows:
-        if not item.isdigit() or int(item) not in items or int(item) in given:
+        if not item.isdecimal() or int(item) not in items or int(item) in given:
             raise ValueError(f"'{file}': item {item} is unknown or answered twice")
         if letter not in ANSWERS or len(letter) != 1:
             raise ValueError(f"'{file}': item {item}: got '{letter}', wanted a letter from A to Z, or - for none")
@@ -106,6 +111,8 @@ class Method:
             raise ValueError(f"'{folder}' was read by {max(1, len(read))} judge: evaluate it with --judge A B ...")
         pictures = read_pictures(kept[0])
         wanted = letter_tuples(len(pictures) // num_seeds, 2, views=[IDENTITY, parse_view(VIEW, 8)]).repeat(1, num_seeds)
+        if any(len(each) != len(pictures) for each in read):
+            raise ValueError(f"'{folder}' holds {len(pictures)} pictures and readings of {len(read[0])}: evaluate it again")
         if wanted.shape[1] != len(pictures):
             raise ValueError(f"'{folder}' holds {len(pictures)} pictures, which are no {num_seeds} of each pair: give --num-seeds")
         return cls(pictures, wanted, torch.stack(read, 2))
@@ -118,7 +125,8 @@ class Method:
 
 def chosen(method: Method, count: int, generator: torch.Generator) -> dict[int, float]:
     """{picture number: how many of the method's it stands for} of `count`: a third each of those that all judges, some and none read
-    right in both views; what there are too few of, the others make up."""
+    right in both views; what there are too few of, the others make up. Raises ValueError where there is no picture for one of them: a rate
+    would leave its pictures out."""
     hits, judges = method.hits, method.read.shape[2]
     strata = [(mask.nonzero()[:, 0]) for mask in (hits == judges, (hits > 0) & (hits < judges), hits == 0)]
     sizes, left = [], count
@@ -126,6 +134,10 @@ def chosen(method: Method, count: int, generator: torch.Generator) -> dict[int, 
         sizes.append(min(len(stratum), left // (len(strata) - k)))
         left -= sizes[-1]
     found = {}
+    if any(size == 0 < len(stratum) for stratum, size in zip(sorted(strata, key=len), sizes)):
+        raise ValueError(
+            f"{count} pictures of a method are too few for one of each kind (all judges read it, some, none): wanted 3 or more"
+        )
     for stratum, size in zip(sorted(strata, key=len), sizes):
         for number in stratum[torch.randperm(len(stratum), generator=generator)[:size]].tolist():
             found[number] = len(stratum) / size
@@ -133,7 +145,12 @@ def chosen(method: Method, count: int, generator: torch.Generator) -> dict[int, 
 
 
 def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
-    """Writes the sheets and the key of a study. Raises ValueError where there are fewer pictures than are wanted."""
+    """Writes the sheets and the key of a study. Raises ValueError where there are fewer pictures than are wanted, where `count` is no
+    multiple of the methods, and where `out` holds a study, whose answers would be scored by another key."""
+    if count % len(methods):
+        raise ValueError(f"--num-pictures {count} is no multiple of {len(methods)} methods: wanted as many of each")
+    if (out / "key.csv").exists():
+        raise ValueError(f"'{out}' holds a study: give another --out, or remove it")
     generator, drawn = torch.Generator().manual_seed(seed), []
     for name, method in methods.items():
         if len(method.pictures) < count // len(methods):
@@ -196,25 +213,68 @@ def _agreement(a: Sequence[str], b: Sequence[str]) -> list[str]:
 
 
 def calibration(items: Sequence[Item], agreed: Sequence[str]) -> str:
-    """A table: of the items that so many judges read as wanted, the share that the readers' majority does."""
+    """A table: of the items that so many judges read as wanted, the share that the readers' majority does, weighted back to all pictures
+    (a view that all judges read is drawn more often where they read the other view too)."""
     rows = []
     for count in range(len(items[0].judges) + 1):
-        right = [answer == item.wanted for item, answer in zip(items, agreed) if item.judges.count(item.wanted) == count]
-        rows.append([str(count), str(len(right)), f"{sum(right) / len(right):.0%}" if right else "-"])
+        found = [(item.weight, answer == item.wanted) for item, answer in zip(items, agreed) if item.judges.count(item.wanted) == count]
+        total, right = sum(weight for weight, _ in found), sum(weight for weight, hit in found if hit)
+        rows.append([str(count), str(len(found)), f"{right / total:.0%}" if found else "-"])
     return markdown(["judges that read it as wanted", "items", "readers do"], rows)
 
 
-def both_read(items: Sequence[Item], answers: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """By method, ([n] 1 where all views of a picture were read as wanted, [n] weights)."""
-    found: dict[str, dict[int, tuple[bool, float]]] = {}
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a method, all of whose views were shown. letters: wanted, in order of the views.  stratum: how many judges read all
+    views as wanted, as `chosen` parts them: all, some (None) or none.  right: whether the readers did."""
+
+    letters: str
+    stratum: bool | None
+    weight: float
+    right: bool
+
+
+def both_read(items: Sequence[Item], answers: Sequence[str]) -> dict[str, list[Picture]]:
+    """By method, its pictures."""
+    views: dict[tuple[str, int], list[tuple[Item, bool]]] = {}
     for item, answer in zip(items, answers):
-        pictures = found.setdefault(item.method, {})
-        before, _ = pictures.get(item.picture, (True, 0.0))
-        pictures[item.picture] = (before and answer == item.wanted, item.weight)
-    return {
-        method: (torch.tensor([float(right) for right, _ in each.values()]), torch.tensor([weight for _, weight in each.values()]))
-        for method, each in found.items()
-    }
+        views.setdefault((item.method, item.picture), []).append((item, answer == item.wanted))
+    found: dict[str, list[Picture]] = {}
+    for (method, _), shown in views.items():
+        shown.sort(key=lambda each: each[0].view)
+        hits = [all(item.judges[k] == item.wanted for item, _ in shown) for k in range(len(shown[0][0].judges))]
+        stratum = None if any(hits) != all(hits) else all(hits)
+        letters = "".join(item.wanted for item, _ in shown)
+        found.setdefault(method, []).append(Picture(letters, stratum, shown[0][0].weight, all(right for _, right in shown)))
+    return found
+
+
+def weighted_rate(pictures: Sequence[Picture]) -> float:
+    """The share read right of all of a method's pictures."""
+    return sum(each.weight for each in pictures if each.right) / sum(each.weight for each in pictures)
+
+
+def stratified_interval(pictures: Sequence[Picture]) -> tuple[float, float]:
+    """95 % bounds of the `weighted_rate` of all of a method's pictures: each stratum has the interval of its own share (`rate_interval`,
+    which counts pairs of letters in either order once), and their distances from it add up as squares, as those of independent errors.
+    A stratum of a single pair says nothing: its bounds are 0 and 1.
+
+    Source: Zou & Donner 2008, Statistics in Medicine 27, for sums of any estimates with intervals.
+    """
+    total, below, above = sum(each.weight for each in pictures), 0.0, 0.0
+    for stratum in {each.stratum for each in pictures}:
+        held = [each for each in pictures if each.stratum == stratum]
+        pairs = [sorted(each.letters) for each in held]
+        right = torch.tensor([float(each.right) for each in held])
+        clusters = torch.tensor([pairs.index(pair) for pair in pairs])
+        low, high = 0.0, 1.0
+        if len(clusters.unique()) > 1:
+            found = rate_interval(right, torch.ones_like(right), clusters)
+            low, high = found.low, found.high
+        share, rate = sum(each.weight for each in held) / total, float(right.mean())
+        below, above = below + (share * (rate - low)) ** 2, above + (share * (high - rate)) ** 2
+    rate = weighted_rate(pictures)
+    return max(rate - below**0.5, 0.0), min(rate + above**0.5, 1.0)
 
 
 def rates(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> str:
@@ -224,14 +284,12 @@ def rates(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> str:
     columns = [[majority(each) for each in zip(*answers)], *answers, *judges]
     found = [both_read(items, column) for column in columns]
     rows = []
-    for method in found[0]:
-        shares = [float((right * weight).sum() / weight.sum()) for right, weight in (each[method] for each in found)]
-        right, weight = found[0][method]
-        drawn = torch.randint(len(right), (2000, len(right)), generator=torch.Generator().manual_seed(0))
-        low, high = ((right * weight)[drawn].sum(1) / weight[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975])).tolist()
+    for method, pictures in found[0].items():
+        shares = [weighted_rate(each[method]) for each in found]
+        low, high = stratified_interval(pictures)
         readers, of_judges = shares[1 : 1 + len(answers)], shares[1 + len(answers) :]
         cells = [f"{shares[0]:.1%} ({low:.1%} to {high:.1%})"]
-        rows.append([method, str(len(right)), *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
+        rows.append([method, str(len(pictures)), *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
     return markdown(["method", "pictures", "the majority reads both", "single readers", "judges"], rows)
 
 
@@ -264,6 +322,8 @@ def main() -> None:
         if odd := [text for text in args.methods if not all(text.partition("="))]:
             raise ValueError(f"got '{odd[0]}', wanted NAME=DIR/MODEL")
         methods = dict(text.split("=", 1) for text in args.methods)
+        if len(methods) < len(args.methods):
+            raise ValueError(f"{len(args.methods)} methods have {len(methods)} names: give each its own")
         draw({name: Method.open(Path(folder), args.num_seeds) for name, folder in methods.items()}, args.num_pictures, args.out, args.seed)
     except (ValueError, OSError) as error:
         sys.exit(error_line(error))
