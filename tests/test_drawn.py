@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from eqldm.anagram.sampling import Sampler
@@ -75,3 +76,22 @@ def test_pictures_of_other_seeds_or_options_are_others(tiny_model_folder, change
     assert one.drawn.key != other.drawn.key
     same = Sampled("generation", sampler, [IDENTITY], [["the letter a"]], judge=Letters(0), num_shown=3, num_inference_steps=1)
     assert same.drawn.key == one.drawn.key and same.key != one.key
+
+
+@pytest.mark.parametrize("kind", ["cut off", "of another program", "without a size", "bytes that are no picture"])
+def test_damaged_pictures_are_told(tmp_path, kind):
+    values, path = as_png(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), tmp_path / "anagram_pictures-0" / "00000000.safetensors"
+    path.parent.mkdir()
+    about = {"key": '{"count": 2}'}
+    save_file(values, path, about)
+    assert read_pictures(path.parent).shape == (2, 3, 8, 8)
+    if kind == "cut off":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "of another program":
+        save_file(values, path)
+    elif kind == "without a size":
+        save_file({"png": values["png"]}, path, about)
+    else:
+        save_file({**values, "png": torch.zeros_like(values["png"])}, path, about)
+    with pytest.raises(ValueError, match=r"00000000.safetensors' is damaged, or holds no pictures .*: remove it and 'anagram.safetensors'"):
+        read_pictures(path.parent)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import safe_open
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eqldm.anagram.options import Options
@@ -99,16 +99,23 @@ def from_png(values: dict[str, Tensor]) -> Tensor:
 
 
 def read_pictures(folder: Path) -> Tensor:
-    """[N, 3, H, W] uint8, all pictures of a folder QUESTION_pictures-KEY, in order. Raises ValueError, FileNotFoundError where some are
-    not there."""
+    """[N, 3, H, W] uint8, all pictures of a folder QUESTION_pictures-KEY, in order. Raises ValueError where a file is damaged or some
+    pictures are not there yet, FileNotFoundError where none are."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"'{folder}' holds no pictures: give a folder QUESTION_pictures-KEY of an evaluation")
     batches = []
     for path in paths:
-        with safe_open(path, "pt") as file:
-            count = json.loads(file.metadata()["key"])["count"]
-            batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
+        try:
+            with safe_open(path, "pt") as file:
+                count = json.loads((file.metadata() or {})["key"])["count"]
+                batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
+        except (SafetensorError, KeyError, ValueError, UnidentifiedImageError) as error:
+            values = folder.with_name(f"{folder.name.rpartition('_pictures-')[0]}.safetensors")
+            raise ValueError(
+                f"'{path}' is damaged, or holds no pictures ({' '.join(str(error).split())[:160]}): remove it and '{values.name}' beside "
+                "its folder, and run the command of the evaluation again, which draws these anew"
+            ) from error
     if (found := sum(map(len, batches))) != count:
         raise ValueError(f"'{folder}' holds {found} of {count} pictures: run the command of the evaluation again, which goes on")
     return torch.cat(batches)
