@@ -5,6 +5,8 @@
 For each training seed, glyphs-base's autoencoder is fine-tuned three ways (plain, rotations, D4), and its UNet is adapted to each. Then
 each of METHODS samples the same pairs of letters, which need an anagram, from the same seeds, and all judges read them. Training seeds,
 pairs and judges are all counted as samples (`crossed.contrast`), so that a difference is one that others would see too.
+All trainings start from one base: another seed is another fine-tuning, not another base. Each p is of its own comparison, of the two
+dozen that the tables hold.
 
 With --dose the first seed also trains the other losses of equivariance_losses.py: do anagrams read better the less the latents err?
 
