@@ -257,7 +257,7 @@ def change_table(results: Results) -> str:
 
 
 def statistic_table(results: Results) -> str:
-    """How each statistic parts changes under which letters read from those under which they do not."""
+    """How well each statistic separates changes after which letters still read from those after which they do not."""
     rows = []
     for name, statistic in STATISTICS.items():
         well, ill = [], []
@@ -273,8 +273,8 @@ def statistic_table(results: Results) -> str:
         pairs = [(a < b) + (a == b) / 2 for a in well for b in ill]
         right = sum(pairs) / len(pairs) if pairs else None
         rows.append([name, number(max(well, default=None)), number(min(ill, default=None)), number(right)])
-    headings = [f"greatest of {len(well)} where {READ:.0%} still read", f"least of {len(ill)} where under {UNREAD:.0%} do"]
-    return markdown(["statistic", *headings, "share of such pairs in the right order"], rows)
+    headings = [f"greatest of {len(well)} after which {READ:.0%} still read", f"least of {len(ill)} after which under {UNREAD:.0%} do"]
+    return markdown(["statistic", *headings, "share of pairs, one of each, in the right order"], rows)
 
 
 def run(args: argparse.Namespace) -> str:

@@ -4,15 +4,17 @@
     python -m eqldm.evaluate swap=sd15@vae=eq-vae --metrics fit --data SHARDS --out DIR      does this UNet fit this VAE?
     torchrun --nproc-per-node 8 -m eqldm.evaluate ...      (or srun: each process takes every n-th batch)
 
-A model is `[NAME=]FOLDER[@OPTION=VALUE,...]`: a diffusers folder, whole or with a VAE alone (what needs a UNet is then not asked), or
-RUN@STEP, a checkpoint of a run; and how it is put together and sampled: vae (the folder of another VAE), blend, reduction, scheduler,
-guidance_scale, num_inference_steps.
+A model is `[NAME=]FOLDER[@OPTION=VALUE,...]`. FOLDER is a diffusers folder, or RUN@STEP, a checkpoint of a run. A folder with a VAE alone
+is not asked what needs a UNet. The options say how the model is put together and sampled: vae (the folder of another VAE), blend,
+reduction, weights, scheduler, guidance_scale, guidance_rescale, num_inference_steps, time_travel, symmetrise, decoding.
 
-Writes DIR/report.html (one file, opens offline), DIR/report.md, and for each model DIR/NAME/metrics.json and pictures. What was measured is
-kept in DIR: the same command goes on where it was stopped, and one that asks for more takes what is there of the same pictures, options,
-batch size and code; the report is of the last command. docs/metrics.md says what each figure means. Exit status: 3 where a metric was not
-computed for want of weights, which the report lists with the way to get them; `--without` says that one does without. 1 where a model
-failed: the report names it and holds the others' results, and the same command tries it again.
+Writes DIR/report.html (one file, opens offline), DIR/report.md, and for each model DIR/NAME/metrics.json and pictures; docs/metrics.md says
+what each figure means. The report is of the last command alone. What was measured is kept in DIR: the same command continues where it was
+stopped, and one that asks for more reuses what is there for the same pictures, options, batch size, device type and code.
+
+Exit status: 3 where a metric was not computed because weights are missing (the report lists them with the way to get them; `--without` says
+that you do not want them); 1 where a model or a question failed (the report names it and holds all other results; the same command tries it
+again).
 """
 
 from __future__ import annotations
@@ -88,27 +90,27 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="[NAME=]FOLDER[@OPTION=VALUE,...]: options as of sample.py, and vae=FOLDER")
     add("--data", type=place_option, required=True, help="held-out pictures: a shard folder, the address of one, or a folder of pictures")
-    add("--image-size", type=whole(PICTURE_SIDE), help="pixels a side that a folder's pictures are resized and cropped to")
-    add("--out", type=place_option, required=True, help="folder for the report, and for what is measured on the way")
+    add("--image-size", type=whole(PICTURE_SIDE), help="for a folder of pictures: pixels a side that they are resized and cropped to")
+    add("--out", type=place_option, required=True, help="folder for the report, and for what is kept of the measurements")
     add(
         "--baseline",
         metavar="MODEL",
-        help="a further model, the first of the tables: all others are held against it (default: the first MODEL)",
+        help="a further model, with which all others are compared; it comes first in the tables (default: the first MODEL)",
     )
     add(
         "--metrics",
         nargs="+",
         action="extend",
         choices=QUESTIONS,
-        help="what to ask (default: all; components where --components names some)",
+        help="questions to answer (default: all, but components only where --components names some)",
     )
     add(
         "--views",
         nargs="+",
         action="extend",
         metavar="VIEW[,VIEW...]",
-        help="anagrams to sample, by their views beside the upright one: rotate_180, or rotate_90,rotate_180 for three at once; their "
-        "equivariance too (default: rotate_180)",
+        help="views of the anagrams to sample, beside the upright one: rotate_180, or rotate_90,rotate_180 for three views in one picture; "
+        "equivariance is measured under them too (default: rotate_180)",
     )
     add(
         "--components",
@@ -116,7 +118,7 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="NAME",
-        help="pictures of parts to compose: hybrid:0.06, colour, motion:0.3",
+        help="pictures to compose of parts, one prompt each: hybrid:0.06, colour, motion:0.3",
     )
     add(
         "--judge",
@@ -124,8 +126,8 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         type=place_option,
         metavar="[NAME=]FOLDER",
-        help="reads letters (default: the shipped one, where the data have labels); of several the mean is reported, the range and each "
-        "one's, and how far they agree; distances are on the first one's features",
+        help="classifiers that read letters (default: the shipped one, where the data are labelled letters). Of several, the report gives "
+        "the mean, the range, each one's figures and their agreement; distances use the features of the first",
     )
     add(
         "--features",
@@ -139,7 +141,7 @@ def parse_args() -> argparse.Namespace:
         "--inception",
         type=place_option,
         metavar="FILE",
-        help="weights of FID's InceptionV3 (default: torch's hub folder; not asked for where a judge reads)",
+        help="weights of FID's InceptionV3 (default: from torch's hub folder; not needed where a judge reads or --features are given)",
     )
     add("--clip", type=place_option, metavar="FOLDER", help="a CLIP of transformers, for CLIP score, alignment and concealment")
     add(
@@ -148,27 +150,32 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         choices=WEIGHTS,
         default=[],
-        help="weights that one does without: exit status 0 all the same",
+        help="leave out the metrics that need these weights; the exit status is then 0",
     )
     add(
         "--prompt-pairs",
         type=place_option,
         metavar="FILE",
-        help="pairs of prompts for anagrams that are no letters (default: the shipped list)",
+        help="YAML of prompt pairs for anagrams of other things than letters (default: the shipped list)",
     )
     # a distribution takes two
-    add("--num-images", type=whole(2, 10**6), help="pictures for reconstruction, equivariance, fit and distances (default: 512)")
-    add("--num-letters", type=whole(2, 10**6), help="pictures sampled plainly: letters, or the data's captions (default: 256)")
+    add("--num-images", type=whole(2, 10**6), help="real pictures, for reconstruction, equivariance, fit and distances (default: 512)")
+    add("--num-letters", type=whole(2, 10**6), help="pictures sampled for generation, from letters or the data's captions (default: 256)")
     add(
         "--num-pairs",
         type=pairs,
-        help="anagrams sampled for each view, or all: every ordered pair of letters, with their matrix (default: 128)",
+        help="pairs of prompts sampled for each of --views; all: every ordered pair of letters, with their matrix (default: 128)",
     )
     add("--num-seeds", type=whole(1, 10**4), default=1, help="pictures of each pair (default: 1)")
-    add("--chooser", type=place_option, metavar="FOLDER", help="another judge: the best of each pair's --num-seeds by it is counted too")
-    add("--num-shown", type=whole(1, 1000), help="sampled pictures of each question on its sheet (default: 24; 12 above 128 px)")
-    add("--seed", type=whole(SEED), default=0, help="of the first picture sampled; picture k has seed + k")
-    add("--batch-size", type=whole(1, 4096), help="pictures computed together (default: 64 of up to 128 px, 4 of 512 px)")
+    add(
+        "--chooser",
+        type=place_option,
+        metavar="FOLDER",
+        help="another judge, which picks the best of each pair's --num-seeds pictures; how often the best reads right is reported too",
+    )
+    add("--num-shown", type=whole(1, 1000), help="sampled pictures shown on each question's sheet (default: 24; 12 above 128 px)")
+    add("--seed", type=whole(SEED), default=0, help="seed of the first sampled picture; picture k has seed + k")
+    add("--batch-size", type=whole(1, 4096), help="pictures computed together (default: 64 up to 128 px, 4 at 512 px)")
     add("--num-inference-steps", type=whole(SAMPLING["num_inference_steps"]), help="default: 20")
     add("--guidance-scale", type=real(SAMPLING["guidance_scale"]), default=5.0)
     add("--precision", choices=["auto", "32-true", "bf16-mixed"], default="auto", help="of sampling; auto: bfloat16 where it is native")
