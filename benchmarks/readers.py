@@ -3,12 +3,15 @@
     python benchmarks/readers.py draw NAME=DIR/MODEL NAME=DIR/MODEL ... --out STUDY
     python benchmarks/readers.py score STUDY --answers READER.csv READER.csv READER.csv
 
-DIR/MODEL: what `eqldm.evaluate --judge A B ...` left of the anagrams of a method. `draw` takes --num-pictures of them, as many of each
-method; within it as many of those that all judges, that some and that no judge reads right in both views, as far as there are so many. Each
-view of a picture is an item of its own, and all items are shuffled. STUDY/sheets/*.png show them by number. A reader writes a CSV of
-`item,letter`: the letter that the item shows, A to Z, or - where it shows none. STUDY/key.csv says what each item is; readers must not see
-it. `score` prints the tables. Agreement is that on the items drawn, which are richer in hits than what a method draws; rates, and the
-calibration, are weighted back to all of the methods' pictures.
+DIR/MODEL is what `eqldm.evaluate --metrics anagram --num-pairs NUMBER --judge A B ...` left of a method. `draw` takes --num-pictures
+pictures, equally many of each method. Within a method it takes equally many of those that all judges, that some judges and that no judge
+reads right in both views, as far as there are enough. Each view of a picture is an item of its own, and all items are shuffled.
+
+STUDY/sheets/*.png show the items by number. A reader writes a CSV of `item,letter`: the letter that the item shows, A to Z, or - where it
+shows none. STUDY/key.csv says what each item is, with what each judge read, in the order of their names; readers must not see it.
+
+`score` prints the tables. Agreement is on the items that were drawn, among which hits are more frequent than among all that a method draws.
+Rates and the calibration are weighted back to all of the methods' pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eqldm.atomic import write_whole
@@ -34,10 +36,12 @@ from eqldm.data.samples import from_bytes, to_bytes
 from eqldm.evaluation.anagram import letter_tuples
 from eqldm.evaluation.bootstrap import rate_interval
 from eqldm.evaluation.drawn import read_pictures
+from eqldm.evaluation.generation import letter_prompts
 from eqldm.evaluation.judge import ANSWERS, LETTERS
 from eqldm.evaluation.naming import file_name
 from eqldm.markdown import markdown
 from eqldm.views import IDENTITY, parse_view
+from eqldm.weights import read_weights
 
 VIEW = "rotate_180"
 COLUMNS, ROWS = 6, 5  # of a sheet
@@ -54,7 +58,7 @@ class Item:
     view: int
     wanted: str
     weight: float
-    judges: str  # what each read, in order
+    judges: str  # the letter that each judge read, or -, in the order of their names
 
 
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
@@ -92,11 +96,13 @@ def read_answers(file: Path, items: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method drew. pictures: [N, 3, H, W] uint8.  wanted: [views, N] label numbers.  read: [N, views, J] what each judge reads."""
+    """What a method drew. pictures: [N, 3, H, W] uint8.  wanted: [views, N] label numbers.  read: [N, views, J] what each judge reads.
+    judges: their names, in that order."""
 
     pictures: Tensor
     wanted: Tensor
     read: Tensor
+    judges: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, num_seeds: int) -> Method:
@@ -105,17 +111,20 @@ class Method:
         kept = sorted(folder.glob(f"{name}_pictures-*"))
         if len(kept) != 1:
             raise FileNotFoundError(f"'{folder}' holds {len(kept)} sets of pictures of {VIEW}, wanted one: give DIR/MODEL of an evaluation")
-        values = load_file(folder / f"{name}.safetensors")
-        read = [value for key, value in values.items() if key.startswith("read/")]
+        values = read_weights(folder / f"{name}.safetensors")
+        read = {key.removeprefix("read/"): values[key] for key in sorted(values) if key.startswith("read/")}
         if len(read) < 2:
-            raise ValueError(f"'{folder}' was read by {max(1, len(read))} judge: evaluate it with --judge A B ...")
-        pictures = read_pictures(kept[0])
-        wanted = letter_tuples(len(pictures) // num_seeds, 2, views=[IDENTITY, parse_view(VIEW, 8)]).repeat(1, num_seeds)
-        if any(len(each) != len(pictures) for each in read):
-            raise ValueError(f"'{folder}' holds {len(pictures)} pictures and readings of {len(read[0])}: evaluate it again")
-        if wanted.shape[1] != len(pictures):
-            raise ValueError(f"'{folder}' holds {len(pictures)} pictures, which are no {num_seeds} of each pair: give --num-seeds")
-        return cls(pictures, wanted, torch.stack(read, 2))
+            raise ValueError(f"'{folder}' was read by {'one judge' if 'read' in values else 'no judge'}: evaluate it with --judge A B ...")
+        count = len(next(iter(read.values())))
+        wanted = letter_tuples(count // num_seeds, 2, views=[IDENTITY, parse_view(VIEW, 8)]).repeat(1, num_seeds)
+        if wanted.shape[1] != count:
+            raise ValueError(f"'{folder}' holds {count} pictures, which are no {num_seeds} of each pair: give --num-seeds")
+        try:
+            pictures = read_pictures(kept[0], letter_prompts(wanted))
+        except ValueError as error:
+            how = f"the evaluation must be of --num-pairs NUMBER (not all), and of --num-seeds {num_seeds} as given here"
+            raise ValueError(f"{error} ({how})") from error
+        return cls(pictures, wanted, torch.stack([*read.values()], 2), tuple(read))
 
     @property
     def hits(self) -> Tensor:
@@ -146,11 +155,17 @@ def chosen(method: Method, count: int, generator: torch.Generator) -> dict[int, 
 
 def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
     """Writes the sheets and the key of a study. Raises ValueError where there are fewer pictures than are wanted, where `count` is no
-    multiple of the methods, and where `out` holds a study, whose answers would be scored by another key."""
+    multiple of the methods, where methods were read by other judges, and where `out` holds a study, whose answers would be scored by
+    another key."""
     if count % len(methods):
         raise ValueError(f"--num-pictures {count} is no multiple of {len(methods)} methods: wanted as many of each")
     if (out / "key.csv").exists():
         raise ValueError(f"'{out}' holds a study: give another --out, or remove it")
+    (first, of_first), *others = methods.items()
+    for name, method in others:
+        if method.judges != of_first.judges:
+            known = " and ".join(f"{each} by {', '.join(judges)}" for each, judges in ((first, of_first.judges), (name, method.judges)))
+            raise ValueError(f"methods were read by other judges: {known}. Evaluate them with the same --judge")
     generator, drawn = torch.Generator().manual_seed(seed), []
     for name, method in methods.items():
         if len(method.pictures) < count // len(methods):
@@ -168,14 +183,19 @@ def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
         x = views[view](from_bytes(method.pictures[number])[None])
         shown.append(F.interpolate(x, scale_factor=SCALE, mode="bicubic").clamp(-1, 1)[0])
     (out / "sheets").mkdir(parents=True, exist_ok=True)
-    with open(out / "key.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(items[0])))
-        writer.writeheader()
-        writer.writerows(asdict(item) for item in items)
     per = COLUMNS * ROWS
     for first in range(0, len(items), per):
         save = partial(numbered(shown[first : first + per], first + 1).save, format="PNG")
         write_whole(out / "sheets" / f"{first // per + 1:02d}.png", save)
+    write_whole(out / "key.csv", partial(write_key, items))
+
+
+def write_key(items: Sequence[Item], path: Path) -> None:
+    """Writes the key, a line for each item; `read_key` reads it."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(items[0])))
+        writer.writeheader()
+        writer.writerows(asdict(item) for item in items)
 
 
 def numbered(pictures: Sequence[Tensor], first: int) -> Image.Image:
@@ -192,6 +212,7 @@ def numbered(pictures: Sequence[Tensor], first: int) -> Image.Image:
 
 
 def read_key(folder: Path) -> list[Item]:
+    """The items of a study, in order."""
     with open(folder / "key.csv", newline="") as file:
         return [
             Item(int(row["item"]), row["method"], int(row["picture"]), int(row["view"]), row["wanted"], float(row["weight"]), row["judges"])

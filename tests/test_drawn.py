@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -60,7 +61,16 @@ def test_another_judge_needs_no_new_sampling(tiny_model_folder, tmp_path, monkey
         bool((other["read"] == 3).all()) and torch.equal(other["shown"], first["shown"]) and torch.equal(other["energy"], first["energy"])
     )
 
-    (folder / "00000002.safetensors").unlink()
+    assert torch.equal(read_pictures(folder, letter_prompts(wanted)), bare["shown"])
+    with pytest.raises(ValueError, match="drawn for other prompts than those wanted"):
+        read_pictures(folder, letter_prompts(wanted.flip(0)))
+    (last := folder / "00000002.safetensors").rename(tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    for damaged in (content[:40], content[:-40], content.replace(b"PNG", b"GIF"), safetensors.torch.save({"png": torch.zeros(1)})):
+        last.write_bytes(damaged)
+        with pytest.raises(ValueError, match="00000002.safetensors' is damaged, or .*: remove it and 'anagram.safetensors'"):
+            read_pictures(folder)
+    last.unlink()
     with pytest.raises(ValueError, match="holds 2 of 3 pictures: run the command of the evaluation again"):
         read_pictures(folder)
     with pytest.raises(FileNotFoundError, match="nowhere' holds no pictures: give a folder"):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import readers
-from eqldm.evaluation.anagram import letter_tuples
+from eqldm.evaluation.anagram import every_pair, letter_tuples
+from eqldm.evaluation.drawn import as_png, prompts_hash
+from eqldm.evaluation.generation import letter_prompts
 from eqldm.evaluation.judge import NO_LETTER
 from eqldm.views import IDENTITY, parse_view
 
@@ -87,6 +93,40 @@ def test_answers_that_are_none(tmp_path, lines, message):
     (tmp_path / "reader.csv").write_text(f"item,letter\n{lines}\n")
     with pytest.raises(ValueError, match=message):
         readers.read_answers(tmp_path / "reader.csv", [1, 2])
+
+
+def evaluated(folder: Path, wanted: torch.Tensor, judges: Sequence[str] = ("a", "b")) -> Path:
+    """What an evaluation leaves of anagrams: pictures that were drawn for letters wanted [2, N], read right by all judges."""
+    name, count = "anagram_rotate_180", wanted.shape[1]
+    (kept := folder / f"{name}_pictures-0123456789ab").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = as_png(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator))
+    key = json.dumps({"count": count, "prompts": prompts_hash(letter_prompts(wanted))})
+    save_file(drawn, kept / "00000000.safetensors", {"key": key})
+    read = {f"read/{judge}": wanted.T.contiguous().clone() for judge in judges}
+    save_file({"shown": torch.zeros(1)} | read, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_letters_are_those_that_the_pictures_were_drawn_for(tmp_path):
+    """With --num-pairs all, or other seeds, letters would be taken for others, and all would be called read wrong."""
+    views = [IDENTITY, parse_view("rotate_180", 8)]
+    folder = evaluated(tmp_path / "pairs", letter_tuples(4, 2, views=views).repeat(1, 2), ("b", "a"))
+    method = readers.Method.open(folder, 2)
+    assert method.judges == ("a", "b") and method.hits.tolist() == [2] * 8
+    for given, seeds in {folder: 1, evaluated(tmp_path / "all", every_pair().T): 1}.items():
+        with pytest.raises(ValueError, match=r"drawn for other prompts than those wanted .*--num-pairs NUMBER .not all."):
+            readers.Method.open(given, seeds)
+    with pytest.raises(ValueError, match="8 pictures, which are no 3 of each pair"):
+        readers.Method.open(folder, 3)
+    with pytest.raises(ValueError, match="was read by no judge: evaluate it with --judge"):
+        readers.Method.open(evaluated(tmp_path / "unread", letter_tuples(4, 2, views=views), ()), 1)
+
+
+def test_methods_are_read_by_the_same_judges(methods, tmp_path):
+    other = methods | {"b": dataclasses.replace(methods["b"], judges=("x", "y", "z"))}
+    with pytest.raises(ValueError, match="read by other judges: a by .* and b by x, y, z"):
+        readers.draw(other, 24, tmp_path, 0)
 
 
 def test_too_few_pictures_are_told(methods, tmp_path):

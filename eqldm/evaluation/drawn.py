@@ -1,7 +1,8 @@
 """Pictures that a model draws from seeds, kept without loss: another judge, CLIP or feature needs no new sampling.
 
-They lie in DIR/MODEL/QUESTION_pictures-KEY/, a file for each batch, as PNGs (4 to 5 KiB of a glyph, of 12 KiB raw). What is in a folder
-depends on the model, the prompts, the seeds, the options and the code that samples, and on nothing that looks at it.
+They lie in DIR/MODEL/QUESTION_pictures-KEY/, one file for each batch, as PNGs (a glyph takes 4 to 5 KiB instead of 12 KiB raw). A folder
+depends on the model, the prompts, the seeds, the options, the batch size, the device type and the code that samples, and on nothing that
+looks at the pictures.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,13 +30,13 @@ from eqldm.views.components import Component
 
 
 class Drawn:
-    """The question what a model draws: picture k of seed `seed + k`, of its own prompt in each view, or part (`faces`).
+    """The question what pictures a model draws. Picture k is drawn from seed `seed + k`, with its own prompt for each face.
 
-    prompts: for each face, each picture's.  options: of `sampling.Options`.
+    faces: views, or components (parts of a picture).  prompts: for each face, one for each picture.  options: of `sampling.Options`.
     """
 
     code = ("evaluation/drawn.py", "evaluation/finite.py", "evaluation/work.py")
-    """What of the evaluation's code its pictures depend on."""
+    """The files of the evaluation's code that its pictures depend on."""
 
     def __init__(
         self, name: str, sampler: Sampler, faces: Sequence[View] | Sequence[Component], prompts: Sequence[Sequence[str]], seed: int = 0,
@@ -50,7 +51,7 @@ class Drawn:
             **identity(sampler.vae, sampler.networks),
             "solver": f"{type(solver).__name__}-{config_hash(solver.config)}",
             "views": [face.name for face in faces],
-            "prompts": hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16],
+            "prompts": prompts_hash(prompts),
             "seed": seed,
             "precision": sampler.precision,
             "options": options,
@@ -78,8 +79,13 @@ class Drawn:
         return self.sampler(prompts, self.views, seeds, on_step=self.on_step, **self.options)
 
 
+def prompts_hash(prompts: Sequence[Sequence[str]]) -> str:
+    """16 hex digits of prompts: for each face, one for each picture."""
+    return hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:16]
+
+
 def as_png(pictures: Tensor) -> dict[str, Tensor]:
-    """`png` [bytes] uint8 and `size` [B] of pictures [B, 3, H, W] uint8."""
+    """Of pictures [B, 3, H, W] uint8, `png` [bytes] uint8: the files one after another, and `size` [B]: the bytes of each."""
     files = []
     for picture in pictures.permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()
@@ -98,9 +104,12 @@ def from_png(values: dict[str, Tensor]) -> Tensor:
     )
 
 
-def read_pictures(folder: Path) -> Tensor:
-    """[N, 3, H, W] uint8, all pictures of a folder QUESTION_pictures-KEY, in order. Raises ValueError where a file is damaged or some
-    pictures are not there yet, FileNotFoundError where none are."""
+def read_pictures(folder: Path, prompts: Sequence[Sequence[str]] | None = None) -> Tensor:
+    """[N, 3, H, W] uint8, all pictures of a folder QUESTION_pictures-KEY, in order.
+
+    prompts: for each face, one for each picture, that they must have been drawn for; None: any. Raises ValueError where they were drawn
+    for others, where some are missing and where a file is damaged or none of an evaluation's; FileNotFoundError where there are none.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"'{folder}' holds no pictures: give a folder QUESTION_pictures-KEY of an evaluation")
@@ -108,14 +117,17 @@ def read_pictures(folder: Path) -> Tensor:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                count = json.loads((file.metadata() or {})["key"])["count"]
+                key = json.loads((file.metadata() or {})["key"])
+                count, drawn_for = key["count"], key.get("prompts")
                 batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
-        except (SafetensorError, KeyError, ValueError, UnidentifiedImageError) as error:
-            values = folder.with_name(f"{folder.name.rpartition('_pictures-')[0]}.safetensors")
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError, SyntaxError) as error:  # the last ones are PIL's
+            values = folder.with_name(f"{folder.name.rpartition('_pictures-')[0]}.safetensors")  # with which nothing is drawn again
             raise ValueError(
                 f"'{path}' is damaged, or holds no pictures ({' '.join(str(error).split())[:160]}): remove it and '{values.name}' beside "
                 "its folder, and run the command of the evaluation again, which draws these anew"
             ) from error
     if (found := sum(map(len, batches))) != count:
         raise ValueError(f"'{folder}' holds {found} of {count} pictures: run the command of the evaluation again, which goes on")
+    if prompts is not None and drawn_for != prompts_hash(prompts):
+        raise ValueError(f"'{folder}' holds pictures that were drawn for other prompts than those wanted")
     return torch.cat(batches)
