@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torchmetrics.functional.classification import binary_cohen_kappa
 from eqldm.evaluation.anagram import anagram_metrics, letter_rates
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.generation import generation_metrics
+from eqldm.evaluation.instruments import Instruments
 from eqldm.evaluation.judge import save_judge
 from eqldm.evaluation.judges import add_agreement, add_share, by_judge, judges_range, kappa, of_one_judge, open_judges
 from eqldm.evaluation.parts import part_metrics
@@ -83,7 +85,11 @@ def test_agreement_is_over_pairs_of_judges():
     assert findings.metrics["x/judges/kappa"] == pytest.approx(sum(pairs) / 6)
     assert judges_range(findings.metrics, "x/judges/kappa") == pytest.approx((min(pairs), max(pairs)))
     assert float(findings.resampled["x/judges/kappa"].std()) > 0.01
+    assert findings.metrics["x/judges/kappa_pairs"] == 6
+    add_agreement(findings, "z/", right | {"neither": torch.zeros(200)})  # of those that never read right, no pair
+    assert findings.metrics["z/judges/kappa_pairs"] == 9
     add_agreement(findings, "y/", {"a": torch.zeros(200), "b": torch.zeros(200)})
+    assert findings.metrics["y/judges/kappa_pairs"] == 0
     assert math.isnan(findings.metrics["y/judges/kappa"]) and "y/judges/kappa" not in findings.resampled
 
 
@@ -143,6 +149,15 @@ def test_judges_are_called_as_their_runs_or_as_one_says(folders):
     assert list(open_judges([one, two, plain])) == ["one", "two", "plain"]
     assert list(open_judges([f"first={two}", one])) == ["first", "one"]
     assert list(open_judges(None)) == ["glyphs-judge"]
+
+
+@pytest.mark.parametrize(("asked", "used"), [(["reconstruction"], False), (["reconstruction", "anagram"], True)])
+def test_judges_that_nothing_reads_with_are_told(folders, asked, used):
+    given = {"judge": list(map(str, folders[:2])), "without": ["lpips"], "features": []}
+    args = argparse.Namespace(**given, **dict.fromkeys(("prompt_pairs", "chooser", "inception", "clip", "lpips")))
+    notes = Instruments(args, asked, False, torch.device("cpu")).notes
+    expected = "Not used (--judge): two. Nothing is read, and distances are on the features of one."
+    assert (expected in notes) is not used
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -22,13 +22,14 @@ WEIGHTS = {  # what `--without` may name, and the questions that need it
     "clip": {"generation", "anagram", "components"},
     "judge": {"reconstruction", "generation", "anagram", "components"},
 }
+READ = WEIGHTS["judge"] - {"reconstruction"}  # the questions in which letters are read
 
 
 class Instruments:
-    """judge, chooser, features, lpips, clip: those that the questions `asked` need and that are at hand, else None.
-    judges: by name, where several read; `judge`, whose features distances are on, is the first of them.
+    """What the questions `asked` need and what is on this disk: judge, chooser, lpips, clip, each None where it is not, and features.
+    judge: the one, or the first of several; distances use its features.  judges: all by name, where there are several, else empty.
 
-    missing: what cannot be computed for want of weights, with the way to get them.  notes: what is left out.
+    missing: what cannot be computed because weights are missing, with the way to get them.  notes: what is left out or not used.
     """
 
     def __init__(self, args: argparse.Namespace, asked: Sequence[str], letters: bool, device: torch.device):
@@ -45,6 +46,9 @@ class Instruments:
         read = self._needing("judge", "what the judge reads", partial(open_judges, args.judge)) if args.judge or letters else None
         self.judge: Judge | None = next(iter(read.values())) if read else None
         self.judges = read if read and len(read) > 1 else {}
+        if self.judges and not READ.intersection(asked):
+            first, *others = self.judges
+            self.notes.append(f"Not used (--judge): {', '.join(others)}. Nothing is read, and distances are on the features of {first}.")
         if self.judge and args.prompt_pairs:
             raise ValueError("--prompt-pairs means nothing where a judge reads letters: leave it out, or add --without judge")
         self.chooser = self._chooser() if args.chooser else None

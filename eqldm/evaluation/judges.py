@@ -6,6 +6,7 @@ and training pictures.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -50,6 +51,14 @@ def by_judge(values: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     return named or {"": values[what]}
 
 
+def by_suffix(judge: Judge | None, judges: Mapping[str, Judge]) -> dict[str, Judge]:
+    """Those that read, by what ends the names of their values (`read/NAME`; see `by_judge`): `/NAME` of several, nothing of one alone.
+
+    judge: the one, or the first of several.  judges: by name, where there are several.
+    """
+    return {f"/{name}": each for name, each in judges.items()} or ({"": judge} if judge is not None else {})
+
+
 def add_share(findings: Findings, prefix: str, name: str, right: Mapping[str, Tensor], of: Tensor | None = None) -> None:
     """Adds the mean over judges of the share of pictures that they read right; and, where there are several, each one's, the least and
     the most (see `add_each`).
@@ -75,18 +84,20 @@ def add_each(metrics: dict[str, float], prefix: str, name: str, values: Mapping[
 
 
 def add_agreement(findings: Findings, prefix: str, right: Mapping[str, Tensor]) -> None:
-    """Adds `judges/kappa`, the mean of Cohen's kappa over pairs of judges, of whether a picture reads right, and the least and the most of
-    them, `judges/kappa_least` and `judges/kappa_most`; nothing of one judge alone. right: by judge, [N] 0 or 1.
+    """Adds `judges/kappa`, the mean over pairs of judges of Cohen's kappa of whether a picture reads right; the least and the most of the
+    pairs, `judges/kappa_least` and `judges/kappa_most`; and `judges/kappa_pairs`, how many pairs these are. Of one judge alone it adds
+    nothing. right: by judge, [N] 0 or 1.
 
-    Pairs of which both always agree by chance alone (none reads anything right, or all is) have no kappa, and do not count.
+    A pair of which chance alone explains all agreement (neither reads anything right, or both everything) has no kappa and is left out.
     """
     if len(right) < 2:
         return
     pairs = list(combinations(right.values(), 2))
     findings.of_weights(f"{prefix}{OF_JUDGES}/kappa", lambda w: torch.stack([kappa(a, b, w) for a, b in pairs]).nanmean(0))
     found = [float(kappa(a, b)) for a, b in pairs]
-    known = [value for value in found if value == value] or [float("nan")]
-    findings.metrics |= {f"{prefix}{OF_JUDGES}/kappa_least": min(known), f"{prefix}{OF_JUDGES}/kappa_most": max(known)}
+    known = [value for value in found if value == value]
+    ends = {"least": min(known, default=math.nan), "most": max(known, default=math.nan), "pairs": len(known)}
+    findings.metrics |= {f"{prefix}{OF_JUDGES}/kappa_{name}": value for name, value in ends.items()}
 
 
 def kappa(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
-from eqldm.evaluation.judges import by_judge
+from eqldm.evaluation.judges import by_judge, by_suffix
 from eqldm.evaluation.pictures import Pictures
 from eqldm.model_folder import decode, encode
 from eqldm.views.components import parse_components
@@ -97,12 +97,11 @@ class RealData:
         values["energy"] = finite("energies", high_frequency_energy(x), batch["key"])
         values["contrast"] = finite("contrasts", contrast(x), batch["key"])
         values |= {f"features/{f.name}": finite(f"features '{f.name}'", f.extract(x), batch["key"]) for f in self.features}
-        for suffix, judge in {f"/{name}": judge for name, judge in self.judges.items()}.items() or [("", self.judge)]:
-            if judge is not None:
-                values[f"read{suffix}"] = judge(x)
-                for name, parts in self.components.items():
-                    seen = [judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
-                    values[f"parts/{name}{suffix}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
+        for suffix, judge in by_suffix(self.judge, self.judges).items():
+            values[f"read{suffix}"] = judge(x)
+            for name, parts in self.components.items():
+                seen = [judge.probabilities(part(x).clamp(-1, 1)) for part in parts]
+                values[f"parts/{name}{suffix}"] = torch.stack([each[:, : len(LETTERS)].argmax(1) for each in seen], 1)
         return values
 
 

@@ -14,6 +14,7 @@ from eqldm.evaluation.drawn import Drawn, from_png
 from eqldm.evaluation.features import Features
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
+from eqldm.evaluation.judges import by_suffix
 from eqldm.evaluation.quality import contrast, high_frequency_energy, round_trip_psnr
 from eqldm.evaluation.work import Store
 from eqldm.model_folder import Pixels
@@ -22,12 +23,12 @@ from eqldm.views.components import Component
 
 
 class Sampled:
-    """The question how what a model draws looks: in each view, or part, to a judge, features and the like. See `Drawn` for the pictures.
+    """The question what judges, features and CLIP see in the pictures that a model draws (`Drawn`), in each view, or each part, of them.
 
-    faces: views, or components.  prompts: for each face, each picture's.  wanted: [faces, N] label numbers, where a judge reads.
-    num_shown: pictures that are shown, drawn from all (of every pair of letters the first are alike).  options: of `sampling.Options`.
-    judges: by name, where several read; `judge` is then the first of them.
-    store: where pictures are kept, and found; None keeps none.
+    faces: views, or components (parts).  prompts: for each face, one for each picture.  wanted: [faces, N] label numbers, where a judge
+    reads.  num_shown: how many pictures are shown, drawn at random (the first of all pairs of letters would be alike).
+    judges: by name, where several read; `judge` is then the first of them.  options: of `sampling.Options`.
+    store: where pictures are kept and looked for; None samples them and keeps none.
     """
 
     store: Store | None = None
@@ -64,13 +65,15 @@ class Sampled:
 
     @torch.no_grad()
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """Of pictures, rounded to 8 bits as they would be saved, of each view, or part, V of them:
+        """Of pictures, rounded to 8 bits as they would be saved, under V views or parts:
 
-        `shown` [?, 3, H, W] uint8, those of the numbers `self.shown`;  `round_trip` [B] dB of D(E(x)) against x;
+        `shown` [S, 3, H, W] uint8, those S of these pictures that are in `self.shown`;
+        `round_trip` [B] dB of D(E(x)) against x; not of pixel models;
         `energy`, `contrast` [B, V] and `features/NAME` [B, V, D], of views alone: parts are not like real pictures;
-        `read`, `forced` [B, V] what the judge reads, and reads if it must name a letter;  `read/NAME`, `forced/NAME` of each of several;
-        `chosen` [B] what the chooser gives the worst;
-        `similarity` [B, V, V] of the picture in view i with the prompt of view j
+        `read`, `forced` [B, V] label numbers that the judge reads, and reads where it must name a letter; of several judges `read/NAME`,
+        `forced/NAME`;
+        `chosen` [B] the probability in [0, 1] that the chooser gives the wanted letter in the view that shows it worst;
+        `similarity` [B, V, V] CLIP's, in [-1, 1], of the picture in view i with the prompt of view j
 
         Raises ValueError, naming the first picture, where a picture or a value is NaN or infinite.
         """
@@ -87,11 +90,10 @@ class Sampled:
                 values[f"features/{f.name}"] = finite(f"features '{f.name}'", torch.stack([f.extract(x) for x in seen], 1), names)
         if not isinstance(self.sampler.vae, Pixels):
             values["round_trip"] = round_trip_psnr(self.sampler.vae, x)
-        for suffix, judge in {f"/{name}": judge for name, judge in self.judges.items()}.items() or [("", self.judge)]:
-            if judge is not None:
-                probabilities = finite("the judge's answers", torch.stack([judge.probabilities(x) for x in seen], 1), names)
-                values[f"read{suffix}"] = probabilities.argmax(-1)
-                values[f"forced{suffix}"] = probabilities[..., : len(LETTERS)].argmax(-1)
+        for suffix, judge in by_suffix(self.judge, self.judges).items():
+            probabilities = finite("the judge's answers", torch.stack([judge.probabilities(x) for x in seen], 1), names)
+            values[f"read{suffix}"] = probabilities.argmax(-1)
+            values[f"forced{suffix}"] = probabilities[..., : len(LETTERS)].argmax(-1)
         if self.chooser is not None:
             assert self.wanted is not None  # it is given where a judge reads
             worst = self.chooser.worst_view(seen, self.wanted[:, numbers.start : numbers.stop])
