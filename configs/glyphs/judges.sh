@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the data of four judges and trains them, each with another seed, two architectures, and a family of faces that it never sees (nor
-# do any of them see the two that no model has seen): bash configs/glyphs/judges.sh. Resumes; about 15 minutes a judge on one thread.
-# RUN is where all goes (runs/judges); JUDGES which of them (a b c d).
+# Makes the data of four judges and trains them: bash configs/glyphs/judges.sh. They have four seeds and two architectures, and each never
+# sees one family of typefaces. (Nor does any of them see the two test faces, which no model has seen.)
+# The same command resumes. A judge takes about 15 minutes on one thread. RUN is the folder for all of it (default: runs/judges), and JUDGES
+# names the judges to make (default: a b c d).
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 RUN=${RUN:-runs/judges}
 

@@ -55,8 +55,7 @@ class Entry:
 
     def open(self, device: torch.device, precision: str = "32-true") -> tuple[AutoencoderKL | Pixels, Sampler | None]:
         """The VAE and, where the folder holds a UNet, the sampler, of that precision. Raises ValueError where they or the options do not
-        fit each other;
-        as the loaders."""
+        fit each other, and as the loaders."""
         vae = load_autoencoder(self.vae or self.folder).to(device)
         if not (self.folder / "unet").is_dir():
             if self.vae or self.options:

@@ -189,9 +189,10 @@ class JudgeTraining(pl.LightningModule):
         return x
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """`val/accuracy` on upright letters; `val/accuracy/turned` on all their turned forms that readers agree on, and `val/accuracy/KIND`
-        on one drawing of each kind, the same for all judges: also of those that this one was not trained on, but for `round_trip`, which
-        takes the VAEs."""
+        """Logs `val/accuracy` on upright letters, `val/accuracy/turned` on all their turned forms that readers agree on, and
+        `val/accuracy/KIND` on one drawing of each kind, also of kinds that this judge was not trained on. Letters that have no drawing of
+        a kind (most have no half) do not count in it. Drawings depend on the position in the data alone, so judges with the same
+        validation data see the same ones. `val/accuracy/round_trip` is there only where training has it, which opens the VAEs."""
         labels, keys = batch["label"].tolist(), batch["position"].tolist()
         self._score("val/accuracy", batch["x"], labels, prog_bar=True)
         turned = [(view(x), turned_label(label, view.name)) for view in D4[1:] for x, label in zip(batch["x"], labels)]

@@ -59,12 +59,12 @@ class Question(Protocol):
     count: int
 
     def measure(self, numbers: range) -> dict[str, Tensor]:
-        """The values of these pictures, a row each (CPU), of one that only some have as many as they are; those named `sum/...` are
-        of the batch as a whole, and are added up."""
+        """The values of these pictures, as tensors on the CPU with one row for each picture; some have fewer rows, where only some pictures
+        have that value. Those named `sum/...` are of the batch as a whole, and are added up over batches."""
 
 
 class KeptQuestion(Question, Protocol):
-    """One whose batches are kept for others to look at; see `Store`. code: the files of the evaluation that its values depend on."""
+    """A question whose batches a `Store` keeps for other questions. code: the files of the evaluation that its values depend on."""
 
     @property
     def code(self) -> tuple[str, ...]: ...
