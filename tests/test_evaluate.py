@@ -203,14 +203,14 @@ def test_another_judge_looks_at_the_pictures_that_there_are(run, tiny_model_fold
     assert other.keys() == first.keys() and other["generation/texture"] == first["generation/texture"]
     assert other["generation/kid_judge"] != first["generation/kid_judge"]
 
-    judges = ["--judge", f"other={tiny_chooser}"]
+    judges = ["--judge", f"a_second={tiny_chooser}"]  # which comes first by name
     with pytest.warns(UserWarning, match="measured with other"):
         run(tiny_model_folder, more=[*asked, *judges])  # beside the first
     both = metrics_of(out, "tiny")
     for name in first:
         assert both[name] == pytest.approx((first[name] + other[name]) / 2 if "read_right" in name or "ambigram" in name else first[name])
     prefix = "anagram/rotate_180/judges"
-    assert both[f"{prefix}/other/ambigramability"] == other["anagram/rotate_180/ambigramability"] and f"{prefix}/kappa" in both
+    assert both[f"{prefix}/a_second/ambigramability"] == other["anagram/rotate_180/ambigramability"] and f"{prefix}/kappa" in both
     parts = [name.split("/judges/")[1] for name in both if "/judges/" in name]
     names = {f"judges/{re.sub('^(?!least|most)[^/]+/', 'JUDGE/', part)}" for part in parts}
     names = {re.sub("(JUDGE|least|most)/.*", r"\1/METRIC", name) for name in names}

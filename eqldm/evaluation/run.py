@@ -420,7 +420,8 @@ class Evaluation:
             prompts = [[texts[number] for number in shown.tolist()] for texts in question.prompts]
             self._save(result, path, sheets.prompt_sheet(pictures, question.faces, prompts))
             return
-        judge, read = next(iter(by_judge(values, "read").items()))
+        judge = next(iter(self.tools.judges), "")  # values are kept by name, and have lost the order of --judge
+        read = by_judge(values, "read")[judge]
         if judge:
             self._note(f"Sheets of pictures say what the first judge, {judge}, reads.")
         reading = Reading(pictures, question.wanted[:, shown], read[shown].T)
