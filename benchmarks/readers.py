@@ -161,10 +161,10 @@ def draw(methods: dict[str, Method], count: int, out: Path, seed: int) -> None:
         raise ValueError(f"--num-pictures {count} is no multiple of {len(methods)} methods: wanted as many of each")
     if (out / "key.csv").exists():
         raise ValueError(f"'{out}' holds a study: give another --out, or remove it")
-    (first, of_first), *others = methods.items()
+    (one, of_one), *others = methods.items()
     for name, method in others:
-        if method.judges != of_first.judges:
-            known = " and ".join(f"{each} by {', '.join(judges)}" for each, judges in ((first, of_first.judges), (name, method.judges)))
+        if method.judges != of_one.judges:
+            known = " and ".join(f"{each} by {', '.join(judges)}" for each, judges in ((one, of_one.judges), (name, method.judges)))
             raise ValueError(f"methods were read by other judges: {known}. Evaluate them with the same --judge")
     generator, drawn = torch.Generator().manual_seed(seed), []
     for name, method in methods.items():
