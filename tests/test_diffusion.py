@@ -335,7 +335,7 @@ def test_the_boundary_trains_first_and_alone(configure, tmp_path, tiny_model_fol
 
 
 def test_ema_is_what_is_exported(configure, tmp_path):
-    """The average starts as the first step's weights; after the second it is decay x first + (1 - decay) x second."""
+    """The average starts as the first step's weights; after the second it is 2/11 of them and 9/11 of the second's: the decay rises."""
 
     def run(name, steps, decay):
         options = (f"run.num_steps={steps}", f"run.dir={tmp_path / name}", f"optimizer.ema_decay={decay}")
@@ -344,7 +344,7 @@ def test_ema_is_what_is_exported(configure, tmp_path):
     averaged, first, second = run("ema", 2, 0.75), run("one", 1, 0), run("two", 2, 0)
     assert any(not torch.equal(first[name], second[name]) for name in first)
     for name in first:
-        torch.testing.assert_close(averaged[name], 0.75 * first[name] + 0.25 * second[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(averaged[name], (2 * first[name] + 9 * second[name]) / 11, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "run.channels_last"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eqldm.anagram.options import Options
 from eqldm.anagram.sampling import Sampler
+from eqldm.data.pictures import read_picture
 from eqldm.data.samples import to_bytes
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.work import identity
@@ -95,13 +96,9 @@ def as_png(pictures: Tensor) -> dict[str, Tensor]:
 
 
 def from_png(values: dict[str, Tensor]) -> Tensor:
-    """[B, 3, H, W] uint8: the inverse of `as_png`."""
-    files = values["png"].split(values["size"].tolist())
-    return (
-        torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(file.numpy().tobytes())))) for file in files])
-        .permute(0, 3, 1, 2)
-        .contiguous()
-    )
+    """[B, 3, H, W] uint8: the inverse of `as_png`. Raises UnfitPicture where a file is damaged."""
+    pictures = [read_picture(file.numpy().tobytes()) for file in values["png"].split(values["size"].tolist())]
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).contiguous()
 
 
 def read_pictures(folder: Path, prompts: Sequence[Sequence[str]] | None = None) -> Tensor:
@@ -120,7 +117,7 @@ def read_pictures(folder: Path, prompts: Sequence[Sequence[str]] | None = None) 
                 key = json.loads((file.metadata() or {})["key"])
                 count, drawn_for = key["count"], key.get("prompts")
                 batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError, SyntaxError) as error:  # the last ones are PIL's
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # UnfitPicture is a ValueError
             values = folder.with_name(f"{folder.name.rpartition('_pictures-')[0]}.safetensors")  # with which nothing is drawn again
             raise ValueError(
                 f"'{path}' is damaged, or holds no pictures ({' '.join(str(error).split())[:160]}): remove it and '{values.name}' beside "
