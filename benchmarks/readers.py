@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ from eqldm.evaluation.bootstrap import rate_interval
 from eqldm.evaluation.drawn import read_pictures
 from eqldm.evaluation.generation import letter_prompts
 from eqldm.evaluation.judge import ANSWERS, LETTERS
+from eqldm.evaluation.judges import kappa as judges_kappa
 from eqldm.evaluation.naming import file_name
 from eqldm.markdown import markdown
 from eqldm.views import IDENTITY, parse_view
@@ -62,10 +64,10 @@ class Item:
 
 
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
-    """Cohen's kappa of two readers' answers: agreement beyond chance, 1 where they always agree. Source: Cohen 1960."""
-    agreed = sum(x == y for x, y in zip(a, b)) / len(a)
-    chance = sum(a.count(answer) * b.count(answer) for answer in {*a, *b}) / len(a) ** 2
-    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+    """Cohen's kappa of two readers' answers (`judges.kappa`), 1 where they always agree, also where both always answer the same."""
+    numbers = {answer: number for number, answer in enumerate({*a, *b})}
+    found = float(judges_kappa(*(torch.tensor([numbers[answer] for answer in each]) for each in (a, b))))
+    return 1.0 if math.isnan(found) else found
 
 
 def majority(answers: Sequence[str]) -> str:

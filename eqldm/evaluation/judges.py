@@ -101,17 +101,16 @@ def add_agreement(findings: Findings, prefix: str, right: Mapping[str, Tensor]) 
 
 
 def kappa(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
-    """[] Cohen's kappa of two judgements [N] of 0 or 1: agreement beyond chance, over what there could be; NaN where chance alone makes
-    them agree always.
+    """[] Cohen's kappa of two judgements [N], numbers of any answers: agreement beyond chance, over what there could be; NaN where chance
+    alone makes them agree always.
 
     weights: [R, N] counts of a bootstrap; the result is then [R]. Source: Cohen 1960, Educational and Psychological Measurement 20.
     """
-    a, b = a.double(), b.double()
-    w = a.new_ones(1, len(a)) if weights is None else weights.double()
-    w = w / w.sum(1, keepdim=True)
-    seen, one, other = w @ (a == b).double(), w @ a, w @ b
-    chance = one * other + (1 - one) * (1 - other)
-    found = torch.where(chance < 1 - 1e-12, (seen - chance) / (1 - chance), torch.nan)
+    w = torch.ones(1, len(a), dtype=torch.float64) if weights is None else weights.double()
+    total, agreed = w.sum(1), w @ (a == b).double()
+    chance = torch.stack([(w @ (a == answer).double()) * (w @ (b == answer).double()) for answer in torch.cat([a, b]).unique()]).sum(0)
+    most = total.square()  # in squared pictures, as chance: counts stay whole numbers, and no agreement beyond chance is exactly 0
+    found = torch.where(chance < (1 - 1e-12) * most, (agreed * total - chance) / (most - chance), torch.nan)
     return found[0] if weights is None else found
 
 
