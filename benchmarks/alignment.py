@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from eqldm.autoencoder.equivariance import psnr
 from eqldm.autoencoder.fold import alignment, fold_map, latent_matrix, normalisation
 from eqldm.data.samples import PictureSamples, collate
 from eqldm.model_folder import decode, encode, load_vae
-from steps import BASE, table
+from steps import BASE, print_table, script, table
 
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2)
 
@@ -56,16 +55,13 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="model folder of the new VAE")
     parser.add_argument("--to", type=Path, default=BASE, help="model folder of the VAE whose latents a UNet knows: glyphs-base")
     parser.add_argument("--data", type=Path, required=True, help="picture shards")
     parser.add_argument("--num-images", type=int, default=512, help="pictures that the maps are measured on")
     parser.add_argument("--num-decoded", type=int, default=64, help="pictures that are decoded from noisy latents")
-    try:
-        print(run(parser.parse_args()), end="")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print_table(parser, run)
 
 
 if __name__ == "__main__":

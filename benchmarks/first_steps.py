@@ -12,7 +12,6 @@ Of each model, at the first timesteps of its sampling schedule (--num-inference-
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from eqldm.diffusion.objective import Objective
 from eqldm.evaluation.fit import Fit, spectral_loss
 from eqldm.evaluation.judge import LETTERS
 from eqldm.evaluation.work import measure_all
-from steps import table
+from steps import print_table, script, table
 
 NUM_TIMESTEPS = 3
 
@@ -84,17 +83,14 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="model folders of one schedule")
     parser.add_argument("--data", type=Path, required=True, help="picture shards")
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--num-noises", type=int, default=32)
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
-    try:
-        print(run(parser.parse_args()), end="")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print_table(parser, run)
 
 
 if __name__ == "__main__":

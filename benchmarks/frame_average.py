@@ -8,7 +8,6 @@ and decoder: dB of the reconstruction, and the share that the judge reads right.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from eqldm.data.samples import PictureSamples, collate
 from eqldm.evaluation.judge import Judge
 from eqldm.model_folder import decode, encode, load_vae
 from eqldm.views import D4
-from steps import table
+from steps import print_table, script, table
 
 
 def frame_average(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -47,14 +46,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="model folders")
     parser.add_argument("--data", type=Path, required=True, help="shards of glyphs")
     parser.add_argument("--num-images", type=int, default=256)
-    try:
-        print(run(parser.parse_args()), end="")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print_table(parser, run)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eqldm.markdown import markdown
@@ -54,9 +54,22 @@ def train(config: str, folder: Path, *overrides: str) -> Path:
     return folder / "model"
 
 
+def script(about: str) -> argparse.ArgumentParser:
+    """The parser of a script; `about` is its docstring."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def print_table(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], str]) -> None:
+    """Prints what `run` makes of the arguments; of a ValueError or OSError one line, and ends."""
+    try:
+        print(run(parser.parse_args()), end="")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 def study(about: str) -> argparse.ArgumentParser:
     """The options that every study has; `about` is its docstring."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(about)
     parser.add_argument("--data", type=path, default=ROOT / "runs" / "glyphs" / "pictures", help="glyph shards: train, val, test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every training")

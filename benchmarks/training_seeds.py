@@ -28,6 +28,7 @@ from torch import Tensor
 
 from crossed import Contrast, contrast, permutation_p, rank_correlation
 from eqldm.evaluation.anagram import letter_tuples, unordered
+from eqldm.evaluation.judges import by_judge
 from eqldm.evaluation.naming import file_name
 from eqldm.views import IDENTITY, parse_view
 from equivariance_losses import ALL, VARIANTS
@@ -77,8 +78,8 @@ def readings(args: Namespace, out: Path, name: str) -> dict[str, Tensor]:
     """By judge, [P] the share of a pair's pictures in which it reads both letters right."""
     values = load_file(out / slug(name) / f"{file_name(f'anagram/{VIEW}')}.safetensors")
     wanted = pairs(args).repeat(args.num_samples, 1)
-    read = {key.partition("/")[2]: value for key, value in values.items() if key.split("/")[0] == "read"}
-    return {judge: (each == wanted).all(1).double().view(args.num_samples, -1).mean(0) for judge, each in read.items()}
+    read = by_judge(values, "read").items()
+    return {judge: (each == wanted).all(1).double().view(args.num_samples, -1).mean(0) for judge, each in read}
 
 
 def metrics_of(out: Path, name: str) -> dict[str, float]:
