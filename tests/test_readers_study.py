@@ -15,15 +15,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import readers
+import reading_scores as scores
+import reading_sheets as sheets
+from eqldm.data.samples import PictureSamples
 from eqldm.evaluation.anagram import every_pair, letter_tuples
 from eqldm.evaluation.drawn import as_png, prompts_hash
 from eqldm.evaluation.generation import letter_prompts
-from eqldm.evaluation.judge import NO_LETTER
+from eqldm.evaluation.judge import LETTERS, NO_LETTER
+from eqldm.evaluation.lookalikes import READS_AS
 from eqldm.views import IDENTITY, parse_view
 
 
 @pytest.fixture
-def methods() -> dict[str, readers.Method]:
+def methods() -> dict[str, sheets.Method]:
     """Two methods of 60 pictures, whose judges read 20 % and 40 % right in both views."""
     found = {}
     wanted = letter_tuples(60, 2, views=[IDENTITY, parse_view("rotate_180", 8)])
@@ -33,22 +37,22 @@ def methods() -> dict[str, readers.Method]:
         read[torch.rand(60, 1, 3, generator=generator).expand(60, 2, 3) > share**0.5] = NO_LETTER
         read[int(share * 60) :, 1] = NO_LETTER
         pictures = torch.randint(256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        found[name] = readers.Method(pictures, wanted, read)
+        found[name] = sheets.Method(pictures, wanted, read, torch.arange(100, 160))
     return found
 
 
 def test_a_study_is_stratified_hidden_and_scored(methods, tmp_path, monkeypatch, capsys):
-    readers.draw(methods, 24, tmp_path, seed=0)
-    items = readers.read_key(tmp_path)
+    sheets.draw(methods, 24, tmp_path, seed=0)
+    items = sheets.read_key(tmp_path)
     assert [item.item for item in items] == list(range(1, 49))
     for name, method in methods.items():
         weights = {item.picture: item.weight for item in items if item.method == name}
         assert len(weights) == 12 and sum(weights.values()) == pytest.approx(60)  # they stand for all of the method's
-        hits = [int(method.hits[number]) for number in weights]
+        hits = [int(method.hits[number - 100]) for number in weights]
         assert 0 in hits and 3 in hits and any(0 < hit < 3 for hit in hits)
     assert sum(a.method == b.method and a.picture == b.picture for a, b in zip(items, items[1:])) < 8  # the views are apart
-    sheets = sorted((tmp_path / "sheets").iterdir())
-    assert [sheet.name for sheet in sheets] == ["01.png", "02.png"] and Image.open(sheets[0]).width == 6 * (48 + 12) + 12
+    files = sorted((tmp_path / "sheets").iterdir())
+    assert [file.name for file in files] == ["01.png", "02.png"] and Image.open(files[0]).width == 6 * (48 + 12) + 12
 
     def answered(name: str, wrong: int) -> str:
         """A reader who reads what judge 1 reads, but for every so many-th item."""
@@ -74,15 +78,15 @@ def test_the_weighted_rate_is_that_of_all_pictures(methods):
     method, found = methods["a"], []
     right = (method.read[:, :, 0] == method.wanted.T).all(1).double()
     for seed in range(400):
-        weights = readers.chosen(method, 15, torch.Generator().manual_seed(seed))
+        weights = sheets.chosen(method, 15, torch.Generator().manual_seed(seed))
         found.append(sum(weight * float(right[number]) for number, weight in weights.items()) / sum(weights.values()))
     assert sum(found) / len(found) == pytest.approx(float(right.mean()), abs=0.01)
 
 
 def test_kappa():
-    assert readers.kappa(list("AABB"), list("AABB")) == 1 and readers.kappa(list("AABB"), list("ABAB")) == 0
-    assert readers.kappa(list("AAAB"), list("AABB")) == pytest.approx((0.75 - 0.5) / 0.5)
-    assert readers.majority("AAB") == "A" and readers.majority("ABC") == "-" and readers.majority("A--") == "-"
+    assert scores.kappa(list("AABB"), list("AABB")) == 1 and scores.kappa(list("AABB"), list("ABAB")) == 0
+    assert scores.kappa(list("AAAB"), list("AABB")) == pytest.approx((0.75 - 0.5) / 0.5)
+    assert scores.majority("AAB") == "A" and scores.majority("ABC") == "-" and scores.majority("A--") == "-"
 
 
 @pytest.mark.parametrize(("lines", "message"), [
@@ -92,7 +96,7 @@ def test_kappa():
 def test_answers_that_are_none(tmp_path, lines, message):
     (tmp_path / "reader.csv").write_text(f"item,letter\n{lines}\n")
     with pytest.raises(ValueError, match=message):
-        readers.read_answers(tmp_path / "reader.csv", [1, 2])
+        scores.read_answers(tmp_path / "reader.csv", [1, 2])
 
 
 def evaluated(folder: Path, wanted: torch.Tensor, judges: Sequence[str] = ("a", "b")) -> Path:
@@ -109,40 +113,72 @@ def evaluated(folder: Path, wanted: torch.Tensor, judges: Sequence[str] = ("a", 
 
 
 def test_letters_are_those_that_the_pictures_were_drawn_for(tmp_path):
-    """With --num-pairs all, or other seeds, letters would be taken for others, and all would be called read wrong."""
+    """Of other seeds, letters would be taken for others, and all would be called read wrong."""
     views = [IDENTITY, parse_view("rotate_180", 8)]
     folder = evaluated(tmp_path / "pairs", letter_tuples(4, 2, views=views).repeat(1, 2), ("b", "a"))
-    method = readers.Method.open(folder, 2)
-    assert method.judges == ("a", "b") and method.hits.tolist() == [2] * 8
-    for given, seeds in {folder: 1, evaluated(tmp_path / "all", every_pair().T): 1}.items():
-        with pytest.raises(ValueError, match=r"drawn for other prompts than those wanted .*--num-pairs NUMBER .not all."):
-            readers.Method.open(given, seeds)
+    method = sheets.Method.open(folder, 2)
+    assert method.judges == ("a", "b") and method.hits.tolist() == [2] * 8 and method.numbers.tolist() == list(range(8))
+    with pytest.raises(ValueError, match=r"drawn for other prompts than those wanted .the evaluation must be of --num-seeds 1, as given"):
+        sheets.Method.open(folder, 1)
     with pytest.raises(ValueError, match="8 pictures, which are no 3 of each pair"):
-        readers.Method.open(folder, 3)
+        sheets.Method.open(folder, 3)
     with pytest.raises(ValueError, match="was read by no judge: evaluate it with --judge"):
-        readers.Method.open(evaluated(tmp_path / "unread", letter_tuples(4, 2, views=views), ()), 1)
+        sheets.Method.open(evaluated(tmp_path / "unread", letter_tuples(4, 2, views=views), ()), 1)
+
+
+def test_of_a_whole_matrix_only_what_needs_an_anagram_is_shown(tmp_path, capsys):
+    every = every_pair().T.repeat(1, 2)
+    method = sheets.Method.open(evaluated(tmp_path / "all", every), 2)
+    assert len(method.pictures) == 1296 and "56 of 1352 pictures need no anagram or want one letter twice" in capsys.readouterr().err
+    assert torch.equal(method.wanted, every[:, method.numbers]) and method.hits.tolist() == [2] * 1296
+    assert (method.wanted[0] != method.wanted[1]).all()
+
+
+def test_real_letters_are_the_controls(methods, tmp_path, tiny_pictures):
+    """They are shown upright and turned, and are no part of the agreement, of the calibration and of the rates."""
+    real = PictureSamples(tiny_pictures)
+    with pytest.raises(ValueError, match=r"--num-real 9999: the data holds \d+ pictures"):
+        sheets.draw(methods, 24, tmp_path / "few", 0, real, 9999)
+    small = {name: dataclasses.replace(m, pictures=torch.zeros(60, 3, *real.image_size, dtype=torch.uint8)) for name, m in methods.items()}
+    sheets.draw(small, 24, tmp_path, 0, real, 16)
+    items = sheets.read_key(tmp_path)
+    shown = [item for item in items if item.method == sheets.REAL]
+    assert len(items) == 48 + 32 and len(shown) == 32
+    upright = {item.picture: item.wanted for item in shown if item.view == 0}
+    for item in shown:
+        letter = LETTERS[real[item.picture]["label"]]
+        assert upright[item.picture] == letter and item.judges == "" and item.weight == 1
+        assert item.view == 0 or item.wanted == READS_AS["rotate_180"].get(letter, "-")
+
+    (tmp_path / "good.csv").write_text("item,letter\n" + "".join(f"{item.item},{item.wanted}\n" for item in items))
+    (tmp_path / "bad.csv").write_text("item,letter\n" + "".join(f"{item.item},-\n" for item in items))
+    table, agreement, *_, rates = scores.score(tmp_path, [tmp_path / name for name in ("good.csv", "bad.csv")]).split("\n\n")
+    assert f"| real letters, upright | {len(upright)} | 0% | 0% to 100% |" in table  # no majority of two who disagree
+    nothing = sum(item.view == 1 and item.wanted == "-" for item in shown)
+    assert f"| real letters, turned, which is none | {nothing} | 100% | 100% to 100% |" in table
+    assert "| good with bad | 0% | 0.00 |" in agreement and "real" not in rates
 
 
 def test_methods_are_read_by_the_same_judges(methods, tmp_path):
     other = methods | {"b": dataclasses.replace(methods["b"], judges=("x", "y", "z"))}
     with pytest.raises(ValueError, match="read by other judges: a by .* and b by x, y, z"):
-        readers.draw(other, 24, tmp_path, 0)
+        sheets.draw(other, 24, tmp_path, 0)
 
 
 def test_too_few_pictures_are_told(methods, tmp_path):
     few = {name: dataclasses.replace(method, pictures=method.pictures[:3]) for name, method in methods.items()}
     with pytest.raises(ValueError, match="a has 3 pictures, wanted 10 of it: evaluate more pairs"):
-        readers.draw(few, 20, tmp_path, 0)
+        sheets.draw(few, 20, tmp_path, 0)
     with pytest.raises(FileNotFoundError, match="holds 0 sets of pictures"):
-        readers.Method.open(tmp_path, 1)
+        sheets.Method.open(tmp_path, 1)
 
 
-def drawn(method: readers.Method, right: torch.Tensor, count: int, generator: torch.Generator) -> list[readers.Picture]:
+def drawn(method: sheets.Method, right: torch.Tensor, count: int, generator: torch.Generator) -> list[scores.Picture]:
     """A method's pictures, some chosen, as a reader sees them who reads those right of which `right` [N] says so."""
     strata = {3: True, 0: False}
     return [
-        readers.Picture(f"{number:03d}", strata.get(int(method.hits[number])), weight, bool(right[number]))
-        for number, weight in readers.chosen(method, count, generator).items()
+        scores.Picture(f"{number:03d}", strata.get(int(method.hits[number])), weight, bool(right[number]))
+        for number, weight in sheets.chosen(method, count, generator).items()
     ]
 
 
@@ -154,44 +190,45 @@ def test_intervals_of_a_stratified_draw_hold_the_rate(rate, judges):
     for _ in range(tries):
         right = torch.rand(600, generator=generator) < rate
         hits = torch.rand(600, 3, generator=generator) < torch.where(right, *map(torch.tensor, judges))[:, None]
-        method = readers.Method(torch.zeros(600, 1), torch.ones(2, 600, dtype=torch.long), hits.long()[:, None].repeat(1, 2, 1))
-        low, high = readers.stratified_interval(drawn(method, right, 33, generator))
+        read = hits.long()[:, None].repeat(1, 2, 1)
+        method = sheets.Method(torch.zeros(600, 1), torch.ones(2, 600, dtype=torch.long), read, torch.arange(600))
+        low, high = scores.stratified_interval(drawn(method, right, 33, generator))
         held += low <= float(right.double().mean()) <= high and low < high
     assert held / tries >= 0.94
 
 
 def test_a_stratum_is_what_the_judges_read_in_both_views():
     items = [
-        readers.Item(1, "a", 7, 1, "B", 2.0, "BB"), readers.Item(2, "a", 7, 0, "A", 2.0, "AA"),
-        readers.Item(3, "a", 8, 0, "A", 5.0, "A-"), readers.Item(4, "a", 8, 1, "B", 5.0, "-B"),
-        readers.Item(5, "a", 9, 0, "C", 3.0, "CC"), readers.Item(6, "a", 9, 1, "D", 3.0, "D-"),
+        sheets.Item(1, "a", 7, 1, "B", 2.0, "BB"), sheets.Item(2, "a", 7, 0, "A", 2.0, "AA"),
+        sheets.Item(3, "a", 8, 0, "A", 5.0, "A-"), sheets.Item(4, "a", 8, 1, "B", 5.0, "-B"),
+        sheets.Item(5, "a", 9, 0, "C", 3.0, "CC"), sheets.Item(6, "a", 9, 1, "D", 3.0, "D-"),
     ]  # fmt: skip
-    found = readers.both_read(items, list("BAABCX"))["a"]
+    found = scores.both_read(items, list("BAABCX"))["a"]
     wanted = [("AB", True, 2.0, True), ("AB", False, 5.0, True), ("CD", None, 3.0, False)]
     assert [(each.letters, each.stratum, each.weight, each.right) for each in found] == wanted
-    assert readers.weighted_rate(found) == pytest.approx(0.7)
-    low, high = readers.stratified_interval(found)  # one picture of each says nothing: each share may be 0 or 1
+    assert scores.weighted_rate(found) == pytest.approx(0.7)
+    low, high = scores.stratified_interval(found)  # one picture of each says nothing: each share may be 0 or 1
     assert low == pytest.approx(0.7 - (0.2**2 + 0.5**2) ** 0.5) and high == pytest.approx(1.0)
-    rows = readers.calibration(items, list("BAABCX")).splitlines()[2:]
+    rows = scores.calibration(items, list("BAABCX")).splitlines()[2:]
     assert rows == ["| 0 | 0 | - |", "| 1 | 3 | 77% |", "| 2 | 3 | 100% |"]
 
 
 def test_nothing_is_left_out_in_silence(methods, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num-pictures 25 is no multiple of 2 methods"):
-        readers.draw(methods, 25, tmp_path, 0)
+        sheets.draw(methods, 25, tmp_path, 0)
     with pytest.raises(ValueError, match="2 pictures of a method are too few for one of each kind"):
-        readers.draw(methods, 4, tmp_path, 0)
-    readers.draw(methods, 24, tmp_path, 0)
+        sheets.draw(methods, 4, tmp_path, 0)
+    sheets.draw(methods, 24, tmp_path, 0)
     key = (tmp_path / "key.csv").read_bytes()
     with pytest.raises(ValueError, match="holds a study"):
-        readers.draw(methods, 24, tmp_path, 1)
+        sheets.draw(methods, 24, tmp_path, 1)
     assert (tmp_path / "key.csv").read_bytes() == key
     (tmp_path / "reader.csv").write_text("number,letter\n1,A\n")
     with pytest.raises(ValueError, match="has no column item: wanted a first line 'item,letter'"):
-        readers.read_answers(tmp_path / "reader.csv", [1])
+        scores.read_answers(tmp_path / "reader.csv", [1])
     (tmp_path / "reader.csv").write_text("item,letter\n1\n")
     with pytest.raises(ValueError, match="item 1: got '', wanted a letter"):
-        readers.read_answers(tmp_path / "reader.csv", [1])
-    monkeypatch.setattr(sys, "argv", ["readers.py", "draw", "a=x", "a=y", "--out", str(tmp_path / "new")])
+        scores.read_answers(tmp_path / "reader.csv", [1])
+    monkeypatch.setattr(sys, "argv", ["readers.py", "draw", "a=x", "a=y", "--data", "data", "--out", str(tmp_path / "new")])
     with pytest.raises(SystemExit, match="2 methods have 1 names"):
         readers.main()
