@@ -6,7 +6,7 @@ need no anagram, and of equal letters, stand apart (`lookalikes.populations`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from eqldm.evaluation.bootstrap import Findings
 from eqldm.evaluation.clip import alignment, concealment
 from eqldm.evaluation.judge import LETTERS
-from eqldm.evaluation.judges import add_agreement, add_share, by_judge
+from eqldm.evaluation.judges import add_agreement, add_each, add_share, by_judge
 from eqldm.evaluation.lookalikes import populations, trivial
 from eqldm.evaluation.quality import RealPictures, distances, features_of, textures
+from eqldm.evaluation.real_letters import credit
 from eqldm.views import View
 
 PROMPT_PAIRS = Path(__file__).parent / "prompt_pairs.yaml"
@@ -156,6 +157,16 @@ def add_scores(
             findings.metrics |= {f"{prefix}{name}_q{q * 100:.0f}": float(score.double().quantile(q)) for q in QUANTILES}
 
 
+def add_credit(findings: Findings, prefix: str, real_letters: Mapping[str, Tensor], wanted: Tensor, views: Sequence[View]) -> None:
+    """Adds what plain letters would be credited with in place of pictures that are wanted as letters [views, N] (`real_letters.credit`), as
+    `[forced_]ambigramability_data`, for each of their `populations`: the mean over judges, and each one's."""
+    for name, mask in populations(wanted, views).items():
+        for forced, what in (("", "read"), ("forced_", "forced")):
+            if bool(mask.any()) and (shares := credit(real_letters, wanted[:, mask], what)) is not None:
+                findings.metrics[f"{prefix}{name}{forced}ambigramability_data"] = sum(shares.values()) / len(shares)
+                add_each(findings.metrics, prefix + name, f"{forced}ambigramability_data", shares)
+
+
 def best_of(scores: Tensor, num_seeds: int) -> Tensor:
     """[N] float64: 1 for the picture of the highest score of each tuple, 0 for its others. scores: [N], in rounds."""
     rounds = scores.view(num_seeds, -1)
@@ -164,10 +175,14 @@ def best_of(scores: Tensor, num_seeds: int) -> Tensor:
 
 def anagram_metrics(
     views: Sequence[View], values: dict[str, Tensor], real: RealPictures, wanted: Tensor | None = None, clusters: Tensor | None = None,
-    temperature: float | None = None, num_seeds: int = 1,
+    temperature: float | None = None, num_seeds: int = 1, real_letters: Mapping[str, Tensor] | None = None,
 ) -> Findings:  # fmt: skip
     """Of what `Sampled` measured under the views (identity, V, ...), each as `anagram/V,.../...`, with `_upright` and `_turned` for the two
-    (see `sides`): the readings of `add_readings`, and of all pictures, whatever their letters,
+    (see `sides`): the readings of `add_readings`, with, of what `RealLetters` measured, if anything,
+
+    `ambigramability_data`, `forced_ambigramability_data`   see `real_letters.credit`; where all wanted letters have a picture
+
+    and of all pictures, whatever their letters,
 
     `kid_NAME_*`, `fid_NAME_*`, `precision_NAME_*`, `recall_NAME_*`, `texture_over_contrast_*`, `contrast_*`, `texture_*`   as of plain ones
     `round_trip_psnr`   dB of D(E(x)) against x, upright
@@ -178,6 +193,8 @@ def anagram_metrics(
         clusters = torch.arange(len(values["energy"])) if wanted is None else unordered(wanted.T)
     findings, prefix, names = Findings(clusters), f"anagram/{title(views)}/", sides(len(views))
     add_readings(findings, prefix, names, values, wanted, temperature, num_seeds, clusters=clusters, views=views)
+    if wanted is not None and real_letters is not None:
+        add_credit(findings, prefix, real_letters, wanted, views)
     for i, side in enumerate(names):
         distances(findings, real, {name: features[:, i] for name, features in features_of(values).items()}, prefix, f"_{side}")
         textures(findings, real, values["energy"][:, i], values["contrast"][:, i] if "contrast" in values else None, prefix, f"_{side}")

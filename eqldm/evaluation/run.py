@@ -37,6 +37,7 @@ from eqldm.evaluation.naming import file_name
 from eqldm.evaluation.parts import part_metrics
 from eqldm.evaluation.pictures import count_notes, open_pictures
 from eqldm.evaluation.quality import RealData, RealPictures
+from eqldm.evaluation.real_letters import RealLetters
 from eqldm.evaluation.reconstruction import Reconstruction, reconstruction_metrics, worst_reconstructions
 from eqldm.evaluation.results import Result, check_own
 from eqldm.evaluation.sampled import Sampled
@@ -90,6 +91,7 @@ class Evaluation:
         self.over: set[str] = set()
         forget_failures(self.out, place[0])
         self.values: dict[str, Tensor] | None = None  # of the real pictures
+        self.real_letters: dict[str, dict[str, Tensor] | None] = {}  # by an anagram's title, of `RealLetters`
         self.precision = native_precision(self.device.type) if args.precision == "auto" else args.precision
         few = [n for n in (self.count, args.num_letters, args.num_pairs) if n != "all" and int(n) < 100]
         if few:
@@ -134,6 +136,14 @@ class Evaluation:
         if self.values is not None and self.judge and (without := int((self.values["label"] < 0).sum())):
             self._note(f"{without} of {self.count} pictures have no label: what the judge reads of real pictures is left out, and KID does "
                        "without labels.")  # fmt: skip
+        for views in self.anagrams if "anagram" in self.asked else ():
+            if self.judge is None:
+                break
+            letters = RealLetters(title(views), self.samples, self.count, views, self.judge, self.tools.judges)
+            self.real_letters[title(views)] = found = self.ask(letters, self.out, "data")
+            if found is not None and (left := [letter for k, letter in enumerate(LETTERS) if k not in found["label"]]):
+                self._note(f"The data hold no picture labelled {', '.join(left)}: ambigramability_data, what plain letters would be "
+                           "credited with, is only given where all wanted letters have one.")  # fmt: skip
 
     def prepare(self, entries: list[Entry]) -> None:
         """Looks whether all models, options and pictures fit each other, and finds the views, which are the same for all: those that are as
@@ -223,7 +233,7 @@ class Evaluation:
                 if values is None and (text := noted_failure(self.out, entry.name, name)):  # of a process whose share will not come
                     self._failed(text)
                     continue
-                if values is None or real is None:
+                if values is None or real is None or None in self.real_letters.values():
                     complete = False
                     continue
                 findings = summarise(values, real, found, folder)
@@ -400,7 +410,8 @@ class Evaluation:
             matrix = sheets.letter_matrix(letter_rates(values, question.wanted), heading, [view.name for view in views], of_pairs)
             self._save(result, folder / f"letter_matrix_{file_name(title(views))}.png", matrix)
         clusters = None if self.judge else question.clusters
-        return anagram_metrics(views, values, real, question.wanted, clusters, self.tools.temperature, self.args.num_seeds)
+        about = question.wanted, clusters, self.tools.temperature, self.args.num_seeds
+        return anagram_metrics(views, values, real, *about, self.real_letters.get(title(views)))
 
     def _parts(self, text: str, question: Sampled, values, real, result: Result, folder: Path) -> Findings:
         self._sampled(question, values, result, folder / f"components_{file_name(text)}.png")
