@@ -21,7 +21,8 @@ from eqldm.evaluation.quantiles import t_quantile, t_tail
 
 @dataclass(frozen=True)
 class Contrast:
-    """A mean difference.  bounds: 95 %.  p: of one as large where there is none.  shares: by source, its share of the squared error."""
+    """A mean difference.  bounds: 95 %.  p: of one as large where there is none; NaN where all differences are the same, but not 0, so that
+    nothing is known of their spread.  shares: by source, its share of the squared error."""
 
     value: float
     bounds: tuple[float, float]
@@ -57,7 +58,7 @@ def contrast(differences: Tensor, sources: Sequence[str], alike: Mapping[str, Te
         freedom.append(len(errors) - 1)
     value, squared = float(values.mean()), sum(terms)
     if squared == 0:
-        return Contrast(value, (value, value), 1.0 if value == 0 else 0.0, dict.fromkeys(sources, 0.0))
+        return Contrast(value, (value, value), 1.0 if value == 0 else math.nan, dict.fromkeys(sources, 0.0))
     df = squared**2 / sum(term**2 / free for term, free in zip(terms, freedom))
     reach = t_quantile(0.95, df) * math.sqrt(squared)
     p = t_tail(value / math.sqrt(squared), df)

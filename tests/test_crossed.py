@@ -44,6 +44,7 @@ def test_no_level_no_claim():
     with pytest.raises(ValueError, match="wanted a dimension for each"):
         contrast(torch.randn(3, 10), SOURCES)
     assert contrast(torch.zeros(2, 2, 2), SOURCES).p == 1.0
+    assert math.isnan(contrast(torch.ones(2, 2, 2), SOURCES).p)  # differences that never vary say nothing of how they would
 
 
 def test_permutations_are_exact():

@@ -71,7 +71,7 @@ def test_another_judge_needs_no_new_sampling(tiny_model_folder, tmp_path, monkey
         with pytest.raises(ValueError, match="00000002.safetensors' is damaged, or .*: remove it and 'anagram.safetensors'"):
             read_pictures(folder)
     last.unlink()
-    with pytest.raises(ValueError, match="holds 2 of 3 pictures: run the command of the evaluation again"):
+    with pytest.raises(ValueError, match="holds 2 of 3 pictures: remove 'anagram.safetensors' beside it, if it is there, and run"):
         read_pictures(folder)
     with pytest.raises(FileNotFoundError, match="nowhere' holds no pictures: give a folder"):
         read_pictures(tmp_path / "nowhere")

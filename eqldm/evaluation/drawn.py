@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from eqldm.anagram.options import Options
@@ -24,7 +24,7 @@ from eqldm.anagram.sampling import Sampler
 from eqldm.data.pictures import read_picture
 from eqldm.data.samples import to_bytes
 from eqldm.evaluation.finite import finite
-from eqldm.evaluation.work import identity
+from eqldm.evaluation.work import identity, read_kept
 from eqldm.model_folder import config_hash
 from eqldm.views import View
 from eqldm.views.components import Component
@@ -110,21 +110,24 @@ def read_pictures(folder: Path, prompts: Sequence[Sequence[str]] | None = None) 
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"'{folder}' holds no pictures: give a folder QUESTION_pictures-KEY of an evaluation")
+    values = f"{folder.name.rpartition('_pictures-')[0]}.safetensors"  # with which nothing is drawn again
     batches = []
     for path in paths:
         try:
-            with safe_open(path, "pt") as file:
-                key = json.loads((file.metadata() or {})["key"])
-                count, drawn_for = key["count"], key.get("prompts")
-                batches.append(from_png({name: file.get_tensor(name) for name in ("png", "size")}))
+            text, kept = read_kept(path)
+            key = json.loads(text)
+            count, drawn_for = key["count"], key.get("prompts")
+            batches.append(from_png(kept))
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # UnfitPicture is a ValueError
-            values = folder.with_name(f"{folder.name.rpartition('_pictures-')[0]}.safetensors")  # with which nothing is drawn again
             raise ValueError(
-                f"'{path}' is damaged, or holds no pictures ({' '.join(str(error).split())[:160]}): remove it and '{values.name}' beside "
+                f"'{path}' is damaged, or holds no pictures ({' '.join(str(error).split())[:160]}): remove it and '{values}' beside "
                 "its folder, and run the command of the evaluation again, which draws these anew"
             ) from error
     if (found := sum(map(len, batches))) != count:
-        raise ValueError(f"'{folder}' holds {found} of {count} pictures: run the command of the evaluation again, which goes on")
+        raise ValueError(
+            f"'{folder}' holds {found} of {count} pictures: remove '{values}' beside it, if it is there, and run the command of the "
+            "evaluation again, which draws those that are missing"
+        )
     if prompts is not None and drawn_for != prompts_hash(prompts):
         raise ValueError(f"'{folder}' holds pictures that were drawn for other prompts than those wanted")
     return torch.cat(batches)

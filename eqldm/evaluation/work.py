@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,13 +176,34 @@ class Store:
         return f"{question.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+def read_kept(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """(key, values) of a file that an evaluation keeps. Raises SafetensorError where it is damaged, in its values too: safetensors check
+    their header alone, and a flipped bit is another figure; FileNotFoundError."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        values = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict, nor an iterable
+    if about.get("checksum", checksum := _checksum(values)) != checksum:  # files of before have none
+        raise SafetensorError("its values are others than those that were written")
+    return about.get("key", ""), values
+
+
+def _checksum(values: dict[str, Tensor]) -> str:
+    """8 hex digits, the CRC-32 of values, with their names, types and shapes."""
+    total = 0
+    for name in sorted(values):
+        value = values[name].contiguous()
+        total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
+        total = zlib.crc32(value.flatten().view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
+
+
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
     """The values of a file, or None where it is not there, is of another key, or is damaged, which it warns of."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file:  # a large file of another key need not be read
             if (file.metadata() or {}).get("key") != key:
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict, nor an iterable
+        return read_kept(path)[1]
     except FileNotFoundError:
         return None
     except SafetensorError as error:
@@ -201,7 +223,8 @@ def _other(path: Path, key: str) -> str:
 
 
 def _write(path: Path, values: dict[str, Tensor], key: str) -> None:
-    content = save({name: value.cpu().contiguous() for name, value in values.items()}, {"key": key})
+    values = {name: value.cpu().contiguous() for name, value in values.items()}
+    content = save(values, {"key": key, "checksum": _checksum(values)})
     try:
         write_whole(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
