@@ -696,7 +696,7 @@ def test_a_question_that_fails_leaves_nothing_in_the_report(run, tiny_model_fold
     def fails(*arguments):
         raise RuntimeError("no figures")
 
-    monkeypatch.setattr(f"eqldm.evaluation.run.{failing}", fails)
+    monkeypatch.setattr(f"eqldm.evaluation.answers.{failing}", fails)
     out = run(tiny_model_folder, more=["--metrics", "generation", "anagram"], status="error: " + {
         "anagram_metrics": "anagram/rotate_180 of 'tiny': RuntimeError: no figures",
         "generation_metrics": "generation of 'tiny': RuntimeError: no figures",

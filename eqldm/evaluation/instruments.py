@@ -14,6 +14,7 @@ from eqldm.evaluation.clip import HOW, Clip
 from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features
 from eqldm.evaluation.judge import Judge
 from eqldm.evaluation.judges import open_judges
+from eqldm.evaluation.notes import Notes
 from eqldm.paths import expanded
 
 WEIGHTS = {  # what `--without` may name, and the questions that need it
@@ -39,7 +40,7 @@ class Instruments:
         """
         self.args, self.asked, self.device = args, asked, device
         self.missing: list[str] = []
-        self.notes: list[str] = []
+        self.notes = Notes()
         for name in args.without:
             if getattr(args, name, None):
                 raise ValueError(f"--{name} and --without {name}: give one of them")
