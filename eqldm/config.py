@@ -323,7 +323,7 @@ class JudgeConfig:
     """Share of the training pictures that are turned by a symmetry of the square: most are then no letter."""
     half_share: float = 0.0
     """Share that are half a letter, or halves of two letters joined: no letter. Where a letter has no half that readers agree on, it stays
-    whole."""
+    whole; the log has how many did (`train/share_left_plain`)."""
     mixed_share: float = 0.0
     """Share that are the average of two letters, the second one often turned: no letter, as what fails as an anagram."""
     ghost_share: float = 0.0

@@ -106,19 +106,23 @@ def test_each_kind_is_drawn_as_often_as_asked_and_nothing_else_changes(configure
     samples = PictureSamples(shards)
     for kind in KINDS:
         module, _ = prepare_judge(configured(kind, "turned_share=0.3", f"{kind}_share=0.4"))
-        changed = none = upright = 0
+        changed = none = upright = stayed = 0
         for position in range(120):
             x, label = samples[position]["x"], samples[position]["label"]
-            (a, of_a, noise_a), (b, of_b, noise_b) = (each._augment(x, label, position) for each in (plain, module))
+            (a, of_a, noise_a, _), (b, of_b, noise_b, left) = (each._augment(x, label, position) for each in (plain, module))
             assert torch.equal(noise_a, noise_b)
             changed += not torch.equal(a, b)
             upright += of_a == label
             none += of_a != of_b
+            stayed += left
+            assert not (left and of_a != of_b)
             if kind in ("ghost", "faded", "blurred"):
                 assert of_a == of_b
             elif not torch.equal(a, b):
                 assert ANSWERS[of_b] == "-" and of_a == label
         assert 0 < changed < 0.6 * 120, (kind, changed)
+        assert stayed > 0 if kind == "half" else stayed < 10  # of many letters no half is none: the log counts them
+        assert kind in ("half", "mixed") or not stayed
         assert none == (changed if kind in ("half", "mixed") else 0)
 
 
@@ -147,7 +151,11 @@ def test_all_kinds_train_and_are_measured_one_by_one(configured):
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not any("vae" in name for name in a)  # neither trained nor kept
     header = next(Path(config.run.dir).glob("logs/**/*.csv")).read_text().splitlines()[0].split(",")
-    assert {"val/accuracy", *(f"val/accuracy/{kind}" for kind in ("turned", "ghost", "mixed", "round_trip"))} <= set(header)
+    assert {
+        "val/accuracy",
+        *(f"val/accuracy/{kind}" for kind in ("turned", "ghost", "mixed", "round_trip")),
+        "train/share_left_plain",
+    } <= set(header)
 
 
 def test_shares_of_what_a_picture_can_be_only_one_of(configured):

@@ -135,16 +135,18 @@ class JudgeTraining(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         pairs = zip(batch["x"], batch["label"].tolist(), batch["position"].tolist())
-        pictures, labels, noise = zip(*(self._augment(x, label, position) for x, label, position in pairs))
+        pictures, labels, noise, plain = zip(*(self._augment(x, label, position) for x, label, position in pairs))
         x = self._round_trips(torch.stack(pictures), batch["position"].tolist()) + torch.stack(noise)
         loss = F.cross_entropy(self.network(x).float(), torch.tensor(labels, device=self.device))
         check_finite({"loss": loss.detach()}, self.trainer.global_step, batch["key"])
         self.log("train/loss", loss.detach(), prog_bar=True)
+        if self.config.half_share or self.config.mixed_share:  # the shares that are trained are smaller by these pictures
+            self.log("train/share_left_plain", sum(plain) / len(plain))
         return loss
 
-    def _augment(self, x: Tensor, label: int, position: int) -> tuple[Tensor, int, Tensor]:
+    def _augment(self, x: Tensor, label: int, position: int) -> tuple[Tensor, int, Tensor, bool]:
         """The picture turned a little; at times also turned by a symmetry, halved or mixed; and then faint, faded or blurred. Its label
-        then, and the noise that is to be added."""
+        then, the noise that is to be added, and whether it stayed plain for want of a half or mixture that is no letter."""
         config = self.config
         generator = position_generator(config.run.seed, position, "augment")
         angle = (2 * float(torch.rand((), generator=generator)) - 1) * config.rotation_degrees
@@ -156,12 +158,12 @@ class JudgeTraining(pl.LightningModule):
             if (reading := turned_label(label, view.name)) is not None:
                 x, label = view(x), reading
         noise = config.noise * torch.randn(x.shape, generator=generator).to(x)
-        x, label = self._drawn(x, label, position, drawn - config.turned_share)
-        return x, label, noise
+        x, label, plain = self._drawn(x, label, position, drawn - config.turned_share)
+        return x, label, noise, plain
 
-    def _drawn(self, x: Tensor, label: int, position: int, drawn: float) -> tuple[Tensor, int]:
-        """The picture halved or mixed, where the number drawn falls into their shares, and as models draw it. These have a generator of
-        their own, so that a judge without them is what it was."""
+    def _drawn(self, x: Tensor, label: int, position: int, drawn: float) -> tuple[Tensor, int, bool]:
+        """The picture halved or mixed, where the number drawn falls into their shares, and as models draw it; its label, and whether there
+        was no such half or mixture. These have a generator of their own, so that a judge without them is what it was."""
         config = self.config
         generator = position_generator(config.run.seed, position, "kinds")
         kinds = []
@@ -170,9 +172,12 @@ class JudgeTraining(pl.LightningModule):
         for kind, share in (("ghost", config.ghost_share), ("faded", config.faded_share), ("blurred", config.blurred_share)):
             chosen = float(torch.rand((), generator=generator)) < share
             kinds += [kind] if chosen and not (kind == "ghost" and kinds) else []  # three letters on each other are not asked for
+        plain = False
         for kind in kinds:
-            x, label = self.train_drawing.draw(kind, x, label, position, generator) or (x, label)
-        return x, label
+            found = self.train_drawing.draw(kind, x, label, position, generator)
+            plain |= found is None and kind in ("half", "mixed")
+            x, label = found or (x, label)
+        return x, label, plain
 
     @torch.no_grad()
     def _round_trips(self, x: Tensor, positions: list[int]) -> Tensor:
