@@ -19,8 +19,8 @@ for name in ${JUDGES:-a b c d}; do
   case $name in
     a) judge a 201 judge_resnet STIXGeneral STIXGeneralBol STIXGeneralBolIta STIXGeneralItalic ;;
     b) judge b 202 judge_resnet DejaVuSerif DejaVuSerif-Bold DejaVuSerif-BoldItalic DejaVuSerif-Italic ;;
-    c) judge c 203 judge_regnet DejaVuSans DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique ;;
-    d) judge d 204 judge_regnet cmb10 cmmi10 cmr10 cmti10 ;;
+    c) judge c 203 judge_densenet DejaVuSans DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique ;;
+    d) judge d 204 judge_densenet cmb10 cmmi10 cmr10 cmti10 ;;
     *) echo "error: JUDGES names '$name', wanted some of a b c d" >&2; exit 2 ;;
   esac
 done

@@ -47,8 +47,9 @@ def _switch(value: Any) -> bool:
 
 
 ARGUMENTS = {  # of timm.create_model that an architecture may be given: sizes
-    **dict.fromkeys(("channels", "layers", "depths", "dims"), _counts),
-    **dict.fromkeys(("stem_width", "base_width", "cardinality", "embed_dim", "depth", "num_heads", "patch_size", "img_size"), _count),
+    **dict.fromkeys(("channels", "layers", "depths", "dims", "block_config"), _counts),
+    **dict.fromkeys(("stem_width", "base_width", "cardinality", "growth_rate"), _count),
+    **dict.fromkeys(("embed_dim", "depth", "num_heads", "patch_size", "img_size"), _count),
     **dict.fromkeys(("drop_rate", "drop_path_rate"), _share),
     "avg_down": _switch,
 }
