@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import eqldm
-from eqldm.anagram.animation import write_animation
+from eqldm.anagram.animation import check_writable, write_animation
 from eqldm.anagram.gallery import Shown
 from eqldm.anagram.options import Options
 from eqldm.anagram.recipes import Anagram, Composition, Recipe, recipe_sheet
@@ -51,6 +51,8 @@ def sample_to_folder(args: argparse.Namespace) -> Path:
     check_seeds(args.seed, args.num_samples)
     options = options_of(args)
     options.check(len(args.prompts))  # before the model is opened, which takes time
+    for kind in args.animate:
+        check_writable(kind)
     model = str(opened(args.model) if args.model else PRETRAINED / DEFAULT)
     sampler = Sampler.open(model, args.device, args.precision)
     sampler.save_memory(args.attention_slicing, args.tiled, args.offload)

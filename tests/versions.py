@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -52,10 +52,18 @@ def locked() -> dict[str, str]:
 
 
 def differences() -> list[tuple[str, str, str]]:
-    """`(name, the lock's version, the installed one)` of the requirements that are installed in another version than the lock's."""
+    """`(name, the lock's version, the installed one)` of the requirements that are installed in another version than the lock's, or "none"
+    where they are not."""
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "none"
+
     found = {normalised(requirement.name) for requirement in requirements() if requirement.marker is None or requirement.marker.evaluate()}
-    pairs = [(name, locked()[name], version(name)) for name in sorted(found)]
-    return [(name, wanted, installed) for name, wanted, installed in pairs if wanted != installed]
+    triples = [(name, locked()[name], installed(name)) for name in sorted(found)]
+    return [(name, wanted, now) for name, wanted, now in triples if wanted != now]
 
 
 def normalised(name: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -157,14 +157,30 @@ def _with_prompt(picture: Image.Image, prompt: str, strength: float) -> Image.Im
     return whole
 
 
-def write_animation(frames: Sequence[Frame], path: Path, kind: str) -> None:
-    """Writes frames as one of `FORMATS`, looping for ever. Raises ValueError for another; OSError."""
+def check_writable(kind: str) -> None:
+    """Raises ValueError for what is none of `FORMATS`, or needs a library that is not installed."""
     if kind not in FORMATS:
         raise ValueError(f"animation '{kind}': wanted one of {', '.join(FORMATS)}")
+    if kind == "mp4":
+        _pyav()
+
+
+def write_animation(frames: Sequence[Frame], path: Path, kind: str) -> None:
+    """Writes frames as one of `FORMATS`, looping for ever. Raises ValueError as `check_writable`; OSError."""
+    check_writable(kind)
     _WRITERS[kind](frames, path)
 
 
+def _pyav():
+    """The library, imported where a film is written: all else works without."""
+    try:
+        return importlib.import_module("av")
+    except ModuleNotFoundError as error:
+        raise ValueError("animation 'mp4' needs PyAV, which is not installed: pip install av, or take gif or webp") from error
+
+
 def _write_mp4(frames: Sequence[Frame], path: Path) -> None:
+    av = _pyav()
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
         stream = file.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "medium"})
         stream.width, stream.height = frames[0].picture.size

@@ -7,6 +7,7 @@ NAME        any timm backbone's pooled ones: `--features NAME=WEIGHTS`
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +16,6 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torchvision.transforms.functional import InterpolationMode, center_crop, normalize, resize
 
 from eqldm.data.samples import to_bytes
@@ -36,6 +36,16 @@ class Features:
     extract: Callable[[Tensor], Tensor]
 
 
+def torch_fidelity(module: str):
+    """A module of torch-fidelity, imported where it is used: a training that looks at its letters needs none of it.
+
+    Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module(f"torch_fidelity.{module}")
+    except ModuleNotFoundError as error:
+        raise ValueError("distances between pictures need torch-fidelity, which is not installed: pip install torch-fidelity") from error
+
+
 def judge_features(judge: Judge) -> Features:
     """The judge's."""
     return Features("judge", judge.hash, lambda x: judge.features(x.cpu()).float())
@@ -47,12 +57,14 @@ def inception_features(weights: Path | None = None, device: str | torch.device =
     Raises FileNotFoundError, with the way to get it; ValueError where the file holds something else.
     Source: FID, arXiv 1706.08500.
     """
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name)
+    theirs = torch_fidelity("feature_extractor_inceptionv3")
+    url = theirs.URL_INCEPTION_V3
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name)
     if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at '{path}': get {URL_INCEPTION_V3}, and put it there or give --inception FILE")
+        raise FileNotFoundError(f"no Inception weights at '{path}': get {url}, and put it there or give --inception FILE")
     read_weights(path)  # a file that is more than tensors is refused here, for the library would run it
     try:
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+        network = theirs.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
     except RuntimeError as error:
         raise ValueError(f"'{path}' holds no weights of torch-fidelity's InceptionV3") from error
     return Features("inception", weights_hash(network), lambda x: network(to_bytes(x).to(device))[0].float().cpu())

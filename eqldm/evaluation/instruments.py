@@ -11,7 +11,7 @@ import torch
 
 from eqldm.autoencoder.losses import load_lpips
 from eqldm.evaluation.clip import HOW, Clip
-from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features
+from eqldm.evaluation.features import Features, inception_features, judge_features, timm_features, torch_fidelity
 from eqldm.evaluation.judge import Judge
 from eqldm.evaluation.judges import open_judges
 from eqldm.evaluation.notes import Notes
@@ -93,6 +93,8 @@ class Instruments:
         return chooser
 
     def _features(self) -> list[Features]:
+        if WEIGHTS["inception"].intersection(self.asked):
+            torch_fidelity("metric_prc")  # missing, it is told now and not after hours of sampling
         found = [judge_features(self.judge)] if self.judge else []
         for text in self.args.features:
             name, _, path = text.partition("=")

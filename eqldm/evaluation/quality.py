@@ -13,13 +13,12 @@ from functools import partial
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eqldm.autoencoder.equivariance import psnr
 from eqldm.data.samples import collate
 from eqldm.evaluation.bootstrap import Findings
-from eqldm.evaluation.features import Features
+from eqldm.evaluation.features import Features, torch_fidelity
 from eqldm.evaluation.finite import finite
 from eqldm.evaluation.judge import LETTERS, Judge
 from eqldm.evaluation.judges import by_judge, by_suffix
@@ -146,7 +145,8 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     there on features of VGG16.
     """
     _check(real, fake)
-    found = prc_features_to_metric(fake.float(), real.float(), prc_neighborhood=NEIGHBOURS, verbose=False)
+    theirs = torch_fidelity("metric_prc")
+    found = theirs.prc_features_to_metric(fake.float(), real.float(), prc_neighborhood=NEIGHBOURS, verbose=False)
     return found["precision"], found["recall"]
 
 
