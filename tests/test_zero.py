@@ -32,7 +32,8 @@ def options(tmp_path_factory, tiny_pictures, tiny_model_folder, write_tiny_unet_
 
 def python(*words) -> subprocess.CompletedProcess:
     """A process of one thread, in the repository."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -79,7 +80,7 @@ def test_adamw_with_the_average_steps_as_adamw_and_averages(tmp_path):
     assert torch.equal(again.state[a]["ema"], ours.state[a]["ema"])
 
 
-def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
+def stop_at(options: Path, run: Path, step: int, *overrides: str, processes: int = 2) -> None:
     """A run that a signal of the scheduler ends at a step, with a checkpoint."""
     code = (
         "import signal, train\n"
@@ -92,7 +93,7 @@ def stop_at(options: Path, run: Path, step: int, *overrides: str) -> None:
     )
     script = run.parent / f"{run.name}_stop.py"
     script.write_text(code)
-    done = python(script, options, f"run.dir={run}", "run.devices=2", *overrides)
+    done = python(script, options, f"run.dir={run}", f"run.devices={processes}", *overrides)
     assert done.returncode == 75 and f"at step {step}, with a checkpoint" in done.stdout, done.stderr[-3000:]
 
 
@@ -105,9 +106,9 @@ def test_a_process_alone_computes_the_same_under_zero(options, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("strategy", ZERO)
 def test_on_a_gpu_in_bfloat16(options, tmp_path, strategy):
+    pytest.importorskip("deepspeed")
     chosen = ["run.accelerator=gpu", "run.precision=bf16-mixed", "data.micro_batch_size=2"]
     for name in ("auto", strategy):
         done = train(options, tmp_path / name, f"run.strategy={name}", *chosen, processes=1)
@@ -115,6 +116,28 @@ def test_on_a_gpu_in_bfloat16(options, tmp_path, strategy):
     assert logged(tmp_path / strategy, "val/loss") == pytest.approx(logged(tmp_path / "auto", "val/loss"), rel=0.02)
     start, after = weights(Path(load_config(options).model)), weights(tmp_path / strategy / "model")
     assert sum(not torch.equal(start[name], after[name]) for name in start) > len(start) / 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accelerator"),
+    [
+        pytest.param("zero2", "cpu", marks=pytest.mark.slow),
+        *(pytest.param(strategy, "gpu", marks=pytest.mark.gpu) for strategy in ZERO),
+    ],
+)
+def test_one_device_trains_saves_resumes_and_exports(options, tmp_path, strategy, accelerator):
+    """Stopped at step 2 and gone on with, against a run without ZeRO that was not stopped; and the checkpoint's own export."""
+    pytest.importorskip("deepspeed")
+    chosen = [f"run.accelerator={accelerator}", "data.micro_batch_size=2"]
+    one, run, each = tmp_path / "one", tmp_path / strategy, [*chosen, f"run.strategy={strategy}", "run.checkpoint_every=1"]
+    assert train(options, one, *chosen, processes=1).returncode == 0
+    stop_at(options, run, 2, *each, processes=1)
+    done = train(options, run, *each, processes=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(options, one, run)
+    exported = python("-m", "eqldm.export", f"{run}@3", "--out", tmp_path / "exported")
+    assert exported.returncode == 0, exported.stderr[-3000:]
+    assert all(torch.equal(value, weights(tmp_path / "exported")[name]) for name, value in weights(run / "model").items())
 
 
 def check_same(options: Path, one: Path, other: Path, least: float = 0.01) -> None:

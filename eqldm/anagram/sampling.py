@@ -157,7 +157,9 @@ class Sampler:
 
     def check_negation(self, views: Sequence[View]) -> None:
         """Raises ValueError where a view negates and the autoencoder's latents do not know it."""
-        if any(view.sign < 0 for view in views) and not isinstance(self.vae, Pixels) and (error := negation_error(self.vae)) > 0.2:
+        if not any(view.sign < 0 for view in views) or isinstance(self.vae, Pixels):
+            return
+        if (error := negation_error(self.vae, device=self.device)) > 0.2:
             raise ValueError(
                 f"view 'negate': this autoencoder was not trained with negation (D(-z) is {error:.2f} away from -D(z), trained ones .08): "
                 "train it with equivariance.negate_prob, or sample all the same with --force"
