@@ -2,40 +2,54 @@
 
     python benchmarks/train_step.py --out DIR
 
-makes, once, a model of Stable Diffusion 1.5's size with random weights, pictures and latents under DIR, then trains a few steps of each row
-below (those of configs/sd15/vae_d4.yaml and unet_full.yaml, at 256 px). A row is train.py itself with these options: reading, losses, EMA
-and logging are in its figures, the first steps are not. A second call goes on; `--only` runs some rows. Writes DIR/table.md.
+trains some steps of each row below, those of configs/sd15/vae_d4.yaml and unet_full.yaml at 256 px, on networks of Stable Diffusion 1.5's
+size with random weights, pictures and latents, which take as long as real ones. It is the training of train.py: its module, data, trainer,
+EMA and logs. But no model is read first, the first third of the steps is left out of the figures, and no checkpoint is written.
+A second call goes on; `--only` runs some rows. Writes DIR/table.md.
 
 On a CPU it shows that it works: give a small model (--model) and small pictures.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import io
 import json
+import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from torchvision.models import VGG16_Weights, vgg16
 
-from eqldm.budget import STABLE_DIFFUSION
+from eqldm.autoencoder.module import Autoencoder
+from eqldm.budget import STABLE_DIFFUSION, operations
+from eqldm.config import AutoencoderConfig, DiffusionConfig, load_config
+from eqldm.data.module import ShardData
+from eqldm.data.samples import pack_array
 from eqldm.data.shards import MANIFEST, write_manifest, write_shard
 from eqldm.diffusion.conditioning import make_text_encoder, make_tokenizer
-from eqldm.model_folder import save_model_folder
-from steps import call, encode, last, logged, path, shards, table
+from eqldm.diffusion.module import LatentDiffusion
+from eqldm.model_folder import Networks, downsampling, load_vae
+from eqldm.training.callbacks import SaveLast
+from eqldm.training.speed import Utilisation
+from eqldm.training.trainer import make_trainer
+from steps import ROOT, last, logged, path, print_table, script, shards, table
 
 CAPTION = "a picture of coloured clouds"
 VAE, UNET = "configs/sd15/vae_d4.yaml", "configs/sd15/unet_full.yaml"
 FAST = ["run.precision=bf16-mixed", "run.channels_last=true", "run.compile=true"]
 PLAIN = ["run.precision=32-true", "run.channels_last=false", "run.compile=false"]
+RANDOM = "random"  # what stands for the VAE's hash: the latents are of none
 ROWS = {  # name: config, options
     "vae, plain": (VAE, PLAIN),
     "vae, bf16": (VAE, [FAST[0], *PLAIN[1:]]),
@@ -51,24 +65,20 @@ ROWS = {  # name: config, options
 }
 
 
-def make_model(folder: Path) -> Path:
-    """Stable Diffusion 1.5's networks with random weights."""
-    if not folder.is_dir():
-        torch.manual_seed(0)
-        tokenizer = make_tokenizer([CAPTION])
-        tokenizer.model_max_length = 77
-        text = {
-            name: size for name, size in STABLE_DIFFUSION["text_encoder"].items() if name not in ("vocab_size", "max_position_embeddings")
-        }
-        save_model_folder(
-            folder,
-            vae=AutoencoderKL(**STABLE_DIFFUSION["vae"], sample_size=512),
-            unet=UNet2DConditionModel(**STABLE_DIFFUSION["unet"], sample_size=64, cross_attention_dim=text["hidden_size"]),
-            tokenizer=tokenizer,
-            text_encoder=make_text_encoder(tokenizer, **text),
-            scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
-        )
-    return folder
+def make_networks(model: Path | None, device: str | torch.device = "cpu") -> tuple[Networks, AutoencoderKL]:
+    """Those of a model folder; without one of Stable Diffusion 1.5's size with random weights, made on the device, which takes seconds."""
+    if model:
+        return Networks.open(model), load_vae(model)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer([CAPTION])
+    tokenizer.model_max_length = STABLE_DIFFUSION["text_encoder"]["max_position_embeddings"]
+    text = {name: size for name, size in STABLE_DIFFUSION["text_encoder"].items() if name not in ("vocab_size", "max_position_embeddings")}
+    with torch.device(device):
+        vae = AutoencoderKL(**STABLE_DIFFUSION["vae"], sample_size=512)
+        unet = UNet2DConditionModel(**STABLE_DIFFUSION["unet"], sample_size=64, cross_attention_dim=text["hidden_size"])
+        text_encoder = make_text_encoder(tokenizer, **text)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    return Networks(unet, tokenizer, text_encoder, scheduler), vae
 
 
 def make_pictures(folder: Path, count: int, size: int) -> Path:
@@ -91,6 +101,28 @@ def clouds(count: int, size: int) -> Iterator[dict]:
         yield {"__key__": f"{number:06d}", "jpg": buffer.getvalue(), "txt": CAPTION}
 
 
+def make_latents(folder: Path, count: int, cells: int, vae: AutoencoderKL, networks: Networks) -> Path:
+    """`train` and `val` of random latents [C, cells, cells] with prompt embeddings, in float16, as data/encode_latents.py writes them."""
+    generator = torch.Generator().manual_seed(0)
+    channels, text = vae.config.latent_channels, networks.text_encoder.config
+    for split in ("train", "val"):
+        if not (folder / split / MANIFEST).is_file():
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            samples = (
+                {
+                    "__key__": f"{number:06d}",
+                    "moments.npy": pack_array(torch.randn(2 * channels, cells, cells, generator=generator).half()),
+                    "txt": CAPTION,
+                    "prompt_embeds.npy": pack_array(
+                        torch.randn(networks.tokenizer.model_max_length, text.hidden_size, generator=generator).half()
+                    ),
+                }
+                for number in range(count)
+            )
+            write_manifest(folder / split, [write_shard(folder / split / f"{split}-000000.tar", samples)], kind="latents", vae_hash=RANDOM)
+    return folder
+
+
 def make_vgg(home: Path) -> None:
     """Random weights for LPIPS where torch's hub folder lacks VGG16's: they cost as much."""
     name = Path("checkpoints") / Path(VGG16_Weights.IMAGENET1K_V1.url).name
@@ -102,15 +134,108 @@ def make_vgg(home: Path) -> None:
             torch.save(vgg16().state_dict(), target)
 
 
+class Enough(Callback):
+    """Ends a training so many seconds after its second step: the first ones compile, and find memory."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.start = seconds, 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 2 and not self.start:
+            self.start = time.perf_counter()
+        if self.start and time.perf_counter() - self.start > self.seconds:
+            trainer.should_stop = True
+
+
+def row_config(
+    row: tuple[str, Sequence[str]], size: int, batch: int, num_steps: int, folder: Path, model: Path | None, overrides: Sequence[str] = ()
+) -> AutoencoderConfig | DiffusionConfig:
+    """The options of a row, of pictures of `size` px, `batch` at a time, from `folder`'s pictures or latents, for its run."""
+    config, options = row
+    data, never = folder / (f"pictures-{size}" if config == VAE else f"latents-{size}"), 10 * num_steps
+    own = (
+        ["fold.num_images=0", "fold.align_to=null", "loss.adversarial_start=0"]
+        if config == VAE
+        else ["sample_prompts=[]", "boundary_steps=0"]
+    )
+    models = [f"model={model}", *([] if config == VAE else [f"vae={model}"])] if model else []
+    steps = [
+        f"run.num_steps={num_steps}",
+        f"run.log_every={max(1, num_steps // 12)}",
+        f"run.val_every={never}",
+        f"run.checkpoint_every={never}",
+    ]
+    sizes = [f"data.image_size={size}", f"data.batch_size={batch}", f"data.micro_batch_size={batch}", "data.val_samples=1", "run.devices=1"]
+    small = ["optimizer.warmup_steps=0", "optimizer.learning_rate=1e-6"]  # random weights must not run away
+    found = load_config(
+        ROOT / config, last([*shards(data), f"run.dir={folder / 'run'}", *models, *own, *steps, *sizes, *small, *options, *overrides])
+    )
+    assert isinstance(found, AutoencoderConfig | DiffusionConfig)
+    return found
+
+
+def make_data(config: AutoencoderConfig | DiffusionConfig, count: int, vae: AutoencoderKL, networks: Networks) -> None:
+    """What a row trains on, unless it is there."""
+    folder, size = Path(config.data.train).parent, config.data.image_size
+    assert size is not None
+    if isinstance(config, AutoencoderConfig):
+        make_pictures(folder, count, size)
+    else:
+        make_latents(folder, count, size // downsampling(vae), vae, networks)
+
+
+def train_row(
+    config: AutoencoderConfig | DiffusionConfig, vae: AutoencoderKL, networks: Networks, seconds: float = math.inf,
+    per_picture: float | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """What `measured` finds of a row's training, of at most so many seconds after its second step.
+
+    per_picture: floating-point operations of a step, for MFU.  Raises torch.OutOfMemoryError.
+    """
+    run = Path(config.run.dir)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    callbacks = [Utilisation(per_picture or math.nan), Enough(seconds)]
+    if isinstance(config, AutoencoderConfig):
+        module, data = Autoencoder(config, vae.train()), ShardData(config)
+        trainer = make_trainer(config, False, callbacks, unused_parameters=module.discriminator is not None)
+    else:
+        networks.text_encoder.requires_grad_(False)
+        if config.gradient_checkpointing:
+            networks.unet.enable_gradient_checkpointing()
+        module, data = LatentDiffusion(config, vae, networks), ShardData(config, need_captions=True, vae_hash=RANDOM)
+        trainer = make_trainer(config, True, callbacks)
+    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SaveLast)]
+    trainer.limit_val_batches = 0
+    try:
+        trainer.fit(module, data)
+        return measured(run)
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def release() -> None:
+    """Frees what the row before has taken of the device, and forgets what it has compiled."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def measured(run: Path) -> dict[str, float]:
-    """The medians of what a run logged, its first third left out: compilation, and memory that is still to be found."""
+    """The medians of what a run logged, its first third left out: compilation, and memory that is still to be found.
+
+    Raises ValueError where it logged nothing."""
     rows = logged(run, "train/samples_per_second")
     rows = rows[len(rows) // 3 :]
     found = {}
     for name in ("train/samples_per_second", "train/mfu", "train/max_memory_gb"):
-        values = [float(row[name]) for row in rows if row.get(name)]
+        values = [float(row[name]) for row in rows if row.get(name) and math.isfinite(float(row[name]))]
         if values:
             found[name] = statistics.median(values)
+    if not found:
+        raise ValueError("there was no time for the steps of a line of the log")
     return found
 
 
@@ -126,8 +251,35 @@ def report(results: dict[str, dict[str, float]]) -> str:
     return table("", ["pictures/s", "times plain", "MFU", "GB"], rows)
 
 
+@cache
+def per_picture(config: str, size: int, model: Path | None) -> float:
+    """Floating-point operations of a row's step, whatever its options for speed."""
+    return operations(row_config((config, []), size, 1, 1, Path("none"), model))
+
+
+def run(args) -> str:
+    """Trains the rows that are not in the table yet; returns it."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    make_vgg(args.out / "torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    store = args.out / "results.json"
+    results = json.loads(store.read_text()) if store.is_file() else {}
+    for name in (name for name in args.only if name not in results):
+        print(f"{name} ...", flush=True)
+        row, (networks, vae) = ROWS[name], make_networks(args.model, device)
+        batch = args.vae_batch if row[0] == VAE else args.unet_batch
+        config = row_config(row, args.size, batch, args.num_steps, args.out, args.model, args.set)
+        make_data(config, args.num_images, vae, networks)
+        results[name] = train_row(config, vae, networks, per_picture=per_picture(row[0], args.size, args.model))
+        del networks, vae
+        release()
+        store.write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "table.md").write_text(report(results))
+    return report({name: results[name] for name in ROWS if name in results})
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     parser.add_argument("--out", type=path, required=True)
     parser.add_argument("--model", type=path, help="model folder to start from (default: one of full size, made here)")
     parser.add_argument("--size", type=int, default=256, help="of the pictures, px")
@@ -137,37 +289,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of every row")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    make_vgg(args.out / "torch")
-    model = args.model or make_model(args.out / "model")
-    pictures = make_pictures(args.out / "pictures", args.num_images, args.size)
-    latents = args.out / "latents"
-    if any(ROWS[name][0] == UNET for name in args.only):
-        encode(pictures, model, latents, "--prompt-embeds", "--bf16")
-    store = args.out / "results.json"
-    results = json.loads(store.read_text()) if store.is_file() else {}
-    for name in (name for name in args.only if name not in results):
-        config, options = ROWS[name]
-        vae, run = config == VAE, args.out / "run"
-        shutil.rmtree(run, ignore_errors=True)  # of a row that was stopped
-        batch = args.vae_batch if vae else args.unet_batch
-        own = ["fold.num_images=0", "fold.align_to=null", "loss.adversarial_start=0"] if vae else [f"vae={model}", "sample_prompts=[]"]
-        steps = [
-            f"run.num_steps={args.num_steps}",
-            f"run.log_every={max(1, args.num_steps // 12)}",
-            "run.devices=1",
-            "optimizer.warmup_steps=0",
-        ]
-        never = [f"run.{key}={10 * args.num_steps}" for key in ("val_every", "checkpoint_every")]
-        sizes = [f"data.image_size={args.size}", f"data.batch_size={batch}", f"data.micro_batch_size={batch}", "data.val_samples=1"]
-        where = [f"run.dir={run}", f"model={model}", *shards(pictures if vae else latents), *([] if vae else ["boundary_steps=0"])]
-        call("train.py", config, *last([*where, *own, *steps, *never, *sizes, *options, *args.set]))
-        results[name] = measured(run)
-        shutil.rmtree(run)  # a checkpoint of full size takes 14 GB
-        store.write_text(json.dumps(results, indent=2) + "\n")
-        (args.out / "table.md").write_text(report(results))
-    print(report({name: results[name] for name in ROWS if name in results}))
+    print_table(parser, run)
 
 
 if __name__ == "__main__":
