@@ -25,6 +25,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+import eqldm
 from eqldm.atomic import recover_folder, write_whole
 from eqldm.config import StageConfig, to_yaml
 from eqldm.data.remote import is_remote
@@ -291,8 +292,9 @@ def _digest(name: str, source: str, as_it_lies: bool = False) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
-    packages = ("torch", "pytorch-lightning", "diffusers", "transformers", "webdataset", "timm", "torchmetrics", "eqldm")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    packages = ("torch", "pytorch-lightning", "diffusers", "transformers", "webdataset", "timm", "torchmetrics")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found, "eqldm": eqldm.__version__}  # which may run from a clone, not installed
 
 
 def _differences(old: DictConfig, new: DictConfig) -> list[str]:
