@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,15 +25,16 @@ from eqldm.training.run_folder import git_commit
 from eqldm.views import parse_view
 
 
-def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, a list of the rounds; before them each is done once."""
+def measure(ways: Mapping[str, Callable[[int], object]], rounds: int, num_steps: int, warm_up: int | None = None) -> dict[str, list[float]]:
+    """Seconds of each way, a list of the rounds; before them each is done once. ways: take the number of steps.  warm_up: the number of
+    that first time, where it is another."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
-        way()
+        way(warm_up or num_steps)
     for _ in range(rounds):
         for name, way in ways.items():
             begun = time.perf_counter()
-            way()
+            way(num_steps)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begun)
@@ -49,13 +50,13 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 def run(args: argparse.Namespace) -> str:
     sampler = Sampler.open(args.model, args.device, args.precision)
     prompts, views = ["the letter A", "the letter V"], [parse_view("identity"), parse_view("rotate_180")]
-    options, seeds = {"num_inference_steps": args.num_inference_steps}, range(args.num_pictures)
+    seeds = range(args.num_pictures)
     ways = {
-        "a loop of one": lambda: [sampler(prompts, views, [seed], **options) for seed in seeds],
-        "one batch": lambda: sampler(prompts, views, seeds, **options),
-        "one batch, blended in pixels": lambda: sampler(prompts, views, seeds, blend="pixels", **options),
+        "a loop of one": lambda n: [sampler(prompts, views, [seed], num_inference_steps=n) for seed in seeds],
+        "one batch": lambda n: sampler(prompts, views, seeds, num_inference_steps=n),
+        "one batch, blended in pixels": lambda n: sampler(prompts, views, seeds, blend="pixels", num_inference_steps=n),
     }
-    seconds = measure(ways, args.rounds)
+    seconds = measure(ways, args.rounds, args.num_inference_steps)
     ratios = {
         "a loop of one / one batch": ratio(seconds["a loop of one"], seconds["one batch"]),
         "blended in pixels / in latents": ratio(seconds["one batch, blended in pixels"], seconds["one batch"]),

@@ -226,14 +226,21 @@ def _vae(arguments: dict) -> AutoencoderKL:
         return make(AutoencoderKL, "architecture", arguments)
 
 
+def counted(
+    config: AutoencoderConfig | DiffusionConfig, size: int, notes: list[str]
+) -> tuple[dict[str, nn.Module], Callable[[int], list[Tensor]], int]:
+    """What is counted: a run's networks on the meta device; its training step on pictures of a count, which gives the losses; and the
+    parameters that the EMA copies."""
+    with torch.device("meta"):
+        return _autoencoder(config, size, notes) if isinstance(config, AutoencoderConfig) else _diffusion(config, size, notes)
+
+
 @contextmanager
 def _fakes(
     config: AutoencoderConfig | DiffusionConfig, size: int, notes: list[str]
 ) -> Iterator[tuple[dict[str, nn.Module], Callable, int]]:
-    """What `_autoencoder` or `_diffusion` gives, as fake tensors, within whose mode the block runs."""
-    with torch.device("meta"):
-        built = _autoencoder(config, size, notes) if isinstance(config, AutoencoderConfig) else _diffusion(config, size, notes)
-    networks, step, kept = built
+    """What `counted` gives, as fake tensors, within whose mode the block runs."""
+    networks, step, kept = counted(config, size, notes)
     with FakeTensorMode():
         for network in networks.values():
             _fake(network)

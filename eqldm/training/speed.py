@@ -46,6 +46,15 @@ def note_precision(folder: Path, precision: str) -> None:
     write_whole(path, lambda partial: partial.write_text(precision + "\n"))
 
 
+def peak_of(device: torch.device, bf16: bool) -> float | None:
+    """FLOP/s that a CUDA device computes at most, in bfloat16 or float32; None where that is not known."""
+    peak: float | None = get_available_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    if peak is None and bf16:  # Lightning's table knows an H200 by other names than its driver gives
+        name = torch.cuda.get_device_name(device)
+        peak = next((1e12 * peak for known, (_, peak) in GPUS.items() if known in name), None)
+    return peak
+
+
 class Throughput(Callback):
     """Logs `train/samples_per_second`, over all processes; prints a line of progress where no bar can be drawn."""
 
@@ -86,11 +95,7 @@ class Utilisation(Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         device = trainer.strategy.root_device
         if self.peak is None and device.type == "cuda":
-            bf16 = resolved_precision(pl_module.config.run) == "bf16-mixed"
-            self.peak = get_available_flops(device, torch.bfloat16 if bf16 else torch.float32)
-            if self.peak is None and bf16:  # Lightning's table knows an H200 by other names than its driver gives
-                name = torch.cuda.get_device_name(device)
-                self.peak = next((1e12 * peak for known, (_, peak) in GPUS.items() if known in name), None)
+            self.peak = peak_of(device, resolved_precision(pl_module.config.run) == "bf16-mixed")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         rate = trainer.callback_metrics.get("train/samples_per_second")
