@@ -1,4 +1,4 @@
-# make setup | demo | demo-scratch | test | test-slow | test-faults | test-slurm | test-all | test-oldest | test-newest | lint | clean-demo
+# make setup | demo | demo-scratch | test | test-slow | test-faults | test-slurm | test-all | test-oldest | test-newest | gpu-check | lint | clean-demo
 # RUN=FOLDER: where a demo writes.  LOCK=FILE: the versions that are installed; LOCK= takes the newest that there are
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 LOCK ?= requirements.lock
 STAMP := $(VENV)/.installed$(if $(LOCK),,-newest)
 
-.PHONY: setup demo demo-scratch test test-slow test-faults test-slurm test-all test-oldest test-newest lint clean-demo
+.PHONY: setup demo demo-scratch test test-slow test-faults test-slurm test-all test-oldest test-newest gpu-check lint clean-demo
 
 setup: $(STAMP)
 
@@ -54,6 +54,12 @@ test-faults: setup
 # The jobs of slurm/ on a Slurm of two nodes, started here; as root, after apt-get install slurm-wlm munge
 test-slurm: setup
 	$(PY) -m pytest -q -m slurm -rs tests/slurm
+
+# What there is to know of it on a GPU, in so many minutes: docs/gpu.md
+gpu-check: MINUTES ?= 9
+gpu-check: OUT ?= runs/gpu
+gpu-check: setup
+	$(PY) benchmarks/gpu.py --minutes '$(MINUTES)' --out '$(OUT)' $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

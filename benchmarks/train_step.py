@@ -76,7 +76,7 @@ def make_networks(model: Path | None, device: str | torch.device = "cpu") -> tup
     with torch.device(device):
         vae = AutoencoderKL(**STABLE_DIFFUSION["vae"], sample_size=512)
         unet = UNet2DConditionModel(**STABLE_DIFFUSION["unet"], sample_size=64, cross_attention_dim=text["hidden_size"])
-        text_encoder = make_text_encoder(tokenizer, **text)
+    text_encoder = make_text_encoder(tokenizer, **text).to(device)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
     return Networks(unet, tokenizer, text_encoder, scheduler), vae
 

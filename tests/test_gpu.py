@@ -124,11 +124,11 @@ def test_a_part_that_does_not_end_is_ended_with_all_that_it_started(clock, tmp_p
 
 
 def test_the_tests_end_when_time_is_up(clock, tmp_path):
-    recorder = gpu_right.Recorder(tmp_path, Time.of(10, clock))
+    recorder = gpu_right.Recorder(tmp_path, Time.of(10 + gpu_right.ENDING_SECONDS, clock))
     report = pytest.TestReport("tests/test_devices.py::test_it[cuda]", ("", 0, ""), {}, "passed", None, "call", duration=2.0)
     report.user_properties = [("levels of 255", 0.5)]
     recorder.pytest_runtest_logreport(report)
-    clock.wait(8)
+    clock.wait(10.5)
     with pytest.raises(pytest.exit.Exception, match="time is up"):
         recorder.pytest_runtest_logreport(report)
     (row, _) = results(tmp_path)
