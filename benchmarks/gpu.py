@@ -33,9 +33,17 @@ HERE = Path(__file__).resolve().parent
 PARTS = {"right": 150.0, "fast": 210.0, "sampling": 80.0, "learn": 100.0}  # in order of worth, and the shares of the time
 PREDICTED = "predicted"  # runs beside the parts, on the CPU
 TICK_SECONDS = 0.25
+EARLIER_SECONDS = 2.0
 GRACE_SECONDS = 5.0  # for a part that is told to end
 AGAIN_SECONDS = 20.0  # that must be left for a part to be started again
 WHOLE = "(the part)"
+
+
+def parts_of(args: Any) -> list[str]:
+    """Those that are asked for and can be run; the time of the others is theirs. Raises ValueError for a training without shards."""
+    if bool(args.config) != bool(args.shards):
+        raise ValueError("--config and --shards: give both, what to train and on what, or neither")
+    return [part for part in PARTS if part in args.only and (part != "learn" or args.tiny or args.config)]
 
 
 def limit_of(part: str, parts: Sequence[str], limit: Time) -> Time:
@@ -69,9 +77,9 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def start(part: str, args: Any, seconds: float, log, **environment: str) -> subprocess.Popen:
-    """A part's process, which leads a group of its own."""
-    words = ["--out", args.out, "--scratch", args.scratch, "--device", args.device, "--seconds", f"{seconds:.0f}"]
+def start(part: str, args: Any, limit: Time, log, **environment: str) -> subprocess.Popen:
+    """A part's process, which leads a group of its own. It is told to be done a little earlier than it is ended."""
+    words = ["--out", args.out, "--scratch", args.scratch, "--device", args.device, "--end", f"{limit.end - EARLIER_SECONDS:.2f}"]
     words += ["--tiny"] if args.tiny else []
     words += [word for name in ("config", "shards") if (value := getattr(args, name)) for word in (f"--{name}", value)]
     words += ["--set", *args.set] if args.set else []
@@ -87,7 +95,7 @@ def run_part(part: str, args: Any, limit: Time, log, tick: Callable[[], None]) -
     """Runs a part until its time is up, started again where an item ended it; notes how it ended where that was early."""
     while True:
         known = len(results(args.out))
-        status = watch(start(part, args, max(1.0, limit.left()), log), limit, tick)
+        status = watch(start(part, args, limit, log), limit, tick)
         if status == 0:
             return
         if status is None:
@@ -127,20 +135,19 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def run(args: Any) -> int:
     """Runs the parts. Raises ValueError where --out holds results, or there is no such device."""
-    limit, parts = Time.of(60 * args.minutes), [part for part in PARTS if part in args.only]
+    limit, parts = Time.of(60 * args.minutes), parts_of(args)
     if (args.out / RESULTS).exists():
         raise ValueError(f"--out '{args.out}' holds the results of another run: give another folder")
     found = about(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     note(args.out, "about", "machine", DONE, minutes=args.minutes, parts=parts, tiny=args.tiny, **found)
+    if "learn" in args.only and "learn" not in parts:
+        note(args.out, "learn", WHOLE, SKIPPED, why="no --config and --shards were given")
     shown = Shown(args.out)
     with open(args.out / "log.txt", "a") as log:
-        beside = start(PREDICTED, args, limit.left(), log, CUDA_VISIBLE_DEVICES="") if "fast" in parts else None
+        beside = start(PREDICTED, args, limit, log, CUDA_VISIBLE_DEVICES="") if "fast" in parts else None
         try:
             for part in parts:
-                if part == "learn" and not (args.tiny or (args.config and args.shards)):
-                    note(args.out, part, WHOLE, SKIPPED, why="no --config and --shards were given")
-                    continue
                 run_part(part, args, limit_of(part, parts, limit), log, shown)
             if beside and watch(beside, limit, shown) is None:
                 note(args.out, PREDICTED, WHOLE, STOPPED, why="its time was up")

@@ -27,9 +27,9 @@ from steps import ROOT, last, shards
 
 PIECE_BYTES = 15_000_000  # a file of OUT may be sent where 16 MB are the most
 EXPORT_SECONDS = 20.0  # for the export and the pieces, and for a run that is told to end
-PILOT_STEPS, PILOT_SHARE = 40, 0.25  # of the first run: its steps, and the share of the time that it may take
+PILOT_STEPS, PILOT_SHARE = 40, 0.35  # of the first run: its steps, and the share of the time that it may take
 MARGIN = 0.9  # of the steps that would fit
-REHEARSAL_SECONDS = 50.0
+REHEARSAL_STEPS = 20
 GLYPHS = "configs/glyphs/scratch_vae_plain.yaml"  # of the rehearsal
 
 
@@ -102,9 +102,9 @@ def steps_that_fit(args: argparse.Namespace, limit: Time) -> int:
     return int(MARGIN * (limit.left() - starting - EXPORT_SECONDS) * steps_a_second)
 
 
-def learn(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
+def learn(args: argparse.Namespace, limit: Time, most_steps: int = 10**9) -> dict[str, Any]:
     """Trains, exports, and writes the pieces. Raises RuntimeError where a command fails."""
-    planned, run = steps_that_fit(args, limit), args.scratch / "learn"
+    planned, run = min(most_steps, steps_that_fit(args, limit)), args.scratch / "learn"
     if planned < 2:
         raise RuntimeError(f"{planned} steps of the training fit into the time: give it more")
     process = start("train.py", args.config, *options(args, run, planned))
@@ -150,7 +150,7 @@ def rehearse(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
     args.config, args.shards = Path(GLYPHS), args.scratch / "glyphs"
     args.set = ["data.batch_size=8", "data.num_workers=0", "data.val_samples=16", *args.set]
     finish(["data/glyphs.py", "--out", args.shards, *words], limit)
-    return learn(args, limit.at_most(REHEARSAL_SECONDS))
+    return learn(args, limit, REHEARSAL_STEPS)
 
 
 def items(args: argparse.Namespace) -> Sequence[Item]:

@@ -119,8 +119,9 @@ def run_part(about: str | None, part: str, items: Callable[[argparse.Namespace],
     """A part's own command: finds out its items in --seconds."""
     parser = part_parser(about)
     parser.add_argument("--seconds", type=real(Range(1, 1e6)), default=600.0, help="until the part ends (default: 600)")
+    parser.add_argument("--end", type=float, help="when it ends, of time.monotonic(), which all processes of a machine share")
     args = parser.parse_args()
-    limit = Time.of(args.seconds)
+    limit = Time(args.end) if args.end else Time.of(args.seconds)
     args.scratch = args.scratch or args.out / "scratch"
     try:
         for folder in (args.out, args.scratch):

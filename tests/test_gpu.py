@@ -98,6 +98,15 @@ def test_the_parts_share_the_time(clock):
     assert gpu.limit_of("fast", ["fast", "sampling"], Time.of(290, clock)).left() == pytest.approx(210)
 
 
+def test_a_part_that_cannot_be_run_takes_no_time(tmp_path):
+    given = {"only": list(gpu.PARTS), "config": None, "shards": None}
+    assert gpu.parts_of(arguments(tmp_path, **given)) == ["right", "fast", "sampling"]
+    assert gpu.parts_of(arguments(tmp_path, **given, tiny=True)) == list(gpu.PARTS)
+    assert gpu.parts_of(arguments(tmp_path, only=["learn"])) == ["learn"]
+    with pytest.raises(ValueError, match="--config and --shards: give both"):
+        gpu.parts_of(arguments(tmp_path, only=["learn"], shards=None))
+
+
 def test_a_part_that_does_not_end_is_ended_with_all_that_it_started(clock, tmp_path, monkeypatch):
     code = (
         "import signal, subprocess, sys, time\n"
@@ -121,6 +130,19 @@ def test_a_part_that_does_not_end_is_ended_with_all_that_it_started(clock, tmp_p
         pytest.fail("its child goes on")
     done = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
     assert gpu.watch(done, Time.of(600)) == 7
+
+
+def test_a_part_is_told_the_end_that_it_is_ended_at(tmp_path):
+    """However long its imports take: seen, it counted from after them, and was ended before it thought that it had to be done."""
+    limit, args = Time.of(40), arguments(tmp_path, device="cpu", config=None, shards=None)
+    with open(tmp_path / "log.txt", "w") as log:
+        process = gpu.start("learn", args, limit, log)
+    try:
+        words = list(process.args)
+        assert float(words[words.index("--end") + 1]) == pytest.approx(limit.end - gpu.EARLIER_SECONDS, abs=0.1)
+        assert words[words.index("--device") + 1] == "cpu" and "--tiny" not in words and "--config" not in words
+    finally:
+        gpu.end(process)
 
 
 def test_the_tests_end_when_time_is_up(clock, tmp_path):
@@ -179,7 +201,7 @@ def test_a_part_that_dies_is_started_again_for_the_rest(tmp_path, monkeypatch):
     ).format(path=[str(ROOT), str(ROOT / "benchmarks")], out=str(tmp_path))
     starts = []
 
-    def start(part, args, seconds, log):
+    def start(part, args, limit, log):
         starts.append(part)
         return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 

@@ -47,6 +47,8 @@ def test_packages_that_cannot_be_fetched_are_told(monkeypatch):
 
 
 def test_python_is_the_one_that_is_promised():
-    bound = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bound, newest = project["requires-python"], [line.rpartition(" :: ")[2] for line in project["classifiers"]]
+    assert newest == ["3.11", "3.12", "3.13"] and "Python 3.11 to 3.13" in (ROOT / "docs" / "gpu.md").read_text()
     assert bound == ">=3.11" and "3.11 or newer" in (ROOT / "README.md").read_text() and sys.version_info >= (3, 11)
     assert "(3, 11)" in (ROOT / "Makefile").read_text()
