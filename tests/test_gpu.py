@@ -24,6 +24,7 @@ import gpu_report
 import gpu_right
 import gpu_sampling
 from eqldm.anagram.sampling import Sampler
+from eqldm.budget import UTILISATION
 from eqldm.views import parse_view
 from gpu_parts import BEGUN, BROKEN, DONE, FAILED, RESULTS, SKIPPED, Item, Time, do, note, results
 from steps import ROOT
@@ -267,6 +268,7 @@ def test_the_report_holds_targets_and_predictions(tmp_path):
     note(tmp_path, "sampling", "a", DONE, way="in latents", batch=4, seconds_a_picture=0.5, rounds=3)
     note(tmp_path, "sampling", "b", DONE, way="blended in pixels", batch=4, seconds_a_picture=1.5, rounds=3)
     note(tmp_path, "sampling", "c", SKIPPED, why="takes about 40 s, 3 s were left")
+    assert gpu_report.BUDGETED == UTILISATION
     text = gpu_report.report(results(tmp_path))
     assert "| unet, 256 px, batch 64, bf16, channels_last | 800.0 | 8.00 | 43.8% | 41.0 | 457/s, 40 GB |" in text
     assert "The UNet's best MFU is 43.8%; wanted on an H100: 40%, reached" in text
