@@ -152,7 +152,7 @@ def test_real_letters_are_the_controls(methods, tmp_path, tiny_pictures):
 
     (tmp_path / "good.csv").write_text("item,letter\n" + "".join(f"{item.item},{item.wanted}\n" for item in items))
     (tmp_path / "bad.csv").write_text("item,letter\n" + "".join(f"{item.item},-\n" for item in items))
-    table, agreement, *_, rates = scores.score(tmp_path, [tmp_path / name for name in ("good.csv", "bad.csv")]).split("\n\n")
+    table, agreement, *_, rates, _ = scores.score(tmp_path, [tmp_path / name for name in ("good.csv", "bad.csv")]).split("\n\n")
     assert f"| real letters, upright | {len(upright)} | 0% | 0% to 100% |" in table  # no majority of two who disagree
     nothing = sum(item.view == 1 and item.wanted == "-" for item in shown)
     assert f"| real letters, turned, which is none | {nothing} | 100% | 100% to 100% |" in table
@@ -195,6 +195,17 @@ def test_intervals_of_a_stratified_draw_hold_the_rate(rate, judges):
         low, high = scores.stratified_interval(drawn(method, right, 33, generator))
         held += low <= float(right.double().mean()) <= high and low < high
     assert held / tries >= 0.94
+
+
+def test_the_difference_of_two_methods(methods, tmp_path):
+    """Of a method that a reader reads right as the judges do, and of one of which they read all: its bounds hold the true difference."""
+    sheets.draw(methods, 60, tmp_path, seed=0)
+    items = sheets.read_key(tmp_path)
+    answers = [item.wanted if item.method == "b" or item.judges[0] == item.wanted else "-" for item in items]
+    (line,) = scores.differences(items, answers).splitlines()[2:]
+    value, low, high = (float(word.strip("(%)")) / 100 for word in line.split("|")[2].split() if word != "to")
+    true = float((methods["a"].read[:, :, 0] == methods["a"].wanted.T).all(1).float().mean()) - 1
+    assert line.startswith("| a minus b | ") and value == pytest.approx(true, abs=0.1) and low < true < high < 0
 
 
 def test_a_stratum_is_what_the_judges_read_in_both_views():
