@@ -10,6 +10,7 @@ does not read these reads nothing. Each view of a picture is an item of its own,
 
 STUDY/sheets/*.png show the items by number. A reader writes a CSV of `item,letter`: the letter that the item shows, A to Z, or - where it
 shows none. STUDY/key.csv says what each item is, with what each judge read, in the order of their names; readers must not see it.
+Readers may be people or models; of one model asked several times the agreement is that of one reader with itself.
 
 `score` prints the tables. Agreement is on the items that were drawn, among which hits are more frequent than among all that a method draws.
 Rates and the calibration are weighted back to all of the methods' pictures.
@@ -21,7 +22,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eqldm.command import error_line
+from eqldm.command import error_line, whole
 from eqldm.evaluation.pictures import open_pictures
 from reading_scores import score
 from reading_sheets import Method, draw
@@ -32,10 +33,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="make the sheets and the key")
     drawing.add_argument("methods", nargs="+", metavar="NAME=DIR/MODEL")
-    drawing.add_argument("--num-pictures", type=int, default=200)
+    drawing.add_argument("--num-pictures", type=whole(1, 10**6), default=200)
     drawing.add_argument("--data", type=Path, required=True, help="glyph shards: real letters are the controls")
-    drawing.add_argument("--num-real", type=int, default=20, help="real letters, each upright and turned")
-    drawing.add_argument("--num-seeds", type=int, default=1, help="that the evaluation was given")
+    drawing.add_argument("--num-real", type=whole(0, 10**4), default=20, help="real letters, each upright and turned")
+    drawing.add_argument("--num-seeds", type=whole(1, 10**4), default=1, help="that the evaluation was given")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", type=Path, required=True)
     scoring = commands.add_parser("score", help="print the tables")

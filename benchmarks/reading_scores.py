@@ -34,7 +34,7 @@ def majority(answers: Sequence[str]) -> str:
 def read_answers(file: Path, items: Sequence[int]) -> list[str]:
     """A reader's answers, in the order of `items`. Raises ValueError for items that are missing, unknown or answered twice, and for answers
     that are none of A to Z and -."""
-    with open(file, newline="") as opened:
+    with open(file, newline="", encoding="utf-8-sig") as opened:  # as spreadsheets write it
         table = csv.DictReader(opened)
         if lacking := {"item", "letter"} - set(table.fieldnames or ()):
             raise ValueError(f"'{file}' has no column {min(lacking)}: wanted a first line 'item,letter'")
@@ -52,10 +52,13 @@ def read_answers(file: Path, items: Sequence[int]) -> list[str]:
 
 
 def agreement(names: Sequence[str], answers: Sequence[Sequence[str]], judges: Sequence[Sequence[str]]) -> str:
-    """A table of kappa between readers, and of each judge with the readers' majority."""
+    """A table of kappa between readers, of each judge with the readers' majority, and of the judges with each other, least and most."""
     rows = [[f"{a} with {b}", *_agreement(x, y)] for (a, x), (b, y) in combinations(zip(names, answers), 2)]
     agreed = [majority(each) for each in zip(*answers)]
     rows += [[f"judge {k + 1} with the majority", *_agreement(judge, agreed)] for k, judge in enumerate(judges)]
+    between = [_agreement(*pair) for pair in combinations(judges, 2)]
+    for name, end in (("least", min), ("most", max)):
+        rows += [[f"judge with judge, the {name} of {len(between)} pairs", *(end(cells) for cells in zip(*between))]] if between else []
     return markdown(["", "the same answer", "kappa", "kappa of letter or none"], rows)
 
 
@@ -107,15 +110,18 @@ def weighted_rate(pictures: Sequence[Picture]) -> float:
 
 
 def stratified_interval(pictures: Sequence[Picture]) -> tuple[float, float]:
-    """95 % bounds of the `weighted_rate` of all of a method's pictures: each stratum has the interval of its own share (`rate_interval`,
-    which counts pairs of letters in either order once), and their distances from it add up as squares, as those of independent errors.
-    A stratum of a single pair says nothing: its bounds are 0 and 1.
+    """95 % bounds of the `weighted_rate` of all of a method's pictures, of which these are a part: each stratum has the interval of its own
+    share (`rate_interval`, which counts pairs of letters in either order once), narrowed by the root of the part of the stratum that was
+    not drawn (finite population: of one that was drawn as a whole the share is known), and their distances from it add up as squares, as
+    those of independent errors. A stratum of a single pair says nothing: its bounds are 0 and 1.
 
-    Source: Zou & Donner 2008, Statistics in Medicine 27, for sums of any estimates with intervals.
+    Source: Zou & Donner 2008, Statistics in Medicine 27, for sums of any estimates with intervals; Cochran, Sampling Techniques, 1977.
     """
     total, below, above = sum(each.weight for each in pictures), 0.0, 0.0
-    for stratum in {each.stratum for each in pictures}:
+    for stratum in (True, None, False):
         held = [each for each in pictures if each.stratum == stratum]
+        if not held:
+            continue
         pairs = [sorted(each.letters) for each in held]
         right = torch.tensor([float(each.right) for each in held])
         clusters = torch.tensor([pairs.index(pair) for pair in pairs])
@@ -123,8 +129,8 @@ def stratified_interval(pictures: Sequence[Picture]) -> tuple[float, float]:
         if len(clusters.unique()) > 1:
             found = rate_interval(right, torch.ones_like(right), clusters)
             low, high = found.low, found.high
-        share, rate = sum(each.weight for each in held) / total, float(right.mean())
-        below, above = below + (share * (rate - low)) ** 2, above + (share * (high - rate)) ** 2
+        share, rate, left = sum(each.weight for each in held) / total, float(right.mean()), 1 - 1 / held[0].weight
+        below, above = below + left * (share * (rate - low)) ** 2, above + left * (share * (high - rate)) ** 2
     rate = weighted_rate(pictures)
     return max(rate - below**0.5, 0.0), min(rate + above**0.5, 1.0)
 
@@ -141,13 +147,14 @@ def rates(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> str:
         low, high = stratified_interval(pictures)
         readers, of_judges = shares[1 : 1 + len(answers)], shares[1 + len(answers) :]
         cells = [f"{shares[0]:.1%} ({low:.1%} to {high:.1%})"]
-        rows.append([method, str(len(pictures)), *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
-    return markdown(["method", "pictures", "the majority reads both", "single readers", "judges"], rows)
+        kinds = "/".join(str(sum(each.stratum is kind for each in pictures)) for kind in (True, None, False))
+        rows.append([method, kinds, *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
+    return markdown(["method", "pictures that all/some/no judges read", "the majority reads both", "single readers", "judges"], rows)
 
 
 def differences(items: Sequence[Item], agreed: Sequence[str]) -> str:
     """A table of how much more often the readers' majority reads both views of one method than of another, with 95 % bounds, as of methods
-    that were drawn independently.
+    that were drawn independently (they have the same pairs of letters, which makes the bounds too wide if anything).
 
     Source: Newcombe 1998, Statistics in Medicine 17; Zou & Donner 2008, Statistics in Medicine 27.
     """

@@ -73,13 +73,17 @@ class Method:
         count = len(next(iter(read.values())))
         if count % num_seeds:
             raise ValueError(f"'{folder}' holds {count} pictures, which are no {num_seeds} of each pair: give --num-seeds")
-        every = every_pair().T
-        wanted = every if count == num_seeds * every.shape[1] else letter_tuples(count // num_seeds, 2, views=VIEWS)
-        wanted = wanted.repeat(1, num_seeds)
-        try:
-            pictures = read_pictures(kept[0], letter_prompts(wanted))
-        except ValueError as error:
-            raise ValueError(f"{error} (the evaluation must be of --num-seeds {num_seeds}, as given here)") from error
+        every, drawn = every_pair().T, letter_tuples(count // num_seeds, 2, views=VIEWS)
+        fault: ValueError | None = None
+        for pairs in (every, drawn) if count == num_seeds * every.shape[1] else (drawn,):
+            wanted = pairs.repeat(1, num_seeds)
+            try:
+                pictures = read_pictures(kept[0], letter_prompts(wanted))
+                break
+            except ValueError as error:
+                fault = error
+        else:
+            raise ValueError(f"{fault} (the evaluation must be of --num-seeds {num_seeds}, as given here)") from fault
         needed = populations(wanted, VIEWS)[""].nonzero()[:, 0]
         if left := count - len(needed):
             print(f"'{folder}': {left} of {count} pictures need no anagram or want one letter twice: left out", file=sys.stderr)
@@ -159,12 +163,14 @@ def controls(real: Pictures, count: int, generator: torch.Generator) -> list[tup
     """Both views of `count` real letters, with pictures in [-1, 1]. A turned one is wanted as the letter that it reads as (an M as W), or
     as none. Raises ValueError where there are fewer, or where one has no label."""
     if len(real) < count:
-        raise ValueError(f"--num-real {count}: the data holds {len(real)} pictures")
+        raise ValueError(f"--num-real {count}: the data hold {len(real)} pictures")
     found = []
     for number in torch.randperm(len(real), generator=generator)[:count].tolist():
         sample = real[number]
-        if not 0 <= sample["label"] < len(LETTERS):
-            raise ValueError(f"picture {number} of the data has no label of a letter: wanted the glyph world's, of data/glyphs.py")
+        if not 0 <= sample["label"] < len(LETTERS) or "letter" not in sample["caption"].lower():
+            raise ValueError(
+                f"picture {number} of the data is labelled and captioned as no letter: wanted the glyph world's, of data/glyphs.py"
+            )
         letter = LETTERS[sample["label"]]
         turned = READS_AS[VIEW].get(letter, "-")
         found += [(Item(0, REAL, number, view, wanted, 1.0, ""), sample["x"]) for view, wanted in enumerate((letter, turned))]

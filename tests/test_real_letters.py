@@ -29,8 +29,11 @@ def test_credit_is_that_of_the_better_view():
     assert credit(values, torch.tensor([[0], [1]]), "read") == {"": 1.0}  # A upright and B turned: draw the B
     assert credit(values, torch.tensor([[1], [0]]), "read") == {"": 0.0}
     both = credit(values, torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]]), "read")
-    assert both is not None and both[""] == pytest.approx(0.5)  # the second view's, of each picture; the first view's is 1/6
+    assert both is not None and both[""] == pytest.approx(0.5)  # of the first two all (the first view alone: a third), of the others none
     assert credit(values, torch.tensor([[0], [2]]), "read") is None  # no picture of a C
+    c = [[[2, 2], [none, none]]]  # a C that reads as C in both views, shown upright by the first
+    each = credit(values_of([0, 0, 0, 1, 2], [*a, *b, *c]), torch.tensor([[0, 2], [1, 2]]), "read")
+    assert each == {"": 1.0}  # of each pair the better view: the B of the second, the C of the first
     two = {"label": values["label"], "read/x": values["read"], "read/y": torch.full_like(values["read"], none)}
     assert credit(two, torch.tensor([[0], [1]]), "read") == {"x": 1.0, "y": 0.0}
 

@@ -137,7 +137,9 @@ class Evaluation:
                 break
             letters = RealLetters(title(views), self.samples, self.count, views, self.judge, self.tools.judges)
             self.answers.real_letters[title(views)] = found = self.ask(letters, self.out, "data")
-            if found is not None and (left := [letter for k, letter in enumerate(LETTERS) if k not in found["label"]]):
+            if found is not None and 0 < len(left := [letter for k, letter in enumerate(LETTERS) if k not in found["label"]]) < len(
+                LETTERS
+            ):
                 self.notes.add(f"The data hold no picture labelled {', '.join(left)}: ambigramability_data, what plain letters would be "
                            "credited with, is only given where all wanted letters have one.")  # fmt: skip
 
@@ -229,7 +231,8 @@ class Evaluation:
                 if values is None and (text := noted_failure(self.out, entry.name, name)):  # of a process whose share will not come
                     self._failed(text)
                     continue
-                if values is None or real is None or None in self.answers.real_letters.values():
+                title_of = name.removeprefix("anagram/")  # other processes may be at work on what is held beside it, too
+                if values is None or real is None or self.answers.real_letters.get(title_of, values) is None:
                     complete = False
                     continue
                 findings = summarise(values, real, found, folder)

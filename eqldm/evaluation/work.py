@@ -182,14 +182,15 @@ def read_kept(path: Path) -> tuple[str, dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         values = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict, nor an iterable
-    if about.get("checksum", checksum := _checksum(values)) != checksum:  # files of before have none
+    key = about.get("key", "")
+    if about.get("checksum", checksum := _checksum(key, values)) != checksum:  # files of before have none
         raise SafetensorError("its values are others than those that were written")
-    return about.get("key", ""), values
+    return key, values
 
 
-def _checksum(values: dict[str, Tensor]) -> str:
-    """8 hex digits, the CRC-32 of values, with their names, types and shapes."""
-    total = 0
+def _checksum(key: str, values: dict[str, Tensor]) -> str:
+    """8 hex digits, the CRC-32 of a key and of values, with their names, types and shapes."""
+    total = zlib.crc32(key.encode())
     for name in sorted(values):
         value = values[name].contiguous()
         total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
@@ -224,7 +225,7 @@ def _other(path: Path, key: str) -> str:
 
 def _write(path: Path, values: dict[str, Tensor], key: str) -> None:
     values = {name: value.cpu().contiguous() for name, value in values.items()}
-    content = save(values, {"key": key, "checksum": _checksum(values)})
+    content = save(values, {"key": key, "checksum": _checksum(key, values)})
     try:
         write_whole(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
