@@ -26,7 +26,7 @@ from gpu_parts import Item, Time, run_part
 from steps import ROOT, last, shards
 
 PIECE_BYTES = 15_000_000  # a file of OUT may be sent where 16 MB are the most
-EXPORT_SECONDS = 20.0  # for the export and the pieces, and for a run that is told to end
+EXPORT_SECONDS = 40.0  # for the export and the pieces, and for a run that is told to end
 PILOT_STEPS, PILOT_SHARE = 40, 0.35  # of the first run: its steps, and the share of the time that it may take
 MARGIN = 0.9  # of the steps that would fit
 REHEARSAL_STEPS = 20
@@ -97,7 +97,7 @@ def steps_that_fit(args: argparse.Namespace, limit: Time) -> int:
         raise RuntimeError(f"no step of the training was logged in {time.monotonic() - begun:.0f} s")
     batch_size = load_config(ROOT / args.config, options(args, pilot, 1)).data.batch_size
     steps_a_second = statistics.median(found[len(found) // 3 :]) / batch_size
-    starting = time.monotonic() - begun - (PILOT_STEPS / steps_a_second if status == 0 else 0)
+    starting = time.monotonic() - begun - len(found) / steps_a_second  # a line of its log for each step
     shutil.rmtree(pilot)
     return int(MARGIN * (limit.left() - starting - EXPORT_SECONDS) * steps_a_second)
 
@@ -156,7 +156,7 @@ def rehearse(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
 def items(args: argparse.Namespace) -> Sequence[Item]:
     if args.config is None or args.shards is None:
         return [Item(f"{GLYPHS}, rehearsed", 30, partial(rehearse, args))] if args.tiny else []
-    return [Item(args.config.name, 45, partial(learn, args))]
+    return [Item(args.config.name, 75, partial(learn, args))]
 
 
 if __name__ == "__main__":

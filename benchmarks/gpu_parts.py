@@ -22,6 +22,9 @@ from eqldm.ranges import Range
 
 RESULTS = "results.jsonl"
 BEGUN, DONE, FAILED, SKIPPED, STOPPED = "begun", "done", "failed", "skipped", "stopped"
+FAULTS = (RuntimeError, ValueError, OSError, ArithmeticError, AssertionError, TypeError, LookupError, AttributeError, ImportError)
+"""What of an item is its own failure: the part goes on with the next."""
+OUT_OF_MEMORY = "out of memory"
 BROKEN = 3  # exit status of a part whose process is of no more use, after an error of the device: to be started again
 
 
@@ -83,8 +86,9 @@ def do(part: str, items: Sequence[Item], limit: Time, out: Path) -> None:
         begun = limit.now()
         try:
             found = item.find(limit)
-        except (RuntimeError, ValueError, OSError, FloatingPointError, AssertionError) as error:
-            note(out, part, item.name, FAILED, seconds=limit.now() - begun, why=_first_line(error))
+        except FAULTS as error:
+            why = _first_line(error)  # too large for this device is no failure of ours
+            note(out, part, item.name, SKIPPED if why == OUT_OF_MEMORY else FAILED, seconds=limit.now() - begun, why=why)
             print(f"{part}: {item.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if "CUDA error" in str(error) or "AcceleratorError" in type(error).__name__:
                 sys.exit(BROKEN)
@@ -94,7 +98,7 @@ def do(part: str, items: Sequence[Item], limit: Time, out: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = (str(error).strip().splitlines() or [""])[0][:300]
-    return "out of memory" if "out of memory" in text else f"{type(error).__name__}: {text}"
+    return OUT_OF_MEMORY if OUT_OF_MEMORY in text else f"{type(error).__name__}: {text}"
 
 
 def place(text: str) -> Path:

@@ -224,11 +224,12 @@ def release() -> None:
 
 
 def measured(run: Path) -> dict[str, float]:
-    """The medians of what a run logged, its first third left out: compilation, and memory that is still to be found.
+    """The medians of what a run logged, its first third left out, and its first line where there are more: the start of readers,
+    compilation, and memory that is still to be found.
 
     Raises ValueError where it logged nothing."""
     rows = logged(run, "train/samples_per_second")
-    rows = rows[len(rows) // 3 :]
+    rows = rows[max(len(rows) // 3, min(1, len(rows) - 1)) :]
     found = {}
     for name in ("train/samples_per_second", "train/mfu", "train/max_memory_gb"):
         values = [float(row[name]) for row in rows if row.get(name) and math.isfinite(float(row[name]))]
