@@ -18,7 +18,6 @@ Rates and the calibration are weighted back to all of the methods' pictures.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from eqldm.command import error_line, whole
 from eqldm.evaluation.pictures import open_pictures
 from reading_scores import score
 from reading_sheets import Method, draw
+from steps import script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="make the sheets and the key")
     drawing.add_argument("methods", nargs="+", metavar="NAME=DIR/MODEL")

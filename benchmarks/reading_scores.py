@@ -17,6 +17,8 @@ from eqldm.evaluation.judges import kappa as judges_kappa
 from eqldm.markdown import markdown
 from reading_sheets import REAL, Item, read_key
 
+STRATA = (True, None, False)  # `Picture.stratum`: all judges read it, some, none
+
 
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
     """Cohen's kappa of two readers' answers (`judges.kappa`), 1 where they always agree, also where both always answer the same."""
@@ -118,7 +120,7 @@ def stratified_interval(pictures: Sequence[Picture]) -> tuple[float, float]:
     Source: Zou & Donner 2008, Statistics in Medicine 27, for sums of any estimates with intervals; Cochran, Sampling Techniques, 1977.
     """
     total, below, above = sum(each.weight for each in pictures), 0.0, 0.0
-    for stratum in (True, None, False):
+    for stratum in STRATA:
         held = [each for each in pictures if each.stratum == stratum]
         if not held:
             continue
@@ -147,7 +149,7 @@ def rates(items: Sequence[Item], answers: Sequence[Sequence[str]]) -> str:
         low, high = stratified_interval(pictures)
         readers, of_judges = shares[1 : 1 + len(answers)], shares[1 + len(answers) :]
         cells = [f"{shares[0]:.1%} ({low:.1%} to {high:.1%})"]
-        kinds = "/".join(str(sum(each.stratum is kind for each in pictures)) for kind in (True, None, False))
+        kinds = "/".join(str(sum(each.stratum is kind for each in pictures)) for kind in STRATA)
         rows.append([method, kinds, *cells, *(f"{min(each):.1%} to {max(each):.1%}" for each in (readers, of_judges))])
     return markdown(["method", "pictures that all/some/no judges read", "the majority reads both", "single readers", "judges"], rows)
 

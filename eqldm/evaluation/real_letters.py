@@ -56,11 +56,11 @@ def credit(values: Mapping[str, Tensor], wanted: Tensor, what: str) -> dict[str,
     labels = values["label"]
     if not bool(torch.isin(tuples, labels).all()):
         return None
-    found = {}
+    found, pictures = {}, {letter: (labels == letter).nonzero()[:, 0] for letter in tuples.unique().tolist()}
     for judge, read in by_judge(values, what).items():
         shares = [
-            [(read[labels == letter, i] == tuples[:, k]).all(1).double().mean() for k, letter in enumerate(letters)]
-            for i, letters in enumerate(tuples)
+            [(read[pictures[letter], i] == tuples[:, k]).all(1).double().mean() for k, letter in enumerate(letters)]
+            for i, letters in enumerate(tuples.tolist())
         ]
         best = torch.tensor(shares).amax(0)
         found[judge] = float((best * counts).sum() / counts.sum())

@@ -231,8 +231,8 @@ class Evaluation:
                 if values is None and (text := noted_failure(self.out, entry.name, name)):  # of a process whose share will not come
                     self._failed(text)
                     continue
-                title_of = name.removeprefix("anagram/")  # other processes may be at work on what is held beside it, too
-                if values is None or real is None or self.answers.real_letters.get(title_of, values) is None:
+                at_work = self.answers.real_letters.get(name.removeprefix("anagram/"), {}) is None  # others, on what is held beside it
+                if values is None or real is None or at_work:
                     complete = False
                     continue
                 findings = summarise(values, real, found, folder)
