@@ -92,11 +92,13 @@ def fast(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in trainings:
         rate, need = row["train/samples_per_second"], predicted.get((row["network"], row["size"]))
-        plain = plain_rate(trainings, row)
+        plain = rate_of(trainings, row)
         memory = row.get("train/max_memory_gb")
-        found_here = [f"{rate / plain:.2f}" if plain else "-", f"{share:.1%}" if (share := mfu(row, need)) else "-"]
+        half = rate_of(trainings, row, "bf16")
+        times = [f"{rate / base:.2f}" if base else "-" for base in (plain, half)]
+        found_here = [*times, f"{share:.1%}" if (share := mfu(row, need)) else "-"]
         cells.append([row["name"], f"{rate:.1f}", *found_here, f"{memory:.1f}" if memory else "-", prediction(row, need, peak)])
-    heading = ["training", "pictures/s", "times plain", "MFU", "GB", "predicted (25 %, bf16)"]
+    heading = ["training", "pictures/s", "times plain", "times bf16", "MFU", "GB", "predicted (25 %, bf16)"]
     lines = markdown(heading, cells).splitlines() if cells else ["No training was measured."]
     return [*lines, "", *targets(trainings, predicted), *outside(found)]
 
@@ -109,11 +111,9 @@ def prediction(row: Row, need: Row | None, peak: float | None) -> str:
     return f"{rate}{need['fixed_gb'] + row['batch'] * need['each_gb']:.2g} GB"
 
 
-def plain_rate(trainings: Sequence[Row], row: Row) -> float | None:
-    """Pictures/s of the same step written plainly."""
-    same = [
-        each for each in trainings if all(each[name] == row[name] for name in ("network", "size", "batch")) and each["options"] == "plain"
-    ]
+def rate_of(trainings: Sequence[Row], row: Row, options: str = "plain") -> float | None:
+    """Pictures/s of the same step with other options for speed; without any it is written plainly."""
+    same = [each for each in trainings if alike(each, row) and each["options"] == options]
     return same[0]["train/samples_per_second"] if same else None
 
 
@@ -134,9 +134,7 @@ def targets(trainings: Sequence[Row], predicted: Mapping[tuple[str, int], Row]) 
     if shares:
         reached = "reached" if max(shares) >= MFU_WANTED else "not reached"
         lines += [f"The UNet's best MFU is {max(shares):.1%}; wanted on an H100: {MFU_WANTED:.0%}, {reached}.", ""]
-    times = [
-        row["train/samples_per_second"] / plain for row in trainings if row["network"] == "vae" and (plain := plain_rate(trainings, row))
-    ]
+    times = [row["train/samples_per_second"] / plain for row in trainings if row["network"] == "vae" and (plain := rate_of(trainings, row))]
     if len(times) > 1:
         reached = "reached" if max(times) >= TIMES_WANTED else "not reached"
         lines += [f"The autoencoder trains {max(times):.2f} times as many pictures/s as plainly; wanted: {TIMES_WANTED:g}, {reached}.", ""]
@@ -155,7 +153,8 @@ def outside(found: Sequence[Row]) -> list[str]:
         cells.append([f"{row['network']}, {row['size']} px, batch {row['batch']}", f"{1000 * row['networks_seconds']:.0f}", share, *adamw])
     if not cells:
         return []
-    return markdown(["step", "networks alone, ms", "outside, of ms", "AdamW fused, ms", "foreach", "loop"], cells).splitlines()
+    heading = ["step", "networks alone, ms", "not counted by the budget, of ms", "AdamW fused, ms", "foreach", "loop"]
+    return markdown(heading, cells).splitlines()
 
 
 def sampling(rows: Sequence[Row]) -> list[str]:

@@ -19,6 +19,7 @@ from gpu_parts import DONE, FAILED, SKIPPED, Item, Time, note, run_part
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 FILES = ("test_devices.py", "test_zero.py", "test_fold.py")  # that hold tests marked gpu, in order of worth
+NEEDED = ("pytest", "hypothesis", "matplotlib", "packaging")  # by the tests, beside what eqldm needs; xdist makes them faster
 REHEARSAL = ("-m", "not gpu and not slow", "-k", "ten_seeds or less_memory or those_of_the_cpu", FILES[0])
 ENDING_SECONDS = 15.0  # more than xdist's own ten; for tests that are running elsewhere, and the report
 
@@ -47,13 +48,15 @@ class Recorder:
 
 
 def run_tests(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
-    """How many passed, failed and were skipped. Raises ValueError where a file of tests could not be read."""
+    """How many passed, failed and were skipped. Raises ValueError where a file of tests could not be read, or a package is missing."""
+    if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
+        raise ValueError(f"the tests need {', '.join(missing)}: pip install -e '.[test]'")
     recorder = Recorder(args.out, limit)
     chosen = ["-m", "gpu", *FILES] if args.device == "cuda" else [*REHEARSAL]
     words = [word if not word.endswith(".py") else str(TESTS / word) for word in chosen]
-    workers = min(8, (os.cpu_count() or 1) // 2)
+    workers = min(14, (os.cpu_count() or 1) - 2)  # most of their time they read libraries
     if args.device == "cuda" and workers > 1 and importlib.util.find_spec("xdist"):
-        words += ["-n", str(workers), "--dist", "worksteal"]
+        words += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]  # the next test goes to whoever is free
     status = pytest.main(["-q", "-rfEs", "--tb=short", f"--rootdir={TESTS.parent}", "-p", "no:cacheprovider", *words], plugins=[recorder])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise ValueError(f"pytest ended with {pytest.ExitCode(status).name}: see the log")

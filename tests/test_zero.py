@@ -33,7 +33,7 @@ def options(tmp_path_factory, tiny_pictures, tiny_model_folder, write_tiny_unet_
 def python(*words) -> subprocess.CompletedProcess:
     """A process of one thread, in the repository."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "NVIDIA_TF32_OVERRIDE": "0"}  # a GPU's float32 is whole
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
