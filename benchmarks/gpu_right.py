@@ -18,7 +18,7 @@ import pytest
 from gpu_parts import DONE, FAILED, SKIPPED, Item, Time, note, run_part
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-FILES = ("test_devices.py", "test_zero.py", "test_fold.py")  # that hold tests marked gpu, in order of worth
+FILES = ("test_devices.py", "test_precision.py", "test_zero.py", "test_fold.py")  # that hold tests marked gpu, in order of worth
 NEEDED = ("pytest", "hypothesis", "matplotlib", "packaging")  # by the tests, beside what eqldm needs; xdist makes them faster
 REHEARSAL = ("-m", "not gpu and not slow", "-k", "ten_seeds or less_memory or those_of_the_cpu", FILES[0])
 ENDING_SECONDS = 15.0  # more than xdist's own ten; for tests that are running elsewhere, and the report

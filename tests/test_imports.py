@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("views", "kinds", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes", "gate"),
+    ("views", "kinds", "paths", "ranges", "weights", "text_files", "markdown", "lock", "processes", "gate", "precision"),
     ("atomic", "command", "config", "model_card", "single_file"),
     ("unused",),
     ("model_folder",), ("construction",), ("data",), ("training",), ("autoencoder",), ("diffusion",), ("anagram",), ("evaluation",),

@@ -22,8 +22,8 @@ from eqldm.autoencoder.equivariance import negation_error
 from eqldm.diffusion.conditioning import encode_prompts, too_long
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, check_model_folder, decode, downsampling, encode, load_autoencoder, one_model
+from eqldm.precision import native_precision, norms_in_bfloat16
 from eqldm.processes import checked_device
-from eqldm.training.speed import native_precision
 from eqldm.views import D4, IDENTITY, View
 from eqldm.views.components import Component, check_components
 
@@ -81,6 +81,10 @@ class Sampler:
     device: torch.device
     precision: str = "32-true"
     """`32-true`, or `bf16-mixed`: bfloat16 where it does no harm (autocast)."""
+
+    def __post_init__(self) -> None:
+        norms_in_bfloat16(self.networks.unet)
+        norms_in_bfloat16(self.vae)
 
     @classmethod
     def open(cls, folder: str | Path, device: str | torch.device | None = None, precision: str = "32-true") -> Sampler:

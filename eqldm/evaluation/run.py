@@ -38,7 +38,7 @@ from eqldm.evaluation.results import Result, check_own
 from eqldm.evaluation.sampled import Sampled
 from eqldm.evaluation.work import Question, Store, work
 from eqldm.model_folder import Pixels, downsampling, load_vae, vae_hash, weights_hash
-from eqldm.training.speed import native_precision
+from eqldm.precision import native_precision
 from eqldm.views import D4, IDENTITY, View, parse_view
 from eqldm.views.components import Component, parse_components
 

@@ -136,9 +136,10 @@ class SaveLast(Checkpoint):
             self._save(trainer, step)
 
     def _end_if_told(self, trainer, then: str) -> None:
-        # All must stop at one step, and with one status
-        here = torch.tensor(int(self.told or 0), device=trainer.strategy.root_device)
-        told, step = int(trainer.strategy.reduce(here, reduce_op="max")), trainer.global_step
+        told, step = int(self.told or 0), trainer.global_step
+        if trainer.world_size > 1:  # all must stop at one step, and with one status; a process alone need not wait for its GPU
+            here = torch.tensor(told, device=trainer.strategy.root_device)
+            told = int(trainer.strategy.reduce(here, reduce_op="max"))
         if not told:
             return
         if step != self.saved_step:
@@ -206,7 +207,7 @@ class GradientGuard(Callback):
 
 def check_finite(losses: dict[str, Tensor], step: int, keys: list[str]) -> None:
     """The NaN guard. Raises FloatingPointError with the step, the loss terms and the batch's keys, unless all are finite."""
-    if not all(bool(torch.isfinite(value).all()) for value in losses.values()):
+    if not bool(torch.stack([value.detach().isfinite().all() for value in losses.values()]).all()):  # one wait for a GPU, not one a term
         terms = ", ".join(f"{name} = {float(value.detach()):.4g}" for name, value in losses.items())
         raise FloatingPointError(
             f"loss is not finite at step {step}: {terms}. Batch: {', '.join(keys)}. The last checkpoint is kept. "

@@ -13,18 +13,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from eqldm.atomic import write_whole
 from eqldm.config import RunConfig, StageConfig
+from eqldm.precision import native_precision
 
 GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989)}  # GB of memory; TFLOP/s of dense bf16, by NVIDIA's data sheets
-
-
-def native_precision(accelerator: str) -> str:
-    """bf16-mixed where the device computes bfloat16 natively, else 32-true: emulated, it is many times slower."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities()
-        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))
-    return "bf16-mixed" if native else "32-true"
 
 
 def resolved_precision(run: RunConfig) -> str:
