@@ -25,7 +25,7 @@ from eqldm.config import AutoencoderConfig, OptimizerConfig, load_config
 from eqldm.diffusion.module import train_diffusion
 from eqldm.model_folder import load_vae
 from eqldm.training.averaging import EMA
-from eqldm.training.callbacks import AtomicCheckpointIO, check_finite
+from eqldm.training.callbacks import AtomicCheckpointIO, Unchecked, check_finite
 from eqldm.training.run_folder import FORMAT, INPUTS_FILE, LAST, changed_inputs, prepare_run
 from eqldm.training.speed import Utilisation, note_precision
 from eqldm.training.stopping import INTERRUPTED, STOPPED
@@ -106,6 +106,19 @@ def test_check_finite():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError, match=rf"step 7: l1 = 0.5, kl = 2, total = {bad}. Batch: a, b. .*learning_rate"):
             check_finite({**good, "total": torch.tensor(bad)}, 7, ["a", "b"])
+
+
+def test_unchecked_losses_are_looked_at_once_and_the_first_bad_one_is_told():
+    unchecked = Unchecked()
+    unchecked.check(6)
+    unchecked.add({"l1": torch.tensor(0.5)}, ["a"])
+    unchecked.check(6)
+    unchecked.add({"l1": torch.tensor(0.5, requires_grad=True)}, ["b"])
+    unchecked.add({"l1": torch.tensor([1.0, float("inf")]).sum(), "kl": torch.tensor(2.0)}, ["c", "d"])
+    unchecked.add({"grad_norm": torch.tensor(float("nan"))}, ["e"])
+    with pytest.raises(FloatingPointError, match=r"step 7: l1 = inf, kl = 2. Batch: c, d. "):
+        unchecked.check(7)
+    unchecked.check(8)  # none is left
 
 
 class Overflow(pl.Callback):
@@ -331,12 +344,12 @@ def test_settings_of_a_model_that_change_under_a_run_are_told(tiny_pictures, mak
 def test_logs_go_on_where_the_checkpoint_was(configured, tmp_path, monkeypatch):
     options = ["run.num_steps=5", "run.checkpoint_every=2", "run.val_every=2"]
 
-    def stop(losses, step, keys):
+    def stop(unchecked, step):
         if step == 3:
             raise FloatingPointError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eqldm.autoencoder.module.check_finite", stop)
+        patch.setattr("eqldm.training.callbacks.Unchecked.check", stop)
         with pytest.raises(FloatingPointError, match="stopped"):
             train_autoencoder(configured(*options))
     train_autoencoder(configured(*options))

@@ -39,7 +39,7 @@ from eqldm.data.order import position_generator
 from eqldm.data.samples import PictureSamples
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
 from eqldm.precision import norms_in_bfloat16
-from eqldm.training.callbacks import check_finite
+from eqldm.training.callbacks import Unchecked
 from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
@@ -67,6 +67,8 @@ class Autoencoder(pl.LightningModule):
         channels = vae.config.latent_channels
         # Running means per channel of z, of z^2 and of (E(T x) - T E(x))^2; all zero until they are measured
         self.register_buffer("latent_moments", torch.zeros(3, channels))
+        self.measured = False  # whether they are: asked of a GPU until then, and not at every step
+        self.unchecked = Unchecked()
         self.moments: Tensor | float = 0.0  # of this process and step: no buffer, which DDP may share and the EMA average
         if config.run.channels_last:
             self.vae.to(memory_format=torch.channels_last)
@@ -102,17 +104,18 @@ class Autoencoder(pl.LightningModule):
         x = self._crop(batch["x"], batch["position"].tolist())
         parts = accumulation(self.config)
         pictures, terms = self._generator_terms(x, batch, "transform", adversarial)
-        check_finite(terms, self.step, batch["key"])
+        self.unchecked.add(terms, batch["key"])  # looked at before the optimizers' step
         self.manual_backward(terms["loss"] / parts)
         if adversarial:
             if self.config.equivariance.preset == "eqvae_paper":  # its two steps draw different transforms
                 with torch.no_grad():
                     pictures, _ = self._generator_terms(x, batch, "transform/discriminator", adversarial=False)
-            terms |= self._discriminator_terms(pictures)
-            check_finite(terms, self.step, batch["key"])
+            own = self._discriminator_terms(pictures)
+            self.unchecked.add(own, batch["key"])
+            terms |= own
             self.manual_backward(terms["discriminator"] / parts)
         if self._completes_step(batch):
-            self._step(adversarial, terms, batch["key"])
+            self._step(adversarial, batch["key"])
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
         self.log("loss", terms["loss"].detach(), prog_bar=True, logger=False)
 
@@ -135,14 +138,15 @@ class Autoencoder(pl.LightningModule):
         share = batch_size // micro_batches
         return (int(batch["position"][0]) % batch_size) // share == micro_batches - 1
 
-    def _step(self, adversarial: bool, terms: dict[str, Tensor], keys: list[str]) -> None:
+    def _step(self, adversarial: bool, keys: list[str]) -> None:
         optimizers, schedules = self.optimizers(), self.lr_schedulers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         schedules = schedules if isinstance(schedules, list) else [schedules]
         networks = {"vae": self.vae, **({"discriminator": self.discriminator} if adversarial else {})}
         clip = self.config.optimizer.clip_norm
         norms = {f"grad_norm_{n}": torch.nn.utils.clip_grad_norm_(net.parameters(), clip) for n, net in networks.items()}
-        check_finite({**terms, **norms}, self.step, keys)
+        self.unchecked.add(norms, keys)
+        self.unchecked.check(self.step)
         self.log_dict({f"train/{name}": norm for name, norm in norms.items()})
         for i in range(len(networks)):
             # The trainer counts its own optimizers' steps: only the first may count, a step is a step of the VAE.
@@ -217,12 +221,12 @@ class Autoencoder(pl.LightningModule):
     def latent_variance(self) -> Tensor:
         """[C] running variance of the latents' channels; 0 until it is measured."""
         mean, square, _ = self.latent_moments
-        return (square - mean.square()).clamp_min(1e-8) * bool(square.any())
+        return (square - mean.square()).clamp_min(1e-8) * square.any()
 
     def _consistency(self, x: Tensor, mean: Tensor, groups: list[TransformGroup]) -> tuple[Tensor, Tensor]:
         """The consistency term, 0 at the first step, which measures the variance; and [C] the mean of (E(T x) - T E(x))^2."""
         variance = self.latent_variance
-        known = bool(variance.any())
+        known = self.measured = self.measured or bool(variance.any())
         total, difference = mean.new_zeros(()), mean.new_zeros(mean.shape[1])
         for group in groups:
             encoded = self.vae.encode(transform_group(group, x)).latent_dist.mean.float()
@@ -264,8 +268,8 @@ class Autoencoder(pl.LightningModule):
         """Moves the running statistics towards this step's, over the whole global batch."""
         count, *sums = self.trainer.strategy.reduce(self.moments, reduce_op="sum")
         found = torch.stack([total / count for total in sums]).float()
-        fresh = not bool(self.latent_moments.any())
-        self.latent_moments.copy_(found if fresh else self.latent_moments.lerp(found, 1 - STATISTICS_MOMENTUM))
+        self.measured = self.measured or bool(self.latent_moments.any())
+        self.latent_moments.copy_(self.latent_moments.lerp(found, 1 - STATISTICS_MOMENTUM) if self.measured else found)
         self.moments = 0.0
         self.log("train/latent_std", self.latent_variance.sqrt().mean())
 

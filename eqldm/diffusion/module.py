@@ -22,7 +22,7 @@ from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
 from eqldm.precision import norms_in_bfloat16
-from eqldm.training.callbacks import check_finite
+from eqldm.training.callbacks import Unchecked
 from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
 from eqldm.training.trainer import fit, make_optimizer, make_schedule, make_trainer
@@ -38,7 +38,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def __init__(self, config: DiffusionConfig, vae: AutoencoderKL | Pixels, networks: Networks):
         super().__init__()
-        self.config = config
+        self.config, self.unchecked = config, Unchecked()
         self.unet = norms_in_bfloat16(networks.unet.train())
         self.text_encoder = networks.text_encoder if config.train_text_encoder else None
         # In a list: neither trained, nor averaged, nor in the checkpoints.
@@ -86,12 +86,12 @@ class LatentDiffusion(pl.LightningModule):
     def prompt_embeds(self, batch: dict, captions: list[str]) -> Tensor:
         """[B, L, D]. Precomputed embeddings are used where the batch holds them and no caption was dropped."""
         if "prompt_embeds" in batch and self.text_encoder is None:
-            dropped = torch.tensor([a != b for a, b in zip(captions, batch["caption"])], device=self.device)
-            if not bool(dropped.any()):
+            dropped = [a != b for a, b in zip(captions, batch["caption"])]
+            if not any(dropped):
                 return batch["prompt_embeds"]
             with torch.no_grad():
                 empty = encode_prompts(self.tokenizer, self.frozen[1], [""])
-            return torch.where(dropped[:, None, None], empty, batch["prompt_embeds"])
+            return torch.where(torch.tensor(dropped, device=self.device)[:, None, None], empty, batch["prompt_embeds"])
         with torch.set_grad_enabled(self.text_encoder is not None and torch.is_grad_enabled()):
             return encode_prompts(self.tokenizer, self.text_encoder or self.frozen[1], captions)
 
@@ -107,7 +107,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self.denoising_loss(batch, self.config.run.seed, self.objective, self.config.caption_dropout).mean()
-        check_finite({"loss": loss.detach()}, self.trainer.global_step, batch["key"])
+        self.unchecked.add({"loss": loss}, batch["key"])  # looked at before the optimizer's step
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 

@@ -87,7 +87,7 @@ class Objective:
         if self.is_flow:
             noise = t.float()[:, None, None, None] / 1000
             return 1 - noise, noise
-        a = self.alphas_cumprod.to(t.device)[t.long()][:, None, None, None]
+        a = self._alphas_on(t.device)[t.long()][:, None, None, None]
         return a.sqrt(), (1 - a).sqrt()
 
     def add_noise(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -131,6 +131,16 @@ class Objective:
         if self.prediction == "epsilon":
             return eps
         return (eps - z_t) / signal if self.is_flow else (eps - noise * z_t) / signal
+
+    def _alphas_on(self, device: torch.device) -> Tensor:
+        """alphas_cumprod there, copied once: a copy from the CPU waits for a GPU."""
+        if device not in self._copies:
+            self._copies[device] = self.alphas_cumprod.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def min_snr_weights(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ def decay_at(decay: float, num_averaged: int) -> float:
 
 
 @torch.no_grad()
-def join(decay: float, averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor | int) -> None:
-    """Puts the next step's weights into averages of equal shapes and one dtype, in place. What is no float, as a count, is copied."""
-    if averages[0].is_floating_point():
-        torch._foreach_lerp_(averages, weights, 1 - decay_at(decay, int(num_averaged)))
+def join(decay: float, averages: list[Tensor], weights: list[Tensor], num_averaged: int) -> None:
+    """Puts the next step's weights into averages of equal shapes and one dtype, in place. num_averaged: steps that are in them.
+
+    The first step's weights are copied, and always what is no float, as a count."""
+    if num_averaged and averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, weights, 1 - decay_at(decay, num_averaged))
     else:
         torch._foreach_copy_(averages, weights)
 
@@ -33,15 +35,35 @@ class EMA(WeightAveraging):
     """Lightning's weight averaging with the decay of `decay_at`, on the device that trains (Lightning sets it up before the weights are
     there, on the CPU); its weights also take over where a resumed run has no step left to train, only to export.
 
-    The average starts as the first step's weights.
+    The average starts as the first step's weights. Its steps are counted on the CPU: torch's AveragedModel counts them on the device, which
+    it then waits for three times a step.
     """
 
     def __init__(self, decay: float):
-        super().__init__(multi_avg_fn=partial(join, decay))
+        super().__init__()
+        self.decay = decay
 
     def setup(self, trainer, pl_module, stage) -> None:
         self._device: Any = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step <= self._latest_update_step:  # a micro-batch that completes no step
+            return
+        average = self._average_model
+        assert average is not None
+        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        here, there = (chain(network.parameters(), network.buffers()) for network in (average.module, pl_module))
+        for mean, weight in zip(here, there, strict=True):
+            for tensors, tensor in zip(groups.setdefault(mean.dtype, ([], [])), (mean.detach(), weight.detach())):
+                tensors.append(tensor)
+        for means, weights in groups.values():
+            join(self.decay, means, weights, int(average.n_averaged))
+        average.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
     swapped = False  # whether the module holds the average, for a validation
 

@@ -186,7 +186,8 @@ class StepSeed(Callback):
 class GradientGuard(Callback):
     """The NaN guard and the clipping of automatic optimization: a gradient that is not finite never reaches the weights.
 
-    It clips, and not Lightning, which refuses to clip for a fused optimizer under mixed precision.
+    It clips, and not Lightning, which refuses to clip for a fused optimizer under mixed precision. The losses of the step's micro-batches,
+    a module's `unchecked`, are looked at with the norm, once: a GPU is waited for in between.
     """
 
     def __init__(self, clip_norm: float):
@@ -197,17 +198,44 @@ class GradientGuard(Callback):
         self.keys = batch["key"]
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if not pl_module.automatic_optimization:
+            return
+        unchecked = getattr(pl_module, "unchecked", None) or Unchecked()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if pl_module.automatic_optimization and parameters:
+        if parameters:  # under ZeRO there are none here
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            check_finite({"grad_norm": norm}, trainer.global_step, self.keys)
+            unchecked.add({"grad_norm": norm}, self.keys)
+        unchecked.check(trainer.global_step)
+        if parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
             pl_module.log("train/grad_norm", norm)
 
 
+class Unchecked:
+    """Loss terms of a step's micro-batches that are still to be looked at, each with the batch's keys."""
+
+    def __init__(self) -> None:
+        self.terms: list[tuple[dict[str, Tensor], list[str]]] = []
+
+    def add(self, terms: dict[str, Tensor], keys: list[str]) -> None:
+        self.terms.append(({name: value.detach() for name, value in terms.items()}, keys))
+
+    def check(self, step: int) -> None:
+        """Forgets them. Raises FloatingPointError, as `check_finite`, of the first that are not finite."""
+        terms, self.terms = self.terms, []
+        if terms and not _finite([value for each, _ in terms for value in each.values()]):
+            for each, keys in terms:
+                check_finite(each, step, keys)
+
+
+def _finite(values: list[Tensor]) -> bool:
+    """Whether all are: one wait for a GPU, not one a value."""
+    return bool(torch.stack([value.detach().isfinite().all() for value in values]).all())
+
+
 def check_finite(losses: dict[str, Tensor], step: int, keys: list[str]) -> None:
     """The NaN guard. Raises FloatingPointError with the step, the loss terms and the batch's keys, unless all are finite."""
-    if not bool(torch.stack([value.detach().isfinite().all() for value in losses.values()]).all()):  # one wait for a GPU, not one a term
+    if not _finite(list(losses.values())):
         terms = ", ".join(f"{name} = {float(value.detach()):.4g}" for name, value in losses.items())
         raise FloatingPointError(
             f"loss is not finite at step {step}: {terms}. Batch: {', '.join(keys)}. The last checkpoint is kept. "
