@@ -43,6 +43,8 @@ def parts_of(args: Any) -> list[str]:
     """Those that are asked for and can be run; the time of the others is theirs. Raises ValueError for a training without shards."""
     if bool(args.config) != bool(args.shards):
         raise ValueError("--config and --shards: give both, what to train and on what, or neither")
+    if args.then and not args.config:
+        raise ValueError("--then trains a UNet on the latents of another config's autoencoder: give that one as --config")
     return [part for part in PARTS if part in args.only and (part != "learn" or args.tiny or args.config)]
 
 
@@ -81,7 +83,8 @@ def start(part: str, args: Any, limit: Time, log, **environment: str) -> subproc
     """A part's process, which leads a group of its own. It is told to be done a little earlier than it is ended."""
     words = ["--out", args.out, "--scratch", args.scratch, "--device", args.device, "--end", f"{limit.end - EARLIER_SECONDS:.2f}"]
     words += ["--tiny"] if args.tiny else []
-    words += [word for name in ("config", "shards") if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    words += [word for name in ("config", "shards", "then", "num_pictures") if (value := getattr(args, name))
+              for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     words += ["--set", *args.set] if args.set else []
     path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(

@@ -2,6 +2,7 @@
 
 A short run first tells how many steps fit, so that the schedule of the learning rate ends with the time. What is learnt is exported in
 float16 and laid into OUT as pieces of a tar, each small enough to be sent: `cat learnt.tar.* | tar x`. Without --config nothing is trained.
+With --then both are trained, one after the other (gpu_chain.py).
 """
 
 from __future__ import annotations
@@ -153,9 +154,17 @@ def rehearse(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
     return learn(args, limit, REHEARSAL_STEPS)
 
 
+def chain(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
+    from gpu_chain import learn_both  # takes seconds to import
+
+    return learn_both(args, limit)
+
+
 def items(args: argparse.Namespace) -> Sequence[Item]:
     if args.config is None or args.shards is None:
         return [Item(f"{GLYPHS}, rehearsed", 30, partial(rehearse, args))] if args.tiny else []
+    if args.then is not None:
+        return [Item(f"{args.config.name}, then {args.then.name}", 75, partial(chain, args))]
     return [Item(args.config.name, 75, partial(learn, args))]
 
 

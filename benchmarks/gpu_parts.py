@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqldm.command import Parser, real
+from eqldm.command import Parser, real, whole
 from eqldm.paths import path_option
 from eqldm.ranges import Range
 
@@ -114,7 +114,13 @@ def part_parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: the shipped small models, and few steps")
     parser.add_argument("--config", type=place, metavar="CONFIG", help="what the part `learn` trains")
-    parser.add_argument("--shards", type=place, metavar="FOLDER", help="its shards, train and val")
+    parser.add_argument(
+        "--shards", type=place, metavar="FOLDER", help="its shards, train and val; with --then also a folder of packages of drawings"
+    )
+    parser.add_argument(
+        "--then", type=place, metavar="CONFIG", help="a UNet's, which is trained next, on the latents of --config's autoencoder"
+    )
+    parser.add_argument("--num-pictures", type=whole(1), default=80000, help="of packages of drawings, for training (default: 80000)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further options of that training")
     return parser
 

@@ -1,7 +1,7 @@
-"""Open sets of drawings, as npm packages of Iconify's: what each drawing shows, of which kind it is, and under which licence it may be used.
+"""Open sets of drawings, as npm packages of Iconify's: what each drawing shows, of which kind it is, and under which licence.
 
-A package (`npm pack @iconify-json/NAME` gives its .tgz) holds `icons.json` with the bodies of SVGs by name, `info.json` with title, author
-and licence, mostly `metadata.json` with categories, and `package.json` with its version. The sets name the same things differently:
+A package (`npm pack @iconify-json/NAME` gives its .tgz) holds `icons.json` with the bodies of SVGs by name, `info.json` with title,
+author and licence, mostly `metadata.json` with categories, and `package.json` with its version. The sets name the same things differently:
 `Names` brings them together under one name.
 """
 
@@ -30,7 +30,9 @@ CATEGORIES = {
 }
 _CATEGORY = {title: category for category, titles in CATEGORIES.items() for title in titles}
 DEFAULT_CATEGORIES = ("animals", "food", "activities", "objects", "travel", "smileys")
-LEFT_OUT = re.compile(r"oclock|thirty$|skin-tone|button|keycap|-flag|flag-|banknote|^(no|non|letter)-|-arrows?$|-(suit|moon-face)$|^chart-|mailbox")
+LEFT_OUT = re.compile(
+    r"oclock|thirty$|skin-tone|button|keycap|-flag|flag-|banknote|^(no|non|letter)-|-arrows?$|-(suit|moon-face)$|^chart-|mailbox"
+)
 
 # fxemoji writes words together, after Unicode's old names, and calls faces what the others call whole animals
 FXEMOJI = {
@@ -116,11 +118,13 @@ def read_set(path: Path) -> IconSet:
                         for name in names if title in _CATEGORY},
         )  # fmt: skip
     except (tarfile.TarError, EOFError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{path}' is no package of icons ({type(error).__name__}: {error}): npm pack @iconify-json/NAME gives one") from error
+        raise ValueError(
+            f"'{path}' is no package of icons ({type(error).__name__}: {error}): npm pack @iconify-json/NAME gives one"
+        ) from error
 
 
 def read_sets(folder: Path, names: Sequence[str] | None = None) -> tuple[list[IconSet], list[str]]:
-    """The sets of a folder of packages, by name, and the names of those left out: whose licence asks to share alike, unless `names` has them.
+    """The sets of a folder of packages, by name, and the names of those left out: those that ask to share alike, unless `names` has them.
 
     Raises: FileNotFoundError where there are none; ValueError for a broken package, two of one set, or names that are not there.
     """

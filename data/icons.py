@@ -1,6 +1,6 @@
 """Pictures of things, with captions, from open sets of drawings: the second small world's data.
 
-    for name in noto noto-v1 fxemoji fluent-emoji fluent-emoji-flat twemoji emojione streamline-emojis; do npm pack @iconify-json/$name; done
+    for s in noto noto-v1 fxemoji fluent-emoji fluent-emoji-flat twemoji emojione streamline-emojis; do npm pack @iconify-json/$s; done
     python data/icons.py --packages FOLDER_OF_TGZ --out shards/things --num-train 100000 --size 64 --names configs/things/names.txt
 
 writes OUT/train, OUT/val and OUT/test. A sample is a `png`, its caption (`txt`) and what it shows, from which drawing (`json`).
@@ -49,9 +49,10 @@ SUPERSAMPLE = 2  # drawings are rendered and placed at twice the size, then redu
 
 # Which side is which one knows: letters, figures, and what is worn or held on one side
 HANDED = {
-    "alarm-clock", "ambulance", "books", "calendar", "computer-mouse", "desktop-computer", "floppy-disk", "fire-engine", "game-die", "globe-showing-americas",
-    "globe-showing-europe-africa", "keyboard", "musical-note", "pool-8-ball", "slot-machine", "statue-of-liberty", "stopwatch", "taxi", "watch",
-    "compass", "newspaper", "world-map", "musical-score", "ticket", "admission-tickets", "stop-sign", "hospital", "zzz", "hundred-points",
+    "alarm-clock", "ambulance", "books", "calendar", "computer-mouse", "desktop-computer", "floppy-disk", "fire-engine", "game-die",
+    "globe-showing-americas", "globe-showing-europe-africa", "keyboard", "musical-note", "pool-8-ball", "slot-machine",
+    "statue-of-liberty", "stopwatch", "taxi", "watch", "compass", "newspaper", "world-map", "musical-score", "ticket",
+    "admission-tickets", "stop-sign", "hospital", "zzz", "hundred-points",
 }  # fmt: skip
 SINGULAR = ("ss", "us", "is", "abacus", "compass")  # endings of words that are no plurals
 PLURAL = {"skis", "jeans", "glasses", "sunglasses", "peanuts", "bubbles", "socks"}
@@ -71,7 +72,7 @@ def spoken(name: str) -> str:
 
 
 def render(drawing: Drawing, side: int) -> np.ndarray:
-    """A drawing cut to its ink, its longer side `side` px: uint8 [side, side, 4], premultiplied. Raises ValueError where it is broken or blank."""
+    """A drawing cut to its ink, its longer side `side` px: uint8 [side, side, 4], premultiplied. Raises ValueError where there is none."""
     try:
         import resvg_py
     except ImportError as error:
@@ -103,11 +104,13 @@ def render_all(job: tuple[Sequence[Drawing], int]) -> list[np.ndarray | str]:
 
 
 def write_sprites(path: Path, chosen: Sequence[Drawing], side: int, workers: int) -> tuple[list[Drawing], list[dict]]:
-    """Renders drawings into an array file [N, side, side, 4], once for all splits; which ones it holds, and `{file, reason}` of the others."""
+    """Renders drawings into an array file [N, side, side, 4]; which ones it holds, and `{file, reason}` of the others."""
     parts = {str(first): (chosen[first : first + 64], side) for first in range(0, len(chosen), 64)}
     rendered = dict(run_jobs(parts, render_all, workers))
     pairs = list(zip(chosen, (each for name in parts for each in rendered[name])))
-    skipped = [{"file": f"{drawing.set}:{drawing.icon}", "reason": f"cannot be drawn ({each})"} for drawing, each in pairs if isinstance(each, str)]
+    skipped = [
+        {"file": f"{drawing.set}:{drawing.icon}", "reason": f"cannot be drawn ({each})"} for drawing, each in pairs if isinstance(each, str)
+    ]
     np.save(path, np.stack([each for _, each in pairs if not isinstance(each, str)]))
     return [drawing for drawing, each in pairs if not isinstance(each, str)], skipped
 
@@ -180,7 +183,9 @@ def paint_background(how: dict, size: int) -> np.ndarray:
     return start + share[..., None] * (np.array(how["background_end_rgb"], np.float32) / 255 - start)
 
 
-def draw_thing(rng: np.random.Generator, drawing: Drawing, sprite: np.ndarray, size: int, variation: float = 1.0) -> tuple[np.ndarray, dict]:
+def draw_thing(
+    rng: np.random.Generator, drawing: Drawing, sprite: np.ndarray, size: int, variation: float = 1.0
+) -> tuple[np.ndarray, dict]:
     """A picture of a thing, uint8 [size, size, 3], and all parameters of its drawing.
 
     variation: 1 draws over the whole ranges of shape, place and colour, 0 takes their middles; backgrounds vary in any case.
@@ -295,7 +300,9 @@ def make_splits(
             wanted = [each for each in chosen if (each.set in holdout_sets) == test]
             sprites = Path(scratch) / f"{test}.npy"
             if not wanted:
-                raise ValueError(f"no drawing is left for {'the test split: hold out' if test else 'training: hold out fewer'} --holdout-sets")
+                raise ValueError(
+                    f"no drawing is left for {'the test split: hold out' if test else 'training: hold out fewer'} --holdout-sets"
+                )
             drawn, skipped = write_sprites(sprites, wanted, SUPERSAMPLE * size, workers)
             for item in skipped:
                 console.print(f"{item['file']} is not used: it {item['reason']}", markup=False, highlight=False)

@@ -63,6 +63,8 @@ def arguments(tmp_path: Path, **changes) -> argparse.Namespace:
         "tiny": False,
         "config": Path("config.yaml"),
         "shards": tmp_path,
+        "then": None,
+        "num_pictures": 80000,
         "set": [],
     }
     return argparse.Namespace(**{**given, **changes})
