@@ -66,7 +66,14 @@ def transform_each(transforms: Sequence[Transform], x: Tensor) -> Tensor:
     if any(t.rescale != shared for t in transforms):
         raise ValueError("transform_each: the samples of a group must share their rescaling")
     x = x if shared is None else shared(x)
-    return torch.stack([t.view(sample) for t, sample in zip(transforms, x, strict=True)])
+    if len(transforms) != len(x):
+        raise ValueError(f"transform_each: got {len(transforms)} transforms for {len(x)} samples")
+    rows: dict[View, list[int]] = {}  # samples of one view together: on a GPU each call costs as much as a batch's
+    for row, transform in enumerate(transforms):
+        rows.setdefault(transform.view, []).append(row)
+    order = torch.tensor([row for each in rows.values() for row in each], device=x.device)
+    parts = x.index_select(0, order).split([len(each) for each in rows.values()])
+    return torch.cat([view(part) for view, part in zip(rows, parts)]).index_select(0, order.argsort())
 
 
 def draw_transform(
