@@ -48,7 +48,8 @@ FXEMOJI = {
     "banana": "banana", "bullhorn": "megaphone", "megaphone": "", "darksunglasses": "sunglasses", "daggerknife": "dagger",
     "hocho": "kitchen-knife", "loveletter": "love-letter", "tennisball": "tennis", "schoolsatchel": "backpack", "wave": "water-wave",
     "stormcloud": "cloud-with-lightning", "raincloud": "cloud-with-rain", "snowcloud": "cloud-with-snow", "whitesun": "", "flag": "",
-    "wolfface": "wolf", "pandaface": "panda", "izakayalantern": "red-paper-lantern", "sakebottleandcup": "sake", "fatherchristmas": "santa-claus", "helmet": "",
+    "wolfface": "wolf", "pandaface": "panda", "izakayalantern": "red-paper-lantern", "helmet": "",
+    "sakebottleandcup": "sake", "fatherchristmas": "santa-claus",
 }  # fmt: skip
 RENAMED = {  # what two sets call by one name, or one set by an old one
     "emojione": {"dromedary-camel": "camel", "automobile": "automobile"},

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from eqldm.config import StageConfig, micro_batch_size
@@ -41,6 +44,7 @@ class ShardData(pl.LightningDataModule):
     def __init__(self, config: StageConfig, need_captions: bool = False, vae_hash: str | None = None):
         super().__init__()
         self.config = config
+        self.draws: Callable[[int], dict[str, Tensor]] | None = None  # what the readers add to each training sample, by its position
         data = config.data
 
         def open_shards(folder: str, seed: int | None) -> PictureSamples | LatentSamples:
@@ -69,7 +73,7 @@ class ShardData(pl.LightningDataModule):
             self.trainer.world_size,
             start_step=self.trainer.global_step,
         )
-        return self._loader(self.train_samples, sampler)
+        return self._loader(WithDraws(self.train_samples, self.draws) if self.draws else self.train_samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
         mine = range(self.trainer.global_rank, self.config.data.val_samples, self.trainer.world_size)
@@ -86,6 +90,20 @@ class ShardData(pl.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+@dataclass(frozen=True)
+class WithDraws:
+    """Samples, and what is drawn for each position."""
+
+    samples: PictureSamples | LatentSamples
+    draws: Callable[[int], dict[str, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> dict:
+        return {**self.samples[position], **self.draws(position)}
 
 
 def leave_signals_to_the_training(worker: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -33,7 +34,7 @@ class LatentDiffusion(pl.LightningModule):
     """Trains a UNet (and, if asked, its text encoder) to denoise an autoencoder's latents.
 
     Batches: `{moments: [B, 2 C, h, w]}` from latent shards or `{x: [B, 3, H, W] in [-1, 1]}` from picture shards, with
-    `caption`, `position`, `key`, and `prompt_embeds` [B, L, D] where the shards hold them.
+    `caption`, `position`, `key`, and `prompt_embeds` [B, L, D] where the shards hold them. Training's bring along what `Draws` draws.
     """
 
     def __init__(self, config: DiffusionConfig, vae: AutoencoderKL | Pixels, networks: Networks):
@@ -80,7 +81,9 @@ class LatentDiffusion(pl.LightningModule):
                 distribution = self.vae.encode(batch["x"]).latent_dist
         mean, std = distribution.mean.float(), distribution.std.float()
         positions = batch["position"].tolist()
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=position_generator(seed, p, "posterior")) for p in positions])
+        noise = batch.get("drawn_posterior")
+        if noise is None:
+            noise = torch.stack([posterior_noise(mean.shape[1:], seed, position) for position in positions])
         return normalise(self.vae, mean + std * noise.to(mean))
 
     def prompt_embeds(self, batch: dict, captions: list[str]) -> Tensor:
@@ -133,14 +136,41 @@ class LatentDiffusion(pl.LightningModule):
 
 def draw(batch: dict, z: Tensor, seed: int, objective: Objective, caption_dropout: float = 0.0) -> tuple[Tensor, Tensor, list[str]]:
     """Of latents z [B, C, h, w]: (timesteps [B], noise [B, C, h, w], captions), drawn from (seed, position)."""
-    noises, times, captions = [], [], []
-    for position, caption in zip(batch["position"].tolist(), batch["caption"]):
-        generator = position_generator(seed, position, "denoise")
-        times.append(objective.draw_time(generator))
-        noises.append(torch.randn(z.shape[1:], generator=generator))
-        dropped = float(torch.rand((), generator=generator)) < caption_dropout
-        captions.append("" if dropped else caption)
-    return torch.stack(times).to(z.device), torch.stack(noises).to(z), captions
+    if "drawn_t" in batch:
+        t, eps, shares = (batch[name] for name in ("drawn_t", "drawn_eps", "drawn_share"))
+    else:
+        t, eps, shares = map(torch.stack, zip(*(denoising_draws(z.shape[1:], seed, p, objective) for p in batch["position"].tolist())))
+    captions = ["" if share < caption_dropout else caption for share, caption in zip(shares.tolist(), batch["caption"])]
+    return t.to(z.device), eps.to(z), captions
+
+
+def denoising_draws(shape: Sequence[int], seed: int, position: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(timestep [], noise [C, h, w], number [] from 0 to 1: below the share of dropped captions, this one is dropped)."""
+    generator = position_generator(seed, position, "denoise")
+    return objective.draw_time(generator), torch.randn(tuple(shape), generator=generator), torch.rand((), generator=generator)
+
+
+def posterior_noise(shape: Sequence[int], seed: int, position: int) -> Tensor:
+    """[C, h, w]."""
+    return torch.randn(tuple(shape), generator=position_generator(seed, position, "posterior"))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a training step draws for a sample, from (seed, position) alone: the processes that read the data do it, beside the step.
+
+    For a small UNet on a GPU the draws of a batch take as long as all else that a step does.
+    shape: (C, h, w) of a latent.
+    """
+
+    objective: Objective
+    seed: int
+    shape: tuple[int, ...]
+
+    def __call__(self, position: int) -> dict[str, Tensor]:
+        t, eps, share = denoising_draws(self.shape, self.seed, position, self.objective)
+        noise = posterior_noise(self.shape, self.seed, position)
+        return {"drawn_t": t, "drawn_eps": eps, "drawn_share": share, "drawn_posterior": noise}
 
 
 def prepare_diffusion(config: DiffusionConfig) -> tuple[LatentDiffusion, ShardData]:
@@ -165,7 +195,9 @@ def prepare_diffusion(config: DiffusionConfig) -> tuple[LatentDiffusion, ShardDa
     cut = too_long(networks.tokenizer, config.sample_prompts)
     if cut:
         raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
-    return LatentDiffusion(config, vae, networks), data
+    module, side = LatentDiffusion(config, vae, networks), image_size // downsampling(vae)
+    data.draws = Draws(module.objective, config.run.seed, (vae.config.latent_channels, side, side))
+    return module, data
 
 
 def about(config: DiffusionConfig) -> str:
