@@ -138,7 +138,7 @@ def options(args: argparse.Namespace, stage: str, run: Path, data: Path, *more: 
     """Of a stage's training: where its data lies, and no end that comes before the time's. Those of --set may begin with a stage's name and
     a colon, and are then that stage's alone."""
     device = "gpu" if args.device == "cuda" else "cpu"
-    steps = [f"run.num_steps={ENDLESS}", f"run.val_every={ENDLESS}", "run.checkpoint_every=1000", "run.log_every=20"]
+    steps = [f"run.num_steps={ENDLESS}", f"run.val_every={ENDLESS}", "run.checkpoint_every=1000", "run.log_every=50"]
     given = [item for item in args.set if ":" not in item.partition("=")[0]]
     given += [item.removeprefix(f"{stage}:") for item in args.set if item.startswith(f"{stage}:")]
     return last([f"run.dir={run}", *shards(data), f"run.accelerator={device}", *steps, *more, *given])
