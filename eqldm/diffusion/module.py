@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -196,7 +196,7 @@ def prepare_diffusion(config: DiffusionConfig) -> tuple[LatentDiffusion, ShardDa
     if cut:
         raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
     module, side = LatentDiffusion(config, vae, networks), image_size // downsampling(vae)
-    data.draws = Draws(module.objective, config.run.seed, (vae.config.latent_channels, side, side))
+    data.draws = Draws(replace(module.objective), config.run.seed, (vae.config.latent_channels, side, side))
     return module, data
 
 
