@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from eqldm.budget import UTILISATION
 from eqldm.markdown import markdown
 from gpu_parts import BEGUN, DONE, FAILED, SKIPPED, STOPPED
 
@@ -15,7 +16,6 @@ Row = Mapping[str, Any]
 PACKAGES = ("torch", "pytorch-lightning", "diffusers", "transformers", "accelerate", "deepspeed")
 MFU_WANTED = 0.4  # of the UNet's training, on an H100
 TIMES_WANTED = 2.0  # as many pictures/s of the autoencoder's training as written plainly
-BUDGETED = 0.25  # the share of the peak that eqldm.budget takes for its hours
 
 
 def about(device: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def fast(rows: Sequence[Row]) -> list[str]:
         times = [f"{rate / base:.2f}" if base else "-" for base in (plain, half)]
         found_here = [*times, f"{share:.1%}" if (share := mfu(row, need)) else "-"]
         cells.append([row["name"], f"{rate:.1f}", *found_here, f"{memory:.1f}" if memory else "-", prediction(row, need, peak)])
-    heading = ["training", "pictures/s", "times plain", "times bf16", "MFU", "GB", "predicted (25 %, bf16)"]
+    heading = ["training", "pictures/s", "times plain", "times bf16", "MFU", "GB", f"predicted ({UTILISATION['H200']:.0%}, bf16)"]
     lines = markdown(heading, cells).splitlines() if cells else ["No training was measured."]
     return [*lines, "", *targets(trainings, predicted), *outside(found)]
 
@@ -107,7 +107,7 @@ def prediction(row: Row, need: Row | None, peak: float | None) -> str:
     """What eqldm.budget says of a training's pictures/s and memory."""
     if need is None:
         return "-"
-    rate = f"{BUDGETED * peak / need['operations']:.0f}/s, " if peak else ""
+    rate = f"{UTILISATION['H200'] * peak / need['operations']:.0f}/s, " if peak else ""
     return f"{rate}{need['fixed_gb'] + row['batch'] * need['each_gb']:.2g} GB"
 
 

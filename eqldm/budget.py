@@ -6,7 +6,8 @@ The networks are built as fake tensors (shapes without memory) and taken through
 operations and the tensors kept for the backward pass are counted. `python train.py CONFIG dry_run=true` ends with the same.
 
 Counted as for CUDA under bf16 autocast, without torch.compile (which keeps less). On top come the CUDA context, buffers that live within
-one operation, and fragmentation: leave a tenth of the memory free.
+one operation, and fragmentation: leave a tenth of the memory free. Measured on an H200, SD 1.5's UNet took 1 GB more than is counted, and the
+autoencoder's stage, at 10 pictures of 256 px, 5 GB more (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ from eqldm.run_model import with_models
 from eqldm.training.speed import GPUS
 from eqldm.training.zero import BUCKET, LIVE, ZERO
 
-UTILISATION = 0.25  # of these TFLOP/s: MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
+UTILISATION = {  # of a GPU's TFLOP/s
+    "A100": 0.25,  # MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
+    "H100": 0.15,  # as an H200's: the same cores
+    "H200": 0.15,  # measured without torch.compile: .15 to .17 for SD 1.5's UNet, .16 for its autoencoder (docs/gpu.md)
+}
 COUNTS = (1, 8, 32)  # GPUs
 VOCABULARY = {
     "vocab_size": 1000,
@@ -168,14 +173,15 @@ def report(config: AutoencoderConfig | DiffusionConfig, need: Budget) -> list[st
     lines += ["", f"GB on each GPU, of {' or '.join(map(str, dict.fromkeys(micros)))} pictures at a time:", ""]
     rows = [[name, *(f"{need.memory(name, count, m) / 1e9:.1f}" for count, m in zip(COUNTS, micros))] for name in strategies]
     lines += table(["strategy", *(f"{count} GPU{'s' * (count > 1)} x {m}" for count, m in zip(COUNTS, micros))], rows)
-    lines += ["", f"Hours, and pictures/s to be read, at {UTILISATION:.0%} of the GPUs' bf16 peak:", ""]
+    shares = ", ".join(f"{share:.0%} of an {name}'s" for name, share in UTILISATION.items())
+    lines += ["", f"Hours, and pictures/s to be read, at so much of the bf16 peak: {shares}", ""]
     rows = []
     for name, (_, peak) in GPUS.items():
-        rates = [count * UTILISATION * peak * 1e12 / need.operations for count in COUNTS]
+        rates = [count * UTILISATION[name] * peak * 1e12 / need.operations for count in COUNTS]
         rows.append([name, *(f"{pictures / rate / 3600:.1f} h, {rate:.0f}/s" for rate in rates)])
     lines += table(["GPU", *map(str, COUNTS)], rows)
     if need.encoding:
-        hours = 1e6 * need.encoding / (UTILISATION * GPUS["A100"][1] * 1e12) / 3600
+        hours = 1e6 * need.encoding / (UTILISATION["A100"] * GPUS["A100"][1] * 1e12) / 3600
         lines += [
             "",
             f"Latents and prompt embeddings, once: {need.encoding / 1e12:.3g} TFLOP a picture, {hours:.1f} hours of an A100 for 1 M",
@@ -401,11 +407,9 @@ def _measure(step: Callable[[int], list[Tensor]], networks: dict[str, nn.Module]
 
 
 def _fake(network: nn.Module) -> None:
-    """Moves a network from the meta device, which knows no autocast, to fake tensors of the CPU, which autocasts as CUDA does but for
-    the normalisations: CUDA's computes them in float32."""
+    """Moves a network from the meta device, which knows no autocast, to fake tensors of the CPU, which autocasts as CUDA does, with the
+    normalisations of `eqldm.precision`."""
     for module in network.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
