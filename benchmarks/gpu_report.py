@@ -146,7 +146,7 @@ def outside(found: Sequence[Row]) -> list[str]:
     cells = []
     for row in (row for row in found if "networks_seconds" in row):
         same = {each["options"]: each for each in found if "options" in each and alike(each, row)}
-        step = same.get("bf16, channels_last", same.get("plain"))
+        step = same.get("bf16", same.get("plain"))
         seconds = step["batch"] / step["train/samples_per_second"] if step else None
         share = f"{1 - row['networks_seconds'] / seconds:.0%} of {1000 * seconds:.0f}" if seconds else "-"
         adamw = [f"{1000 * row[f'adamw_{how}_seconds']:.1f}" for how in ("fused", "foreach", "loop")]

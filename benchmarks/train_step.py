@@ -61,8 +61,8 @@ ROWS = {  # name: config, options
     "unet, bf16, channels_last": (UNET, [*FAST[:2], PLAIN[2]]),
     "unet, bf16, compile": (UNET, [FAST[0], PLAIN[1], FAST[2]]),
     "unet, bf16, channels_last, compile": (UNET, FAST),
-    "unet, bf16, channels_last, checkpointing": (UNET, [*FAST[:2], PLAIN[2], "gradient_checkpointing=true"]),
-    "unet, bf16, channels_last, zero2": (UNET, [*FAST[:2], PLAIN[2], "run.strategy=zero2"]),
+    "unet, bf16, checkpointing": (UNET, [FAST[0], *PLAIN[1:], "gradient_checkpointing=true"]),
+    "unet, bf16, zero2": (UNET, [FAST[0], *PLAIN[1:], "run.strategy=zero2"]),
 }
 
 

@@ -76,7 +76,7 @@ class RunConfig:
     """Optimizer steps between checkpoints that are kept besides the newest, a multiple of checkpoint_every; None: none is. Each takes the
     disk that `dry_run=true` states."""
     channels_last: bool = False
-    """Keep weights and pictures in channels-last layout: faster on GPUs, slower on CPUs."""
+    """Keep weights and pictures in channels-last layout: for `compile`; without it slower (docs/gpu.md)."""
     compile: bool = False
     """torch.compile the networks."""
 
