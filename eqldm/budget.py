@@ -6,7 +6,7 @@ The networks are built as fake tensors (shapes without memory) and taken through
 operations and the tensors kept for the backward pass are counted. `python train.py CONFIG dry_run=true` ends with the same.
 
 Counted as for CUDA under bf16 autocast, without torch.compile (which keeps less). On top come the CUDA context, buffers that live within
-one operation, and fragmentation: leave a tenth of the memory free. Measured on an H200, SD 1.5's UNet took 1 GB more than is counted, and the
+one operation, and fragmentation: leave a tenth of the memory free. On an H200 SD 1.5's UNet took 1 GB more than is counted, and the
 autoencoder's stage, at 10 pictures of 256 px, 5 GB more (docs/gpu.md).
 """
 
