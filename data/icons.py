@@ -129,15 +129,17 @@ def place(sprite: np.ndarray, how: dict, size: int) -> np.ndarray:
     side, source = size * SUPERSAMPLE, sprite.shape[0]
     angle = math.radians(how["rotation_degrees"])
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])  # y points down
-    rows, columns = np.nonzero(sprite[::4, ::4, 3] > 64)
-    points = turn @ (4 * np.stack([columns, rows]) + 2 - source / 2)
-    low, high = (points.min(1), points.max(1)) if points.size else (np.zeros(2), np.ones(2))
+    sprite = np.ascontiguousarray(sprite[:, ::-1]) if how["mirrored"] else sprite
+    ink = sprite[..., 3] > 64
+    rows = np.flatnonzero(ink.any(1))
+    # First and last ink of each row: no other points can be the extremes of a linear map of the thing
+    ends = np.concatenate([ink[rows].argmax(1), source - ink[rows, ::-1].argmax(1)])
+    points = turn @ np.stack([ends, np.concatenate([rows, rows]) + 0.5]) - (turn @ np.full((2, 1), source / 2))
+    low, high = points.min(1), points.max(1)
     scale = how["fill"] * side / (high - low).max()
     room = np.maximum(0.5 - MARGIN - (high - low) * scale / side / 2, 0)
     shift = np.array(how["shift"]) * room * side - scale * (low + high) / 2
     inverse = np.linalg.inv(turn) / scale
-    if how["mirrored"]:
-        inverse[0] *= -1
     offset = inverse @ (-side / 2 - shift) + source / 2
     data = (*inverse[0], offset[0], *inverse[1], offset[1])
     picture = Image.frombytes("RGBa", (source, source), sprite.tobytes())
