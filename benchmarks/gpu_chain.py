@@ -8,6 +8,7 @@ encoding all of them before. What a stage has learnt is laid into OUT before the
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ HOME_SECONDS = 25.0  # for the pieces and the pictures to look at
 HELD = 0.3  # share of a training at the peak of its learning rate; then down to 1 %
 ENDLESS = 10**7  # steps
 VALIDATION = 512  # pictures
+READER_BYTES = 60_000_000  # of shared memory: of a reader, three batches of some hundred small pictures
 ROW, ROWS, EACH = 8, 8, 4  # of the sheet: pictures a row, rows of one prompt each, pictures of each pair
 STAGES = {"autoencoder": train_autoencoder, "diffusion": train_diffusion}
 
@@ -138,10 +140,11 @@ def options(args: argparse.Namespace, stage: str, run: Path, data: Path, *more: 
     """Of a stage's training: where its data lies, and no end that comes before the time's. Those of --set may begin with a stage's name and
     a colon, and are then that stage's alone."""
     device = "gpu" if args.device == "cuda" else "cpu"
+    readers = max(1, min(num_cores() - 4, shutil.disk_usage("/dev/shm").free // READER_BYTES))
     steps = [f"run.num_steps={ENDLESS}", f"run.val_every={ENDLESS}", "run.checkpoint_every=1000", "run.log_every=50"]
     given = [item for item in args.set if ":" not in item.partition("=")[0]]
     given += [item.removeprefix(f"{stage}:") for item in args.set if item.startswith(f"{stage}:")]
-    return last([f"run.dir={run}", *shards(data), f"run.accelerator={device}", *steps, *more, *given])
+    return last([f"run.dir={run}", *shards(data), f"run.accelerator={device}", f"data.num_workers={readers}", *steps, *more, *given])
 
 
 def train(config_path: Path, overrides: Sequence[str], limit: Time) -> tuple[Path, dict[str, Any]]:
