@@ -56,13 +56,11 @@ class Timed(pl.Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         self.begun, self.seconds = self.limit.now(), max(1e-3, self.limit.left())
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         factor = rate_factor((self.limit.now() - self.begun) / self.seconds)
         for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:  # whose rate the schedule has set: the warm-up's, then the peak
+            for group in optimizer.param_groups:  # whose rate the schedule has just set: the warm-up's, then the peak
                 group["lr"] = min(group["lr"], factor * group["initial_lr"])
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         trainer.should_stop = trainer.should_stop or self.limit.left() <= 0
 
     def on_train_end(self, trainer, pl_module) -> None:
