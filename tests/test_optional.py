@@ -13,7 +13,7 @@ from eqldm.anagram.animation import check_writable
 from eqldm.evaluation.features import inception_features
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("av", "torch_fidelity", "deepspeed", "gradio", "playwright", "datasets")
+OPTIONAL = ("av", "torch_fidelity", "deepspeed", "gradio", "playwright", "datasets", "resvg_py")
 
 
 @pytest.mark.slow
