@@ -36,7 +36,7 @@ from gpu_learn import finish, rates, write_pieces
 from gpu_parts import DONE, FAILED, FAULTS, Time, note
 from steps import last, shards
 
-FIRST_SHARE = 0.36  # of the trainings' time: the autoencoder's
+FIRST_SHARE = 0.33  # of the trainings' time: the autoencoder's
 END_SECONDS = {"autoencoder": 7.0, "diffusion": 9.0}  # of a training: the step at hand, the validation, the model
 HOME_SECONDS = 25.0  # for the pieces and the pictures to look at
 HELD = 0.3  # share of a training at the peak of its learning rate; then down to 1 %
