@@ -205,6 +205,7 @@ def train_row(
         if config.gradient_checkpointing:
             networks.unet.enable_gradient_checkpointing()
         module, data = LatentDiffusion(config, vae, networks), ShardData(config, need_captions=True, vae_hash=RANDOM)
+        data.draws = module.draws(data.train_samples)
         trainer = make_trainer(config, True, callbacks)
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, SaveLast)]
     trainer.limit_val_batches = 0

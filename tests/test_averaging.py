@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from eqldm.training.averaging import EMA, decay_at
+from eqldm.training.averaging import EMA, decay_at, update
 
 
 def average_of(weights: list[torch.Tensor], decay: float) -> torch.Tensor:
     """What the callback's averaging makes of each step's weights."""
     model = nn.Linear(1, 1, bias=False)
     model.register_buffer("seen", torch.zeros((), dtype=torch.long))
-    averaged = AveragedModel(model, use_buffers=True, **EMA(decay)._kwargs)
+    averaged = AveragedModel(model, use_buffers=True)
     for step, weight in enumerate(weights):
         model.weight.data.fill_(weight)
         model.seen.fill_(step)
-        averaged.update_parameters(model)
+        update(averaged, model, decay)
     assert int(averaged.module.seen) == len(weights) - 1  # a count is no average
     return averaged.module.weight.detach()[0, 0]
 

@@ -34,6 +34,9 @@ def check_image_size(config: StageConfig, folder: str, size: tuple[int, int]) ->
         )
 
 
+READ_AS_NUMBERS = ("position", "drawn_share")
+
+
 class ShardData(pl.LightningDataModule):
     """Pictures or latents, as the shards hold. Opening reads headers and fails before step 0 where data is unusable.
 
@@ -64,6 +67,12 @@ class ShardData(pl.LightningDataModule):
                 f"data.batch_size={data.batch_size}, but '{data.train}' holds {len(self.train_samples)} samples: a step sees some of "
                 "them more than once"
             )
+
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, dataloader_idx: int) -> dict:
+        """The batch there, but for what is read as numbers: reading it back would wait for all that a GPU has still to compute."""
+        read = {name: batch[name] for name in READ_AS_NUMBERS if name in batch}
+        rest = {name: value for name, value in batch.items() if name not in read}
+        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), **read}
 
     def train_dataloader(self) -> DataLoader:
         sampler = StreamSampler(

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from eqldm.config import DiffusionConfig
 from eqldm.data.module import ShardData, check_image_size
 from eqldm.data.order import position_generator
-from eqldm.data.samples import LatentSamples
+from eqldm.data.samples import LatentSamples, PictureSamples
 from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at, too_long, unseen_words
 from eqldm.diffusion.objective import Objective
@@ -80,10 +80,9 @@ class LatentDiffusion(pl.LightningModule):
             with torch.no_grad():
                 distribution = self.vae.encode(batch["x"]).latent_dist
         mean, std = distribution.mean.float(), distribution.std.float()
-        positions = batch["position"].tolist()
         noise = batch.get("drawn_posterior")
         if noise is None:
-            noise = torch.stack([posterior_noise(mean.shape[1:], seed, position) for position in positions])
+            noise = torch.stack([posterior_noise(mean.shape[1:], seed, position) for position in batch["position"].tolist()])
         return normalise(self.vae, mean + std * noise.to(mean))
 
     def prompt_embeds(self, batch: dict, captions: list[str]) -> Tensor:
@@ -98,8 +97,18 @@ class LatentDiffusion(pl.LightningModule):
         with torch.set_grad_enabled(self.text_encoder is not None and torch.is_grad_enabled()):
             return encode_prompts(self.tokenizer, self.text_encoder or self.frozen[1], captions)
 
+    def draws(self, samples: PictureSamples | LatentSamples) -> Draws:
+        """What its training draws for each of the samples."""
+        if isinstance(samples, LatentSamples):
+            double, *sides = samples[0]["moments"].shape
+            shape = (double // 2, *sides)
+        else:
+            shape = (self.vae.config.latent_channels, *(side // downsampling(self.vae) for side in samples.image_size))
+        return Draws(replace(self.objective), self.config.run.seed, shape)  # an objective without copies on a device
+
     def denoising_loss(self, batch: dict, seed: int, objective: Objective, caption_dropout: float = 0.0) -> Tensor:
-        """[B] the objective's loss at one (t, noise) per sample, drawn from (seed, position)."""
+        """[B] the objective's loss at one (t, noise) per sample, drawn from (seed, position). A training's readers have drawn them,
+        by its seed and objective."""
         z = self.latents(batch, seed)
         t, eps, captions = draw(batch, z, seed, objective, caption_dropout)
         noisy = objective.add_noise(z, eps, t)
@@ -195,8 +204,8 @@ def prepare_diffusion(config: DiffusionConfig) -> tuple[LatentDiffusion, ShardDa
     cut = too_long(networks.tokenizer, config.sample_prompts)
     if cut:
         raise ValueError(f"sample_prompts longer than the model's {networks.tokenizer.model_max_length} tokens: {cut[0]!r}")
-    module, side = LatentDiffusion(config, vae, networks), image_size // downsampling(vae)
-    data.draws = Draws(replace(module.objective), config.run.seed, (vae.config.latent_channels, side, side))
+    module = LatentDiffusion(config, vae, networks)
+    data.draws = module.draws(data.train_samples)
     return module, data
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def decay_at(decay: float, num_averaged: int) -> float:
@@ -31,6 +32,19 @@ def join(decay: float, averages: list[Tensor], weights: list[Tensor], num_averag
         torch._foreach_copy_(averages, weights)
 
 
+@torch.no_grad()
+def update(average: AveragedModel, network: nn.Module, decay: float) -> None:
+    """Puts the network's weights and buffers, of the next step, into their average, whose steps are counted in its `n_averaged`."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    there, here = (chain(each.parameters(), each.buffers()) for each in (average.module, network))
+    for mean, weight in zip(there, here, strict=True):
+        for tensors, tensor in zip(groups.setdefault(mean.dtype, ([], [])), (mean.detach(), weight.detach())):
+            tensors.append(tensor)
+    for means, weights in groups.values():
+        join(decay, means, weights, int(average.n_averaged))
+    average.n_averaged += 1
+
+
 class EMA(WeightAveraging):
     """Lightning's weight averaging with the decay of `decay_at`, on the device that trains (Lightning sets it up before the weights are
     there, on the CPU); its weights also take over where a resumed run has no step left to train, only to export.
@@ -49,20 +63,11 @@ class EMA(WeightAveraging):
         if self._average_model is not None:
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step <= self._latest_update_step:  # a micro-batch that completes no step
             return
-        average = self._average_model
-        assert average is not None
-        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        here, there = (chain(network.parameters(), network.buffers()) for network in (average.module, pl_module))
-        for mean, weight in zip(here, there, strict=True):
-            for tensors, tensor in zip(groups.setdefault(mean.dtype, ([], [])), (mean.detach(), weight.detach())):
-                tensors.append(tensor)
-        for means, weights in groups.values():
-            join(self.decay, means, weights, int(average.n_averaged))
-        average.n_averaged += 1
+        assert self._average_model is not None
+        update(self._average_model, pl_module, self.decay)
         self._latest_update_step = trainer.global_step
 
     swapped = False  # whether the module holds the average, for a validation

@@ -71,7 +71,9 @@ def transform_each(transforms: Sequence[Transform], x: Tensor) -> Tensor:
     rows: dict[View, list[int]] = {}  # samples of one view together: on a GPU each call costs as much as a batch's
     for row, transform in enumerate(transforms):
         rows.setdefault(transform.view, []).append(row)
-    order = torch.tensor([row for each in rows.values() for row in each], device=x.device)
+    if len(rows) == 1:
+        return transforms[0].view(x)
+    order = torch.tensor([row for each in rows.values() for row in each]).to(x.device, non_blocking=True)
     parts = x.index_select(0, order).split([len(each) for each in rows.values()])
     return torch.cat([view(part) for view, part in zip(rows, parts)]).index_select(0, order.argsort())
 
