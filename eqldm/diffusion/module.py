@@ -168,7 +168,7 @@ def posterior_noise(shape: Sequence[int], seed: int, position: int) -> Tensor:
 class Draws:
     """What a training step draws for a sample, from (seed, position) alone: the processes that read the data do it, beside the step.
 
-    For a small UNet on a GPU the draws of a batch take as long as all else that a step does.
+    A sample takes some 80 µs of a core: for a batch of 256, as long as many small UNets take for a step on a GPU.
     shape: (C, h, w) of a latent.
     """
 
