@@ -20,7 +20,6 @@ from torch import nn
 
 from eqldm.budget import counted
 from eqldm.model_folder import PRETRAINED
-from eqldm.precision import norms_in_bfloat16
 from eqldm.training.speed import peak_of
 from gpu_parts import Item, Time, run_part
 from train_step import ROWS, make_data, make_networks, make_vgg, release, row_config, train_row
@@ -117,7 +116,7 @@ def alone(args: argparse.Namespace, network: str, size: int, batch: int, limit: 
     row = f"{network}, plain" if args.tiny else f"{network}, {BEST}"
     config = row_config(ROWS[row], size, batch, 1, args.scratch, model, options_of(args, network))
     networks, step, _ = counted(config, size, [])
-    trained = [norms_in_bfloat16(on_device(each, args.device, config.run.channels_last)) for each in networks.values()]
+    trained = [on_device(each, args.device, config.run.channels_last) for each in networks.values()]
     parameters = [p for each in trained for p in each.parameters() if p.requires_grad]
 
     def forward_and_backward() -> None:

@@ -163,8 +163,8 @@ class Names:
         self.categories: dict[str, str] = {}
         for each in ordered:
             for icon, category in each.categories.items():
-                if name := self(each, icon):
-                    self.categories.setdefault(name, category)
+                if known := self(each, icon):
+                    self.categories.setdefault(known, category)
 
     def __call__(self, of: IconSet, icon: str) -> str | None:
         """The name of an icon; None for one that is to be left out."""

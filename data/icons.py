@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -312,7 +313,8 @@ def make_splits(
             for row, drawing in enumerate(drawn):
                 things.setdefault(drawing.name, []).append((row, Drawing(drawing.name, drawing.category, drawing.set, drawing.icon, "")))
             for split in (split for split in SPLITS if split in nums and (split == "test") == test):
-                options = dict(split=split, seed=seed, chosen=[things[name] for name in sorted(things)], names=names, sprites=sprites,
+                chosen = [things[name] for name in sorted(things)]
+                options: dict[str, Any] = dict(split=split, seed=seed, chosen=chosen, names=names, sprites=sprites,
                                size=size, variation=variation)  # fmt: skip
                 generator = {
                     "name": "icons",

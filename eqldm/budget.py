@@ -46,7 +46,7 @@ from eqldm.training.zero import BUCKET, LIVE, ZERO
 UTILISATION = {  # of a GPU's TFLOP/s
     "A100": 0.25,  # MosaicML's 137.5 and 36.3 pictures/s per A100 (SD 2's UNet, latents, 256 and 512 px) are .24 and .29
     "H100": 0.15,  # as an H200's: the same cores
-    "H200": 0.15,  # measured without torch.compile: .15 to .17 for SD 1.5's UNet, .16 for its autoencoder (docs/gpu.md)
+    "H200": 0.15,  # measured without torch.compile: .14 to .17 for SD 1.5's UNet, .14 for its autoencoder (docs/gpu.md)
 }
 COUNTS = (1, 8, 32)  # GPUs
 VOCABULARY = {
@@ -407,9 +407,11 @@ def _measure(step: Callable[[int], list[Tensor]], networks: dict[str, nn.Module]
 
 
 def _fake(network: nn.Module) -> None:
-    """Moves a network from the meta device, which knows no autocast, to fake tensors of the CPU, which autocasts as CUDA does, with the
-    normalisations of `eqldm.precision`."""
+    """Moves a network from the meta device, which knows no autocast, to fake tensors of the CPU, which autocasts as CUDA does but for
+    the normalisations: CUDA's computes them in float32."""
     for module in network.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)

@@ -10,7 +10,7 @@ from torch import nn
 
 from eqldm.autoencoder.discriminator import PatchDiscriminator
 from eqldm.model_folder import load_unet, load_vae
-from eqldm.precision import BFloatGroupNorm, BFloatLayerNorm, norms_in_bfloat16
+from eqldm.precision import BFloatGroupNorm, BFloatLayerNorm, norms_in_bfloat16, whole_statistics
 
 SHAPES = [(nn.GroupNorm(4, 8), (2, 8, 5, 6)), (nn.GroupNorm(4, 8, affine=False), (2, 8, 3)), (nn.LayerNorm(6), (2, 3, 6)),
           (nn.LayerNorm((3, 6), bias=False), (2, 3, 6))]  # fmt: skip
@@ -24,13 +24,14 @@ def test_every_normalisation_of_a_model_is_one_of_them(tiny_model_folder):
     for network in (load_unet(tiny_model_folder), load_vae(tiny_model_folder), PatchDiscriminator(8, 1)):
         names = list(network.state_dict())
         assert norms(network) and norms_in_bfloat16(norms_in_bfloat16(network)) is network  # once or twice
-        assert all(type(module) in (BFloatGroupNorm, BFloatLayerNorm) for module in norms(copy.deepcopy(network)))
+        swapped = (BFloatGroupNorm, BFloatLayerNorm) if whole_statistics() else (nn.GroupNorm, BFloatLayerNorm)
+        assert all(type(module) in swapped for module in norms(copy.deepcopy(network)))
         assert list(network.state_dict()) == names
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_cpu_computes_as_before(tiny_model_folder, precision):
-    """Bit for bit, gradients too."""
+    """Bit for bit, gradients too, which tell that nothing else was changed."""
     found = []
     for network in (load_unet(tiny_model_folder), norms_in_bfloat16(load_unet(tiny_model_folder))):
         torch.manual_seed(0)
@@ -46,6 +47,8 @@ def test_a_cpu_computes_as_before(tiny_model_folder, precision):
 @pytest.mark.parametrize(("norm", "shape"), SHAPES, ids=lambda value: str(value))
 def test_on_a_gpu_they_give_bfloat16_near_float32(norm, shape):
     """A mean far from 0, whose square would be lost if it were summed in bfloat16."""
+    if isinstance(norm, nn.GroupNorm) and not whole_statistics():
+        pytest.skip("this torch rounds a group normalisation's statistics: it is left as it is")
     norm = copy.deepcopy(norm).cuda()
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16) + 8
     exact = norm(x.float())

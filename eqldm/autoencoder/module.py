@@ -38,7 +38,6 @@ from eqldm.data.module import ShardData
 from eqldm.data.order import position_generator
 from eqldm.data.samples import PictureSamples
 from eqldm.model_folder import downsampling, load_vae, save_model_folder
-from eqldm.precision import norms_in_bfloat16
 from eqldm.training.callbacks import Unchecked
 from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
@@ -57,12 +56,12 @@ class Autoencoder(pl.LightningModule):
     def __init__(self, config: AutoencoderConfig, vae: AutoencoderKL):
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.vae = config, norms_in_bfloat16(vae)
+        self.config, self.vae = config, vae
         loss = config.loss
         self.discriminator: PatchDiscriminator | None = None
         if loss.adversarial_weight > 0:
             torch.manual_seed(config.run.seed)
-            self.discriminator = norms_in_bfloat16(PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers))
+            self.discriminator = PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)
         self.lpips = [load_lpips()] if loss.perceptual_weight > 0 else []  # in a list: neither trained nor checkpointed
         channels = vae.config.latent_channels
         # Running means per channel of z, of z^2 and of (E(T x) - T E(x))^2; all zero until they are measured

@@ -22,7 +22,6 @@ from eqldm.diffusion.adaptation import build_networks, merge_lora, save_lora
 from eqldm.diffusion.conditioning import cut_captions, encode_prompts, looked_at, too_long, unseen_words
 from eqldm.diffusion.objective import Objective
 from eqldm.model_folder import Networks, Pixels, downsampling, load_vae, normalise, posterior, save_model_folder, text_hash, vae_hash
-from eqldm.precision import norms_in_bfloat16
 from eqldm.training.callbacks import Unchecked
 from eqldm.training.machine import check_machine
 from eqldm.training.run_folder import finish_run, finished_model, hardware, prepare_run, run_card
@@ -40,10 +39,10 @@ class LatentDiffusion(pl.LightningModule):
     def __init__(self, config: DiffusionConfig, vae: AutoencoderKL | Pixels, networks: Networks):
         super().__init__()
         self.config, self.unchecked = config, Unchecked()
-        self.unet = norms_in_bfloat16(networks.unet.train())
+        self.unet = networks.unet.train()
         self.text_encoder = networks.text_encoder if config.train_text_encoder else None
         # In a list: neither trained, nor averaged, nor in the checkpoints.
-        self.frozen = [norms_in_bfloat16(vae.requires_grad_(False).eval()), networks.text_encoder.train(config.train_text_encoder)]
+        self.frozen = [vae.requires_grad_(False).eval(), networks.text_encoder.train(config.train_text_encoder)]
         self.tokenizer, self.scheduler = networks.tokenizer, networks.scheduler
         self.objective = Objective.of(networks.scheduler, config.min_snr_gamma, config.min_snr_floor)
         self.unweighted = Objective.of(networks.scheduler)  # of the validation: it compares, whatever the training's weights

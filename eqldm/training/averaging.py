@@ -53,6 +53,8 @@ class EMA(WeightAveraging):
     it then waits for three times a step.
     """
 
+    _latest_update_step: int  # Lightning's
+
     def __init__(self, decay: float):
         super().__init__()
         self.decay = decay
