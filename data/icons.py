@@ -313,8 +313,8 @@ def make_splits(
             for row, drawing in enumerate(drawn):
                 things.setdefault(drawing.name, []).append((row, Drawing(drawing.name, drawing.category, drawing.set, drawing.icon, "")))
             for split in (split for split in SPLITS if split in nums and (split == "test") == test):
-                chosen = [things[name] for name in sorted(things)]
-                options: dict[str, Any] = dict(split=split, seed=seed, chosen=chosen, names=names, sprites=sprites,
+                by_name = [things[name] for name in sorted(things)]
+                options: dict[str, Any] = dict(split=split, seed=seed, chosen=by_name, names=names, sprites=sprites,
                                size=size, variation=variation)  # fmt: skip
                 generator = {
                     "name": "icons",
