@@ -26,6 +26,7 @@ from PIL import __version__ as pillow_version
 
 from eqldm.command import Parser, error_line, real, whole
 from eqldm.data.making import console, make_folder, num_cores
+from eqldm.data.pictures import read_drawing
 from eqldm.data.shards import write_shard
 from eqldm.data.workers import run_jobs
 from eqldm.paths import path_option
@@ -79,7 +80,7 @@ def render(drawing: Drawing, side: int) -> np.ndarray:
     except ImportError as error:
         raise ValueError("drawings are rendered with resvg, which is not installed: pip install resvg-py") from error
     content = resvg_py.svg_to_bytes(svg_string=drawing.svg, width=2 * side, height=2 * side, skip_system_fonts=True)
-    picture = Image.open(io.BytesIO(bytes(content))).convert("RGBA")
+    picture = read_drawing(bytes(content))
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
     if box is None:
         raise ValueError("it is blank")

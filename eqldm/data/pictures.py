@@ -45,6 +45,11 @@ class UnfitPicture(ValueError):
     """A picture that is skipped, counted and named in the manifest."""
 
 
+def read_drawing(content: bytes) -> Image.Image:
+    """A PNG that a renderer of ours has just made, in RGBA: its transparency is kept. Strangers' files are for `read_picture`."""
+    return Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA")
+
+
 def read_picture(content: bytes) -> Image.Image:
     """A picture file's content in RGB: upright (EXIF), transparency over white, of several pictures in a file the first.
 
