@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from eqldm.budget import budget
+from eqldm.budget import UTILISATION, budget
 from eqldm.model_folder import PRETRAINED
 from gpu_fast import FULL, SMALL, Row, options_of
 from gpu_parts import Item, Time, run_part
@@ -27,6 +27,7 @@ def predict(args: argparse.Namespace, network: str, size: int, limit: Time) -> d
         "operations": need.operations,
         "fixed_gb": need.memory("ddp", 1, 0) / 1e9,
         "each_gb": need.activations / 1e9,
+        "utilisation": UTILISATION,
     }
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from eqldm.budget import UTILISATION
 from eqldm.markdown import markdown
 from gpu_parts import BEGUN, DONE, FAILED, SKIPPED, STOPPED
 
@@ -89,6 +88,7 @@ def fast(rows: Sequence[Row]) -> list[str]:
     trainings = [row for row in found if "train/samples_per_second" in row]
     predicted = {(row["network"], row["size"]): row for row in done(rows, "predicted")}
     peak = next((row["peak"] for row in trainings if row.get("peak") and "bf16" in row["options"]), None)
+    device = next((row["device"] for row in rows if row["part"] == "about"), "")
     cells = []
     for row in trainings:
         rate, need = row["train/samples_per_second"], predicted.get((row["network"], row["size"]))
@@ -97,17 +97,18 @@ def fast(rows: Sequence[Row]) -> list[str]:
         half = rate_of(trainings, row, "bf16")
         times = [f"{rate / base:.2f}" if base else "-" for base in (plain, half)]
         found_here = [*times, f"{share:.1%}" if (share := mfu(row, need)) else "-"]
-        cells.append([row["name"], f"{rate:.1f}", *found_here, f"{memory:.1f}" if memory else "-", prediction(row, need, peak)])
-    heading = ["training", "pictures/s", "times plain", "times bf16", "MFU", "GB", f"predicted ({UTILISATION['H200']:.0%}, bf16)"]
+        cells.append([row["name"], f"{rate:.1f}", *found_here, f"{memory:.1f}" if memory else "-", prediction(row, need, peak, device)])
+    heading = ["training", "pictures/s", "times plain", "times bf16", "MFU", "GB", "predicted, bf16"]
     lines = markdown(heading, cells).splitlines() if cells else ["No training was measured."]
     return [*lines, "", *targets(trainings, predicted), *outside(found)]
 
 
-def prediction(row: Row, need: Row | None, peak: float | None) -> str:
-    """What eqldm.budget says of a training's pictures/s and memory."""
+def prediction(row: Row, need: Row | None, peak: float | None, device: str) -> str:
+    """What eqldm.budget says of a training's pictures/s, for the cards that it knows, and of its memory."""
     if need is None:
         return "-"
-    rate = f"{UTILISATION['H200'] * peak / need['operations']:.0f}/s, " if peak else ""
+    share = next((share for name, share in need["utilisation"].items() if name in device), None)
+    rate = f"{share * peak / need['operations']:.0f}/s, " if peak and share else ""
     return f"{rate}{need['fixed_gb'] + row['batch'] * need['each_gb']:.2g} GB"
 
 

@@ -259,7 +259,8 @@ def test_the_report_holds_targets_and_predictions(tmp_path):
         note(tmp_path, "fast", f"{network}, 256 px, batch {batch}, {options}", DONE, **{**about, **more})
 
     note(tmp_path, "about", "machine", DONE, device="A GPU", minutes=9, date="today", commit="abc", versions={"torch": "2.11"})
-    note(tmp_path, "predicted", "unet", DONE, network="unet", size=256, operations=0.5416e12, fixed_gb=19.7, each_gb=0.317)
+    note(tmp_path, "predicted", "unet", DONE, network="unet", size=256, operations=0.5416e12, fixed_gb=19.7, each_gb=0.317,
+         utilisation={"B GPU": 0.3, "GPU": 0.15})  # fmt: skip
     training("unet", "plain", 100.0, peak=67e12)
     training("unet", "bf16, channels_last", 640.0)
     training("unet", "bf16", 800.0, **{"train/max_memory_gb": 41.0})
