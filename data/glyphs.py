@@ -21,14 +21,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from PIL import __version__ as pillow_version
 
-from eqldm.command import Parser, error_line, real, whole
-from eqldm.data.making import console, make_folder, num_cores
+from eqldm.command import Parser
+from eqldm.data.making import console, make_folder
 from eqldm.data.shards import write_shard
 from eqldm.paths import path_option
-from eqldm.ranges import PROBABILITY, WORKERS
+from splits import SPLITS, add_options, block_order, check_options, exit_status, pop_splits, sample_rng, shard_jobs
 
 GENERATOR_VERSION = 1  # to be raised by any change that changes a picture
-SPLITS = ("train", "val", "test")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # The faces of matplotlib's that draw Latin capitals. Left out: STIX sizes and non-Unicode, DejaVu Display and Last Resort
@@ -90,16 +89,10 @@ SUPERSAMPLE = 2  # the letter is placed at twice the size, then reduced
 MESH_CELLS = 8  # per side: the warp is sampled at their corners and is bilinear inside
 
 
-def sample_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    """The generator of one sample. Distinct (seed, split, index) give independent streams."""
-    return np.random.default_rng([seed, SPLITS.index(split), index])
-
-
 def letter_label(seed: int, split: str, index: int) -> int:
     """Label 0-25 of a sample: each block of 26 samples is a permutation of the alphabet."""
     block, place = divmod(index, len(LETTERS))
-    # The fourth word keeps these streams apart from those of `sample_rng`, which end in an implicit zero
-    return int(np.random.default_rng([seed, SPLITS.index(split), block, 1]).permutation(len(LETTERS))[place])
+    return int(block_order(seed, split, block, len(LETTERS))[place])
 
 
 def contrast(first: tuple[int, ...], second: tuple[int, ...]) -> float:
@@ -314,14 +307,7 @@ def make_split(
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
-    if size < 8 or size % 8:
-        raise ValueError(f"size must be a multiple of 8, got {size}: the autoencoder divides it by 8")
-    if num < 1 or shard_size < 1:
-        raise ValueError(f"the number of pictures and the shard size must be at least 1, got {num} and {shard_size}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be at least 0 and less than 2**32, got {seed}")
-    if not 0 <= variation <= 1:
-        raise ValueError(f"variation must be from 0 to 1, got {variation}")
+    check_options(num, size, seed, shard_size, variation)
     _check_colours(colours)
     faces, skipped = find_faces(fonts)
     held_out = [*HELD_OUT_FACES, *(name for name in holdout_fonts or [] if name not in HELD_OUT_FACES)]
@@ -358,8 +344,7 @@ def make_split(
         "skipped": skipped,
         "made_with": {"pillow": pillow_version, "freetype": features.version("freetype2"), "numpy": np.__version__},
     }
-    spans = {f"{split}-{first // shard_size:06d}.tar": range(first, min(first + shard_size, num)) for first in range(0, num, shard_size)}
-    jobs = {name: (folder / name, indices) for name, indices in spans.items()}
+    jobs = shard_jobs(folder, split, num, shard_size)
     for item in skipped:
         console.print(f"font {item['file']} is not used: it {item['reason']}", markup=False, highlight=False)
     return make_folder(folder, jobs, write, about, workers=workers, overwrite=overwrite)
@@ -367,33 +352,15 @@ def make_split(
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=path_option, required=True, metavar="FOLDER")
-    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--num-train", type=whole(1), default=40000)
-    parser.add_argument("--num-val", type=whole(1), default=1000)
-    parser.add_argument("--num-test", type=whole(1), default=2000)
-    parser.add_argument("--size", type=whole(8, 4096), default=64, help="side, px: a multiple of 8")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
-    parser.add_argument("--shard-size", type=whole(1, 10**6), default=2000, help="pictures in a shard")
-    parser.add_argument("--workers", type=whole(1, WORKERS), default=num_cores(), help="processes (default: one per core)")
-    parser.add_argument("--variation", type=real(PROBABILITY), default=1.0, help="of size, place, slant, stroke and warp: 1 all, 0 none")
+    add_options(parser, 40000, 1000, "size, place, slant, stroke and warp")
     parser.add_argument("--colours", nargs="+", default=list(COLOURS), metavar="NAME", help=f"some of {', '.join(COLOURS)}")
     parser.add_argument("--train-faces", nargs="+", metavar="NAME", help="only these faces for train and val (default: all)")
     parser.add_argument("--fonts", type=path_option, nargs="+", metavar="FOLDER", help="folders of further .ttf and .otf faces")
     parser.add_argument("--holdout-fonts", nargs="+", metavar="NAME", help="further faces to keep for the test split")
     parser.add_argument("--overwrite", action="store_true")
     options = vars(parser.parse_args(argv))
-    splits, nums = options.pop("split"), {split: options.pop(f"num_{split}") for split in SPLITS}
-    try:
-        for split in splits:
-            make_split(split=split, num=nums[split], **options)
-    except KeyboardInterrupt:
-        print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    nums = pop_splits(options)
+    return exit_status(lambda: [make_split(split=split, num=num, **options) for split, num in nums.items()])
 
 
 if __name__ == "__main__":

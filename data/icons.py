@@ -24,15 +24,15 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from eqldm.command import Parser, error_line, real, whole
-from eqldm.data.making import console, make_folder, num_cores
+from eqldm.command import Parser, whole
+from eqldm.data.making import console, make_folder
 from eqldm.data.pictures import read_drawing
 from eqldm.data.shards import write_shard
 from eqldm.data.workers import run_jobs
 from eqldm.paths import path_option
-from eqldm.ranges import PROBABILITY, WORKERS
-from glyphs import COLOURS, SPLITS, sample_rng
+from glyphs import COLOURS
 from icon_sets import CATEGORIES, SYNONYMS, Drawing, IconSet, choose, drawings, read_names, read_sets
+from splits import SPLITS, add_options, block_order, check_options, exit_status, pop_splits, sample_rng, shard_jobs
 
 GENERATOR_VERSION = 1  # to be raised by any change that changes a picture
 HELD_OUT_SETS = ("streamline-emojis",)  # outlined, as no other one is
@@ -241,10 +241,7 @@ def _sprites(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-@lru_cache(maxsize=64)
-def _order(seed: int, split: str, block: int, count: int) -> np.ndarray:
-    # The fourth word keeps these streams apart from those of `sample_rng`, as the glyphs' do
-    return np.random.default_rng([seed, SPLITS.index(split), block, 1]).permutation(count)
+_order = lru_cache(maxsize=64)(block_order)
 
 
 def draw_sample(index: int, split: str, seed: int, chosen: Sequence[Sequence[tuple[int, Drawing]]], names: Sequence[str], sprites: Path,
@@ -292,8 +289,8 @@ def make_splits(
     nums: pictures of each split.  chosen: the drawings, of which those of `holdout_sets` make the test split, and the others train and val.
     Raises: ValueError where options are wrong, nothing is left for a split, or a folder holds a split made with others.
     """
-    if size < 8 or size % 8:
-        raise ValueError(f"size must be a multiple of 8, got {size}: the autoencoder divides it by 8")
+    for num in nums.values():
+        check_options(num, size, seed, shard_size, variation)
     known = [each.name for each in sets]
     if unknown := [name for name in holdout_sets if name not in known]:
         raise ValueError(f"--holdout-sets names {', '.join(unknown)}, which is not among the sets used: {', '.join(known)}")
@@ -333,26 +330,30 @@ def make_splits(
                     "skipped": skipped,
                     "made_with": {"pillow": pillow_version, "numpy": np.__version__},
                 }
-                spans = [range(first, min(first + shard_size, nums[split])) for first in range(0, nums[split], shard_size)]
-                jobs = {f"{split}-{number:06d}.tar": (out / split / f"{split}-{number:06d}.tar", span) for number, span in enumerate(spans)}
+                jobs = shard_jobs(out / split, split, nums[split], shard_size)
                 write = partial(write_thing_shard, **options)
                 manifests[split] = make_folder(out / split, jobs, write, about, workers=workers, overwrite=overwrite)
     return manifests
 
 
+def make(
+    packages: Path, out: Path, nums: dict[str, int], sets: Sequence[str] | None, holdout_sets: Sequence[str] | None, names: Path | None,
+    categories: Sequence[str] | None, min_drawings: int, **options: Any,
+) -> None:  # fmt: skip
+    """What the command does. Raises as `read_sets`, `read_names`, `choose` and `make_splits`."""
+    used, left_out = read_sets(packages, sets)
+    for name in left_out:
+        console.print(f"set {name} is not used: its licence asks to share alike; --sets takes it nevertheless", highlight=False)
+    chosen = choose(drawings(used), read_names(names) if names else None, categories, min_drawings)
+    if holdout_sets is None:
+        holdout_sets = [name for name in HELD_OUT_SETS if name in {each.name for each in used}]
+    make_splits(out, nums, used, chosen, holdout_sets=holdout_sets, **options)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--packages", type=path_option, required=True, metavar="FOLDER", help="of .tgz that npm pack gives")
-    parser.add_argument("--out", type=path_option, required=True, metavar="FOLDER")
-    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
-    parser.add_argument("--num-train", type=whole(1), default=100000)
-    parser.add_argument("--num-val", type=whole(1), default=2000)
-    parser.add_argument("--num-test", type=whole(1), default=2000)
-    parser.add_argument("--size", type=whole(8, 4096), default=64, help="side, px: a multiple of 8")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0)
-    parser.add_argument("--shard-size", type=whole(1, 10**6), default=2000, help="pictures in a shard")
-    parser.add_argument("--workers", type=whole(1, WORKERS), default=num_cores(), help="processes (default: one per core)")
-    parser.add_argument("--variation", type=real(PROBABILITY), default=1.0, help="of size, place, tilt and colours: 1 all, 0 none")
+    add_options(parser, 100000, 2000, "size, place, tilt and colours")
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="only these (default: all but share-alike ones)")
     parser.add_argument("--holdout-sets", nargs="+", metavar="NAME", help=f"for the test split (default: {', '.join(HELD_OUT_SETS)})")
     parser.add_argument("--names", type=path_option, metavar="FILE", help="only these things, one a line")
@@ -360,25 +361,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min-drawings", type=whole(1, 1000), default=1, help="only things drawn so often, over all sets")
     parser.add_argument("--overwrite", action="store_true")
     options = vars(parser.parse_args(argv))
-    nums = {split: num for split in SPLITS if (num := options.pop(f"num_{split}")) and split in options["split"]}
-    held_out = options.pop("holdout_sets")
-    del options["split"]
-    try:
-        sets, left_out = read_sets(options.pop("packages"), options.pop("sets"))
-        for name in left_out:
-            console.print(f"set {name} is not used: its licence asks to share alike; --sets takes it nevertheless", highlight=False)
-        names = read_names(path) if (path := options.pop("names")) else None
-        chosen = choose(drawings(sets), names, options.pop("categories"), options.pop("min_drawings"))
-        if held_out is None:
-            held_out = [name for name in HELD_OUT_SETS if name in {each.name for each in sets}]
-        make_splits(options.pop("out"), nums, sets, chosen, holdout_sets=held_out, **options)
-    except KeyboardInterrupt:
-        print("interrupted: finished shards are kept, the same command resumes", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    nums = pop_splits(options)
+    return exit_status(lambda: make(nums=nums, **options))
 
 
 if __name__ == "__main__":
