@@ -45,15 +45,14 @@ FXEMOJI = {
     "housebuilding": "house", "steamlocomotive": "locomotive", "racecar": "racing-car", "moyai": "moai", "lock": "locked",
     "billiards": "pool-8-ball", "bactriancamel": "two-hump-camel", "dromedarycamel": "camel", "doveofpeace": "dove", "bath": "",
     "frontfacingchick": "front-facing-baby-chick", "leaffluttering": "leaf-fluttering-in-wind", "bolt": "high-voltage", "seat": "",
-    "banana": "banana", "bullhorn": "megaphone", "megaphone": "", "darksunglasses": "sunglasses", "daggerknife": "dagger",
+    "bullhorn": "megaphone", "megaphone": "", "darksunglasses": "sunglasses", "daggerknife": "dagger",
     "hocho": "kitchen-knife", "loveletter": "love-letter", "tennisball": "tennis", "schoolsatchel": "backpack", "wave": "water-wave",
     "stormcloud": "cloud-with-lightning", "raincloud": "cloud-with-rain", "snowcloud": "cloud-with-snow", "whitesun": "", "flag": "",
     "wolfface": "wolf", "pandaface": "panda", "izakayalantern": "red-paper-lantern", "helmet": "",
     "sakebottleandcup": "sake", "fatherchristmas": "santa-claus",
 }  # fmt: skip
 RENAMED = {  # what two sets call by one name, or one set by an old one
-    "emojione": {"dromedary-camel": "camel", "automobile": "automobile"},
-    "noto-v1": {},
+    "emojione": {"dromedary-camel": "camel"},
 }
 SYNONYMS = {
     "automobile": "car", "hot-beverage": "cup of coffee", "lady-beetle": "ladybird", "honeybee": "bee", "ear-of-corn": "corn cob",
