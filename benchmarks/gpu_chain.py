@@ -33,7 +33,7 @@ from eqldm.model_folder import decode, encode, load_vae
 from eqldm.training.metrics_log import last_validation
 from eqldm.views import IDENTITY, parse_view
 from gpu_learn import finish, rates, write_pieces
-from gpu_parts import DONE, FAILED, FAULTS, Time, note
+from gpu_parts import DONE, FAILED, FAULTS, Time, broke_the_device, note
 from steps import last, shards
 
 FIRST_SHARE = 0.33  # of the trainings' time: the autoencoder's
@@ -94,16 +94,15 @@ def learn_both(args: argparse.Namespace, limit: Time) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     data = args.shards if holds_shards(args.shards / "train") else make_pictures(args, limit)
     learnt, steps, rate, pieces = Learnt(args), 0, 0.0, []
-    for config_path, end in ((args.config, limit.at_most(FIRST_SHARE * (limit.left() - HOME_SECONDS))), (args.then, limit)):
-        stage = load_config(config_path).stage
+    for config_path, share in ((args.config, FIRST_SHARE), (args.then, 1.0)):  # of what is left
+        stage, end = load_config(config_path).stage, limit.at_most(share * (limit.left() - HOME_SECONDS))
         run, begun = args.scratch / stage, time.monotonic()
-        end = end if end is not limit else limit.at_most(limit.left() - HOME_SECONDS)
         more = [f"vae={learnt.model}"] if learnt.model else []
         try:
             model, found = train(config_path, options(args, stage, run, data, *more), end)
         except FAULTS as error:
             note(args.out, "stage", stage, FAILED, seconds=time.monotonic() - begun, why=f"{type(error).__name__}: {error}"[:300])
-            if learnt.model is None or "CUDA error" in str(error):
+            if learnt.model is None or broke_the_device(error):
                 raise
             model, found = args.scratch / "rescued", {"steps": 0, "samples_per_second": 0.0}
             finish(["-m", "eqldm.export", run, "--out", model], limit)  # of its last checkpoint

@@ -90,10 +90,15 @@ def do(part: str, items: Sequence[Item], limit: Time, out: Path) -> None:
             why = _first_line(error)  # too large for this device is no failure of ours
             note(out, part, item.name, SKIPPED if why == OUT_OF_MEMORY else FAILED, seconds=limit.now() - begun, why=why)
             print(f"{part}: {item.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            if "CUDA error" in str(error) or "AcceleratorError" in type(error).__name__:
+            if broke_the_device(error):
                 sys.exit(BROKEN)
         else:
             note(out, part, item.name, DONE, seconds=limit.now() - begun, **found)
+
+
+def broke_the_device(error: BaseException) -> bool:
+    """Whether a process that has had this error can do no more on its GPU."""
+    return "CUDA error" in str(error) or "AcceleratorError" in type(error).__name__
 
 
 def _first_line(error: BaseException) -> str:
